@@ -1,0 +1,677 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation: {extension: .py, format_name: percent}
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
+# ---
+
+# %% [markdown]
+# # 01 · Noise, its reversal, and the best possible denoiser
+#
+# **You will** turn pictures into noise with two kernels, turn noise back into pictures with an SDE
+# and an ODE, and derive the one function that does this best for a given data set (Proposition 1 of
+# the paper). It needs no training, and you will see why we train networks all the same.
+#
+# The paper is Zhang, Lu et al., *Improving Efficiency of Diffusion Models via Multi-Stage Framework
+# and Tailored Multi-Decoder Architectures*. These symbols stay the same through all six steps:
+#
+# | in the paper | in the code | meaning |
+# |---|---|---|
+# | $x_0$, $y_i$ | `x0`, `images` | a picture; the $N$ pictures of the data set |
+# | $x_t$ | `xt`, `x` | the picture with noise at time $t$, shape (B, C, H, W) |
+# | $\epsilon$ | `eps` | standard Gaussian noise of the same shape |
+# | $s_t, \sigma_t$ | `kernel.s(t)`, `kernel.sigma(t)` | scale and noise level of the kernel |
+# | $f(t), g(t)$ | `kernel.f(t)`, `kernel.g(t)` | drift and diffusion of its SDE |
+# | $\epsilon^*_t(x)$ | `optimal_denoiser` | the best noise prediction for the data set |
+# | $t_1, t_2$ | `boundaries` | where the timeline is cut into stages (step 02) |
+# | $\epsilon_\theta$ | `model` | the network (step 03) |
+# | $\omega(t)$ | `weight` | the weight of the loss (step 04) |
+
+# %%
+import argparse
+import ast
+import builtins
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")  # a notebook that was opened where it lies
+ROOT = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
+
+
+# %% [markdown]
+# ## The plumbing: settings, pictures, errors
+#
+# Four uses of one file (read it, run it, run it through papermill, import it) need a few short
+# helpers. Skip to *A data set* on a first reading.
+
+
+# %%
+class BadInput(ValueError):
+    """Say in one sentence what is wrong with what the user gave, and the way out."""
+
+
+def environment():
+    """Describe this machine: (lines to print, whether everything required is there and fits)."""
+    lines, complete = [f"python {platform.python_version()} on {platform.platform()}"], True
+    required = (ROOT / "requirements.txt").read_text()
+    for name in re.findall(r"^([\w-]+)", required, re.MULTILINE):
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} MISSING: pip install -r requirements.txt -c constraints.txt")
+            complete = False
+    try:
+        import torch
+        import torchvision  # noqa: F401 - fails to load beside a torch it was not built for
+
+        lines.append(f"device {device()}, {torch.get_num_threads()} threads, {free_memory()}")
+    except Exception as error:  # whatever it is, the reader should see it in one line
+        lines.append(f"torch DOES NOT LOAD ({error}): install the versions of constraints.txt")
+        complete = False
+    return lines, complete
+
+
+def free_memory():
+    """Describe the free memory of this machine, and of its GPU where it has one (GiB)."""
+    import psutil
+    import torch
+
+    text = f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory free"
+    if torch.cuda.is_available():
+        text += f", {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB on the GPU"
+    return text
+
+
+def device():
+    """Return the torch device that the steps run on: the first CUDA GPU, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# %% [markdown]
+# A step keeps its settings in one cell tagged `parameters`. `settings` makes flags of them when the
+# file runs as a script; in a notebook the cell itself is what you edit, and what papermill
+# overrides.
+
+
+# %%
+def settings(namespace, step):
+    """Let the `parameters` cell of `step` be set from the shell, papermill or the cell itself.
+
+    namespace: the step's `globals()`. As a script every assignment of the cell becomes a flag: its
+    value is the default and the type, its comment the help. In a notebook the values are only
+    brought to those types (papermill hands a list or a number over as it was typed).
+    An unknown flag or a value of the wrong type exits with status 2, in a notebook as `BadInput`.
+    """
+    if namespace["__name__"] != "__main__":
+        return
+    cell = (ROOT / f"{step}.py").read_text().split('# %% tags=["parameters"]\n')[1].split("# %%")[0]
+    entries = re.findall(r"^(\w+) = (.+?)  # (.+)$", cell, re.MULTILINE)
+    defaults = {name: ast.literal_eval(value) for name, value, _ in entries}
+    if not NOTEBOOK:
+        sys.excepthook = one_sentence
+        parser = argparse.ArgumentParser(f"{step}.py", usage="%(prog)s [flags]", allow_abbrev=False)
+        parser.error = lambda message: _exit(f"{message} (--help lists the flags)")
+        for name, _, comment in entries:
+            kind = type(defaults[name])
+            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+            text = f"{comment} (default: {defaults[name]!r})".replace("%", "%%")
+            parser.add_argument(f"--{name}", default=defaults[name], help=text, **how)
+        namespace.update(vars(parser.parse_args()))
+    for name, default in defaults.items():
+        try:
+            namespace[name] = type(default)(namespace[name])
+        except ValueError:
+            raise BadInput(f"{name} = {namespace[name]!r} is no {type(default).__name__}") from None
+
+
+def one_sentence(kind, error, trace):
+    """Report what a user can mend in one line with exit status 2; leave real bugs their trace."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.exit(130)
+    if not issubclass(kind, BadInput):
+        return sys.__excepthook__(kind, error, trace)
+    _exit(error)
+
+
+def _exit(message):
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# %% [markdown]
+# Files are written aside and renamed, so that nobody ever reads half of one. Pictures go through
+# `show`: into a PNG always, and on the page as well when this is a notebook.
+
+
+# %%
+@contextmanager
+def replacing(path):
+    """Give a path to write to and rename it to `path` once it is whole.
+
+    Raises BadInput where the file cannot be written: no such place, no permission, disk full.
+    """
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        os.replace(aside, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadInput(f"cannot write {path} ({reason}): choose another place") from error
+    finally:
+        if aside.is_file():
+            aside.unlink()
+
+
+def show(path):
+    """Save the current matplotlib figure as `path` and, in a notebook, put it on the page."""
+    import matplotlib.pyplot as plt
+
+    with replacing(path) as aside:
+        plt.savefig(aside, dpi=110, bbox_inches="tight", format="png")
+    if NOTEBOOK:
+        plt.show()
+    else:
+        print(f"figure: {path}")
+    plt.close()
+
+
+# %% tags=["parameters"]
+dataset = "digits"  # digits, mnist, cifar10, celeba or folder
+root = "data"  # where the data set lies or is downloaded to
+samples = 16  # pictures drawn with the optimal denoiser
+steps = 200  # solver steps for drawing them
+seed = 0  # seed of every random number
+check = False  # print versions, device, threads, free memory and what is missing, then stop
+
+# %%
+settings(globals(), "01_sde_and_denoiser")
+if __name__ == "__main__":
+    report, complete = environment()
+    print("\n".join(report))
+    if check and not NOTEBOOK:
+        sys.exit(0 if complete else 1)
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+# %% [markdown]
+# ## A data set
+#
+# The default is `digits`: 1,797 real handwritten digits of 8×8 pixels that come with scikit-learn,
+# so nothing is downloaded. Every data set is one uint8 tensor; the kernels want floats in [0, 1].
+
+
+# %%
+def load_images(dataset="digits", root="data", size=32):
+    """Load a data set as (images uint8 (N, C, H, W), labels int64 (N,) or None).
+
+    `size` is the side in pixels for `celeba` and `folder` (centre crop, then antialiased resize);
+    the others have their own. Raises BadInput where the set is unknown or not to be had.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        pixels = torch.tensor(data.images / 16 * 255).round().to(torch.uint8)  # 17 grey levels
+        return pixels[:, None], torch.tensor(data.target)
+    if dataset in ("mnist", "cifar10"):
+        data = _torchvision_set(dataset, root)
+        pixels = torch.as_tensor(data.data)  # (N, 28, 28) or (N, 32, 32, 3)
+        pixels = pixels[:, None] if dataset == "mnist" else pixels.permute(0, 3, 1, 2)
+        return pixels.contiguous(), torch.as_tensor(data.targets)
+    if dataset in ("celeba", "folder"):
+        return _pictures(dataset, root, size), None
+    raise BadInput(f"unknown dataset {dataset!r}: take digits, mnist, cifar10, celeba or folder")
+
+
+def _torchvision_set(dataset, root, **options):
+    from torchvision import datasets
+
+    name = {"mnist": "MNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}[dataset]
+    kind = getattr(datasets, name)
+    try:
+        return kind(root, download=False, **options)
+    except RuntimeError:
+        print(f"{name} is not in {root}: downloading it")
+    try:
+        return kind(root, download=True, **options)
+    except Exception as error:  # each host fails in its own way
+        raise BadInput(
+            f"{name} is not in {root} and could not be downloaded ({type(error).__name__}): "
+            f"put its files there as torchvision.datasets.{name} documents, or give --root"
+        ) from error
+
+
+def _pictures(dataset, root, size):
+    """Read, crop and resize a set of picture files into one uint8 tensor (N, 3, size, size)."""
+    from torchvision import datasets
+    from torchvision.transforms import v2
+    from tqdm import tqdm
+
+    crop = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+    if dataset == "celeba":
+        files = _torchvision_set("celeba", root, split="train")
+        get = lambda i: files[i][0]  # noqa: E731
+    else:
+        kinds = datasets.folder.IMG_EXTENSIONS
+        files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in kinds)
+        get = lambda i: datasets.folder.default_loader(files[i])  # noqa: E731
+    if len(files) == 0:
+        raise BadInput(f"no pictures under {root!r}: give --root a folder that holds some")
+    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    for i in tqdm(range(len(files)), "reading pictures", leave=False):
+        try:
+            pixels[i] = crop(get(i))
+        except OSError as error:
+            raise BadInput(f"picture {files[i]} is unreadable ({error}): remove it") from error
+    return pixels
+
+
+# %% [markdown]
+# `show_images` enlarges small pictures and leaves space between them, so that one can look at them.
+
+
+# %%
+def tile(images, columns=16, scale=0):
+    """Arrange images (N, C, H, W), floats in [0, 1], as one spaced and enlarged (C, H', W')."""
+    from torchvision.utils import make_grid
+
+    scale = scale or max(1, 48 // images.shape[-1])
+    big = images.clamp(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    return make_grid(big, nrow=columns, padding=6, pad_value=1.0)
+
+
+def show_images(rows, titles, path, columns=16):
+    """Draw titled grids of images under each other: `rows` is a list of (n, C, H, W) in [0, 1]."""
+    grids = [tile(row.detach().cpu().float(), columns) for row in rows]
+    height = sum(grid.shape[1] for grid in grids) / grids[0].shape[2] * 10 + 0.35 * len(rows)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(10, height), squeeze=False)
+    for ax, grid, title in zip(axes[:, 0], grids, titles, strict=True):
+        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.axis("off")
+    figure.tight_layout()
+    show(path)
+
+
+# %%
+if __name__ == "__main__":
+    pixels, labels = load_images(dataset, root)
+    images = pixels[:50_000].to(device()).float() / 255  # (N, C, H, W) in [0, 1]
+    show_images(
+        [images[:16]], [f"{dataset}: the first 16 of {len(pixels):,}"], "figures/01_data.png"
+    )
+
+# %% [markdown]
+# ## From pictures to noise
+#
+# The forward process blends a picture with noise. Its *perturbation kernel* is a Gaussian with a
+# scale $s_t$ and a noise level $\sigma_t$:
+#
+# $$p_t(x_t \mid x_0) = \mathcal N(x_t;\, s_t x_0,\, s_t^2\sigma_t^2 I) \tag{1}$$
+#
+# It is the law of the SDE $\mathrm dx = f(t)\,x\,\mathrm dt + g(t)\,\mathrm dw$ when
+#
+# $$s_t = \exp\Big(\int_0^t f(\xi)\,\mathrm d\xi\Big),\qquad
+#   \sigma_t^2 = \int_0^t \frac{g(\xi)^2}{s_\xi^2}\,\mathrm d\xi. \tag{2}$$
+#
+# A kernel is therefore four functions of time. **VP** (variance preserving) shrinks the picture
+# while the noise grows, so that $s^2(1+\sigma^2)=1$. **VE** (variance exploding) leaves the picture
+# alone and uses $\sigma$ itself as the time.
+
+
+# %%
+def as_time(t):
+    """Take a tensor as it is and anything else as float64: formulas below then work on both."""
+    return t if torch.is_tensor(t) else torch.as_tensor(t, dtype=torch.float64)
+
+
+class VP:
+    """Describe the variance-preserving kernel with linear beta, over t in [1e-3, 1].
+
+    Every method maps times of any shape to values of the same shape. Source: paper, Section 5.
+    """
+
+    # paper: prints s and sigma with signs and exponents lost; here: the forms that satisfy Eq. 2
+    # and s^2 (1 + sigma^2) = 1, which are also the ones behind the published numbers.
+    beta_d, beta_min = 19.9, 0.1
+    t_min, t_max = 1e-3, 1.0
+
+    @classmethod
+    def B(cls, t):  # the integral of beta from 0 to t
+        return cls.beta_d / 2 * as_time(t) ** 2 + cls.beta_min * as_time(t)
+
+    @classmethod
+    def s(cls, t):
+        return torch.exp(-cls.B(t) / 2)
+
+    @classmethod
+    def sigma(cls, t):
+        return torch.sqrt(torch.expm1(cls.B(t)))  # expm1: exact where B is tiny
+
+    @classmethod
+    def f(cls, t):
+        return -(cls.beta_min + cls.beta_d * as_time(t)) / 2
+
+    @classmethod
+    def g(cls, t):
+        return torch.sqrt(cls.beta_min + cls.beta_d * as_time(t))
+
+    @classmethod
+    def log_snr(cls, t):  # log s^2 / (s sigma)^2
+        return -2 * torch.log(cls.sigma(t))
+
+    @classmethod
+    def time(cls, log_snr):  # the inverse of log_snr, from B(t) = log(1 + sigma^2)
+        B = torch.nn.functional.softplus(-as_time(log_snr))
+        root = torch.sqrt(cls.beta_min**2 + 2 * cls.beta_d * B)
+        return 2 * B / (cls.beta_min + root)  # this form of the root loses no digits
+
+
+class VE:
+    """Describe the variance-exploding kernel whose time is sigma itself, in [0.002, 80].
+
+    The ranges are EDM's (Karras et al. 2022). Methods as in `VP`.
+    """
+
+    t_min, t_max = 0.002, 80.0
+
+    @classmethod
+    def s(cls, t):
+        return torch.ones_like(as_time(t))
+
+    @classmethod
+    def sigma(cls, t):
+        return as_time(t)
+
+    @classmethod
+    def f(cls, t):
+        return torch.zeros_like(as_time(t))
+
+    @classmethod
+    def g(cls, t):
+        return torch.sqrt(2 * as_time(t))
+
+    @classmethod
+    def log_snr(cls, t):
+        return -2 * torch.log(as_time(t))
+
+    @classmethod
+    def time(cls, log_snr):
+        return torch.exp(-as_time(log_snr) / 2)
+
+
+# %% [markdown]
+# Do the formulas satisfy eq. (2)? Integrate $f$ and $g$ numerically and compare.
+
+
+# %%
+def integrate(kernel, t, n=100_000):
+    """Compute (s_t, sigma_t) of Eq. 2 from f and g alone, by the midpoint rule. t: a float."""
+    xi = (torch.arange(n, dtype=torch.float64) + 0.5) * t / n
+    log_s = torch.cumsum(kernel.f(xi), 0) * t / n
+    s_xi = torch.exp(log_s - kernel.f(xi) * t / n / 2)  # at the midpoints
+    return log_s[-1].exp(), torch.sqrt((kernel.g(xi) ** 2 / s_xi**2).sum() * t / n)  # Eq. 2
+
+
+if __name__ == "__main__":
+    for kernel, t in ((VP, 0.1), (VP, 1.0), (VE, 2.5)):
+        s, sigma = integrate(kernel, t)
+        print(f"{kernel.__name__} at t = {t}: s {kernel.s(t):.6f}, integrated {s:.6f};", end=" ")
+        print(f"sigma {kernel.sigma(t):.5f}, integrated {sigma:.5f}")
+        torch.testing.assert_close(kernel.s(t), s, rtol=1e-6, atol=0)
+        torch.testing.assert_close(kernel.sigma(t), sigma, rtol=1e-5, atol=0)
+
+# %% [markdown]
+# Forward noising is eq. (1) in one line. Below, three digits on their way to noise.
+
+
+# %%
+def per_image(value, x):
+    """Reshape a value a batch entry, (B,) or scalar, so that it multiplies x (B, C, H, W)."""
+    value = torch.as_tensor(value, device=x.device).to(x.dtype)
+    return value.reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, 1, 1)
+
+
+def perturb(x0, eps, t, kernel):
+    """Draw x_t from the perturbation kernel: (B, C, H, W) of x0 and noise eps at times t (B,)."""
+    return per_image(kernel.s(t), x0) * (x0 + per_image(kernel.sigma(t), x0) * eps)  # Eq. 1
+
+
+# %%
+if __name__ == "__main__":
+    generator = torch.Generator(device()).manual_seed(seed)
+    eps = torch.randn(images[:1].shape, generator=generator, device=device())
+    times = torch.linspace(VP.t_min, 1, 12, device=device())
+    noisy = [perturb(image.expand(12, -1, -1, -1), eps, times, VP) for image in images[[0, 3, 9]]]
+    title = "VP kernel, t from 0.001 to 1 in equal steps, the same noise in each row"
+    show_images([torch.cat(noisy)], [title], "figures/01_forward.png", columns=12)
+
+# %% [markdown]
+# From the third column on ($t\approx0.2$) one has to guess, and from the sixth there is nothing
+# left to guess from: the rows are alike. That is the first hint that the timeline is not uniform.
+# Its early part cleans a picture that is known, its late part sees only noise.
+#
+# ## From noise to pictures
+#
+# If the *score* $\nabla\log p_t$ is known, the forward SDE can be run backwards
+#
+# $$\mathrm dx = [f(t)\,x - g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt + g(t)\,\mathrm d\bar w \tag{3}$$
+#
+# and the *probability-flow ODE* moves through the same distributions without noise:
+# $\mathrm dx = [f(t)\,x - \tfrac12 g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt$. A network that
+# predicts the noise gives the score, because $\nabla\log p_t(x) = -\epsilon_t(x)/(s_t\sigma_t)$.
+# Both solvers below take equal steps in log-SNR, since all of the fine detail is decided in a short
+# stretch near $t=0$.
+
+
+# %%
+def score(eps, t, kernel):
+    """Turn a noise prediction eps (B, C, H, W) at times t (B,) into the score of p_t."""
+    return -eps / per_image(kernel.s(t) * kernel.sigma(t), eps)
+
+
+def log_snr_times(kernel, n):
+    """Return n + 1 times from t_max down to t_min, equally spaced in log-SNR, float64."""
+    ends = float(kernel.log_snr(kernel.t_max)), float(kernel.log_snr(kernel.t_min))
+    return kernel.time(torch.linspace(*ends, n + 1, dtype=torch.float64))
+
+
+def euler_maruyama(eps, kernel, x, nfe, generator=None):
+    """Solve the reverse SDE (paper, Eq. 3) by Euler-Maruyama, yielding x after each of nfe steps.
+
+    eps: function (x, t) -> predicted noise; x: (B, C, H, W) noise at t_max; t is passed as (B,).
+    """
+    times = log_snr_times(kernel, nfe).to(x.device)
+    for t, t_next in zip(times, times[1:], strict=False):
+        dt = t_next - t  # negative: time runs backwards
+        grad = score(eps(x, t.expand(len(x)).to(x.dtype)), t, kernel)
+        z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        drift = per_image(kernel.f(t), x) * x - per_image(kernel.g(t) ** 2, x) * grad
+        x = x + per_image(dt, x) * drift + per_image(kernel.g(t) * (-dt).sqrt(), x) * z  # Eq. 3
+        yield x
+
+
+def probability_flow(eps, kernel, x, nfe, generator=None):
+    """Solve the probability-flow ODE by Euler's method, yielding x after each of nfe steps.
+
+    Arguments as `euler_maruyama`; nothing is random. Source: Song et al. 2021, Eq. 13.
+    """
+    times = log_snr_times(kernel, nfe).to(x.device)
+    for t, t_next in zip(times, times[1:], strict=False):
+        grad = score(eps(x, t.expand(len(x)).to(x.dtype)), t, kernel)
+        drift = per_image(kernel.f(t), x) * x - per_image(kernel.g(t) ** 2 / 2, x) * grad
+        x = x + per_image(t_next - t, x) * drift
+        yield x
+
+
+# %% [markdown]
+# ## The best possible denoiser (Proposition 1)
+#
+# Which function $\epsilon_\theta(x, t)$ minimises the training loss
+# $\mathbb E\,\|\epsilon-\epsilon_\theta(x_t,t)\|^2$ (eq. 5) over a finite data set $\{y_i\}$? Three
+# steps:
+#
+# 1. **The data are points**: $p_\text{data}=\frac1N\sum_i\delta(x-y_i)$. Blurred by the kernel (1)
+#    they become a mixture of Gaussians,
+#    $p_t(x)=\frac1N\sum_i\mathcal N(x;\,s_ty_i,\,s_t^2\sigma_t^2I)$ (eq. 14).
+# 2. **The noise is known given the point**: if $x$ came from $y_i$, it was made with
+#    $\epsilon=(x-s_ty_i)/(s_t\sigma_t)$ (eq. 16). So the loss is an integral over $x$ of
+#    $\frac1N\sum_i\mathcal N(x;s_ty_i,s_t^2\sigma_t^2I)\,\|\epsilon_\theta(x,t)-\frac{x-s_ty_i}{s_t\sigma_t}\|^2$
+#    (eq. 17).
+# 3. **Every $x$ is its own problem**: a weighted sum of squares, convex in the value
+#    $\epsilon_\theta(x,t)$. Its gradient vanishes at the weighted mean (eqs. 19–21):
+#
+# $$\epsilon^*_t(x)=\frac{x-s_t\,\hat y_t(x)}{s_t\sigma_t},\qquad
+#   \hat y_t(x)=\frac{\sum_i \mathcal N(x;\,s_ty_i,\,s_t^2\sigma_t^2I)\;y_i}
+#                    {\sum_i \mathcal N(x;\,s_ty_i,\,s_t^2\sigma_t^2I)}. \tag{Prop. 1}$$
+#
+# $\hat y_t$ is the *posterior mean*: the average of all pictures, each weighted by how likely $x$
+# came from it. The weights are $\mathrm{softmax}_i(-\|x/s_t-y_i\|^2/2\sigma_t^2)$, which is
+# attention with the data set as keys and values. We walk over the data set in chunks and rescale
+# the running sums whenever a larger logit appears, so that memory does not grow with $N$.
+
+
+# %%
+def posterior_mean(x, t, kernel, images, chunk=2000):
+    """Average the data set as x sees it at time t: y_hat of Prop. 1.
+
+    x: (B, C, H, W) at times t, (B,) or scalar; images: (N, C, H, W) floats in [0, 1].
+    Returns (B, C, H, W) in x's dtype. Works in float64: at sigma = 1e-3 logits differ by 1e7.
+    Raises BadInput where shapes do not match or a time has no noise. Source: paper, Prop. 1.
+    """
+    if x.dim() != 4 or images.dim() != 4 or x.shape[1:] != images.shape[1:] or len(images) < 1:
+        raise BadInput(f"x {tuple(x.shape)} and images {tuple(images.shape)} must share C, H, W")
+    t = as_time(t).to(x.device).double().expand(len(x))
+    s, sigma = kernel.s(t)[:, None], kernel.sigma(t)[:, None]  # (B, 1)
+    if not (sigma > 0).all():
+        raise BadInput("the posterior mean needs noise: every time must give a sigma above 0")
+    z = x.flatten(1).double() / s  # (B, n)
+    top = torch.full_like(sigma, -torch.inf)  # the largest logit so far
+    total, mean = torch.zeros_like(sigma), torch.zeros_like(z)
+    for y in images.flatten(1).split(chunk):
+        y = y.to(z)  # (chunk, n)
+        logits = (z @ y.T - (y * y).sum(1) / 2) / sigma**2  # (B, chunk); |z|^2 is common to all
+        new = torch.maximum(top, logits.amax(1, keepdim=True))
+        weight, decay = torch.exp(logits - new), torch.exp(top - new)
+        total = total * decay + weight.sum(1, keepdim=True)
+        mean = mean * decay + weight @ y
+        top = new
+    return (mean / total).reshape(x.shape).to(x.dtype)
+
+
+def optimal_denoiser(x, t, kernel, images):
+    """Predict the noise in x as well as this data set allows: eps* of Prop. 1.
+
+    Shapes and errors as `posterior_mean`. Source: paper, Prop. 1 and Eq. 21.
+    """
+    t = as_time(t).to(x.device)
+    s, sigma = per_image(kernel.s(t), x), per_image(kernel.sigma(t), x)
+    return (x - s * posterior_mean(x, t, kernel, images)) / (s * sigma)  # Prop. 1
+
+
+# %% [markdown]
+# Is it really the minimum? Two checks on the formula, both from the definition of the loss (eq.
+# 17): its gradient at $\epsilon^*$ must vanish, and no change of $\epsilon^*$ may lower it.
+
+
+# %%
+def empirical_loss(guess, x, t, kernel, images):
+    """Evaluate eq. 17 at each x, up to a factor that does not depend on the guess: (B,) float64."""
+    s, sigma = float(kernel.s(t)), float(kernel.sigma(t))
+    x, y = x.double().flatten(1)[:, None], images.double().flatten(1)[None]  # (B, 1, n), (1, N, n)
+    weight = torch.softmax(-((x - s * y) ** 2).sum(2) / (2 * s**2 * sigma**2), 1)  # (B, N)
+    error = ((guess.double().flatten(1)[:, None] - (x - s * y) / (s * sigma)) ** 2).sum(2)
+    return (weight * error).sum(1)
+
+
+if __name__ == "__main__":
+    few, t = images[:200].double(), 0.2
+    x = perturb(few[:8], torch.randn_like(few[:8]), torch.full((8,), t).to(few), VP)
+    best = optimal_denoiser(x, t, VP, few).requires_grad_()
+    loss = empirical_loss(best, x, t, VP, few)
+    (gradient,) = torch.autograd.grad(loss.sum(), best)
+    print(f"largest gradient entry at eps*: {gradient.abs().max():.1e}")
+    assert gradient.abs().max() < 1e-10
+    for size in (1e-3, 1e-1, 10):
+        rise = empirical_loss(best + size * torch.randn_like(best), x, t, VP, few) - loss
+        print(f"eps* + {size:g} * noise: the loss rises by {rise.min():.2e} or more")
+        assert (rise > 0).all()
+
+# %% [markdown]
+# ## What it sees
+#
+# One digit with more and more noise, and the optimal denoiser's estimate $\hat y_t$ of the picture.
+
+# %%
+if __name__ == "__main__":
+    times = torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0])
+    xt = perturb(images[9].expand(12, -1, -1, -1), eps, times.to(device()), VP)
+    seen = posterior_mean(xt, times, VP, images)
+    titles = [
+        "with noise, t = " + ", ".join(f"{t:.2g}" for t in times.tolist()),
+        r"what $\hat y_t$ sees",
+    ]
+    show_images([xt, seen], titles, "figures/01_posterior_mean.png", columns=12)
+
+# %% [markdown]
+# Near the image it returns the very picture; near the noise the mean of all digits, whatever it is
+# shown; between them it wavers among candidates. Three regimes: step 02 measures where they begin
+# and end.
+#
+# ## Sampling with it
+#
+# Feed $\epsilon^*$ to the reverse SDE and to the ODE, starting from pure noise.
+
+# %%
+if __name__ == "__main__":
+    best = lambda x, t: optimal_denoiser(x, t, VP, images)  # noqa: E731
+    start = torch.randn(samples, *images.shape[1:], generator=generator, device=device())
+    *_, sde = euler_maruyama(best, VP, start, steps, generator)
+    *_, ode = probability_flow(best, VP, start, steps)
+    gap, nearest = torch.cdist(sde.flatten(1), images.flatten(1)).min(1)
+    titles = ["reverse SDE", "probability-flow ODE, same start", "training picture nearest to SDE"]
+    show_images([sde, ode, images[nearest]], titles, "figures/01_samples.png")
+
+# %%
+if __name__ == "__main__":
+    for name, drawn in (("SDE", sde), ("ODE", ode)):
+        gap = torch.cdist(drawn.flatten(1), images.flatten(1)).min(1).values
+        rms = gap / np.sqrt(images[0].numel())  # per pixel
+        print(
+            f"{name}: distance to the nearest training picture, root mean square a pixel:", end=" "
+        )
+        print(f"{rms.max():.3f} at worst, where the pixels themselves spread by {images.std():.2f}")
+        assert rms.max() < 0.05, "the optimal denoiser should give back training pictures"
+
+# %% [markdown]
+# Every sample is a training picture, up to the noise that $t_\min$ leaves. **This is why networks
+# are trained at all**: the minimiser of the loss memorises, and a network is useful because it does
+# *not* reach it. Its limited capacity makes it generalise. How much capacity, and where in time, is
+# the question of this paper.
+#
+# **You have** two kernels checked against their SDE, two ways to sample, and the closed-form
+# optimum that step 02 uses to cut the timeline.
+#
+# ### Exercises
+#
+# 1. Sample with `VE` in place of `VP`. What must change? <details><summary>Solution</summary>The
+#    start: noise at `VE.t_max` has standard deviation $s\sigma$ = 80, so `start * 80`; then pass
+#    `VE` to the denoiser and to the solver. The samples are training pictures again.</details>
+# 2. Keep only 10 images as the data set. At what $t$ does $\hat y_t$ stop returning the very
+#    picture, and why later than with 1,797? <details><summary>Solution</summary>With fewer, more
+#    distant candidates, more noise is needed to confuse them: the posterior concentrates as long as
+#    $\sigma_t^2\log N$ is small against the squared distance between pictures.</details>
