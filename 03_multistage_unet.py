@@ -318,6 +318,7 @@ PUBLISHED = (0.442, 0.6308)  # t_1, t_2 of the paper; step 04 puts those of the 
 
 NETWORKS = {
     "digits": dict(channels=1, size=8, encoder=32, decoders=(48, 32, 16), attention=(4,)),
+    "digits_latent": dict(channels=2, size=4, encoder=32, decoders=(48, 32, 16), attention=(4,)),
     "mnist": dict(channels=1, size=28, encoder=32, decoders=(48, 32, 16), mults=(1, 2, 2)),
     "cifar10": dict(
         channels=3,

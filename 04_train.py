@@ -124,6 +124,11 @@ def draw_times(model, process, batch, generator):
 
 
 # %%
+def network_space(images):
+    """Bring uint8 pictures into [-1, 1], where the network works; floats are there already."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
 def new_state(model, lr, seed):
     """Bundle what training changes: step, model, averaged model, optimiser, random numbers."""
     where = next(model.parameters()).device
@@ -139,7 +144,8 @@ def new_state(model, lr, seed):
 def train(state, images, steps, process="vp", batch=64, warmup=100, ema=0.9999, flip=False):
     """Train for `steps` steps in all by denoising score matching, yielding after each.
 
-    state: from `new_state`, changed in place. images: uint8 (N, C, H, W) on the model's device.
+    state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
+    pictures or floats that are in the network's space already (the latents of step 06).
     Yields (step, stage, loss), the loss as a tensor that is not yet waited for.
     Raises BadInput where the loss is no longer finite (looked at every 50 steps).
     Source: paper, Eq. 4, and the recipe of the authors' release.
@@ -150,7 +156,7 @@ def train(state, images, steps, process="vp", batch=64, warmup=100, ema=0.9999, 
     model.train()
     while state["step"] < steps:
         i = torch.randint(len(images), (batch,), generator=generator, device=images.device)
-        x0 = images[i].float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
+        x0 = network_space(images[i])  # (B, C, H, W)
         if flip:
             turn = torch.rand(batch, generator=generator, device=x0.device) < 0.5
             x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
@@ -220,12 +226,16 @@ def restore(state, content):
     state["step"] = content["step"]
 
 
+def network_name(dataset, arch):
+    """Name the entry of NETWORKS for a data set and an architecture; colour sets share one."""
+    base = dataset if dataset in unet.NETWORKS else "cifar10"
+    return base if arch == "multistage" else f"{base}_{arch}"
+
+
 def network_of(settings):
     """Build the untrained network that a run's settings describe."""
-    suffix = "" if settings["arch"] == "multistage" else f"_{settings['arch']}"
-    base = settings["dataset"] if settings["dataset"] in unet.NETWORKS else "cifar10"
-    cuts = [] if settings["arch"] == "unified" else settings["boundaries"]
-    return unet.build(base + suffix, boundaries=cuts, log_time=settings["process"] == "edm")
+    log_time = settings["process"] == "edm"
+    return unet.build(settings["network"], boundaries=settings["boundaries"], log_time=log_time)
 
 
 def load_model(folder):
@@ -364,7 +374,8 @@ if __name__ == "__main__":
     pixels = pixels.to(sde.device())  # uint8 (N, C, H, W), all of it
     recipe = RECIPES[dataset]
     run = Path(out) / (name or f"{dataset}-{arch}" + "-edm" * (process == "edm"))
-    asked = dict(dataset=dataset, arch=arch, process=process, ema=ema, seed=seed)
+    asked = dict(dataset=dataset, arch=arch, network=network_name(dataset, arch))
+    asked.update(process=process, ema=ema, seed=seed)
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
     content = load(run) if resume else None
@@ -438,13 +449,13 @@ if __name__ == "__main__":
     kernel, generator = KERNELS[process], torch.Generator().manual_seed(seed)
     levels = sde.VP.log_snr(torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.7]))
     t = kernel.time(levels).float().to(sde.device())  # the same noise levels in either process
-    x0 = pixels[:8].float() / 127.5 - 1
+    x0 = network_space(pixels[:8])
     xt = sde.perturb(x0, torch.randn(x0.shape, generator=generator).to(x0), t, kernel)
     with torch.no_grad():
         eps = predict_noise(network, xt, t, process)
     s, sigma = (sde.per_image(v, xt) for v in (kernel.s(t), kernel.sigma(t)))
     learned = xt / s - sigma * eps
-    best = sde.posterior_mean(xt, t, kernel, pixels[:50_000].float() / 127.5 - 1)
+    best = sde.posterior_mean(xt, t, kernel, network_space(pixels[:50_000]))
     rows = [(row + 1) / 2 for row in (x0, xt, learned, best)]
     titles = [
         "picture",

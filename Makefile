@@ -1,0 +1,29 @@
+# make demo: see it work (6 minutes on 2 cores after the install). make test: check that it does.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test lint notebooks clean
+
+demo: .venv/ready
+	$(BIN)/python notebooks/execute.py
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/python -m pip install -q ruff -c constraints.txt
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+notebooks: .venv/ready
+	$(BIN)/python notebooks/execute.py --update
+
+.venv/ready: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo "installing into .venv: some minutes, 6 GB on Linux"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs/demo figures

@@ -1,0 +1,102 @@
+"""Execute the six steps, in order, as notebooks.
+
+    python notebooks/execute.py            into runs/demo/, with everything the steps leave
+    python notebooks/execute.py --update   into notebooks/, the ones that are committed
+
+The scripts are the source: each becomes a notebook by jupytext and runs through papermill.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import papermill
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = sorted(path.stem for path in ROOT.glob("0[1-9]_*.py"))
+
+
+def last_states(text):
+    """Keep of a progress bar what one would see at the end: the text after each line's last \\r."""
+    return "\n".join(line.rstrip("\r").split("\r")[-1].rstrip() for line in text.split("\n"))
+
+
+def tidy(notebook):
+    """Drop what differs from run to run without meaning: times, paths, redrawn progress bars."""
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = last_states(output.text)
+        kept = [o for o in cell.get("outputs", []) if o.output_type != "stream" or o.text.strip()]
+        if "outputs" in cell:
+            cell.outputs = kept
+
+
+def execute(step, target, parameters):
+    """Run one step as a notebook and write it, executed, to `target`."""
+    source = jupytext.read(ROOT / f"{step}.py")
+    known = source.cells[[tags(cell) for cell in source.cells].index(["parameters"])].source
+    mine = {key: value for key, value in parameters.items() if f"\n{key} = " in f"\n{known}"}
+    draft = target.with_suffix(".part.ipynb")
+    papermill.execute_notebook(
+        source, draft, mine, kernel_name="python3", cwd=ROOT, progress_bar=False
+    )
+    notebook = jupytext.read(draft)
+    tidy(notebook)
+    jupytext.write(notebook, target)
+    draft.unlink()
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--update", action="store_true", help="refresh the committed notebooks")
+    update = parser.parse_args().update
+    out = ROOT / "runs" / "demo"
+    if update:
+        folder, parameters = ROOT / "notebooks", {}
+    else:
+        folder, parameters = out / "notebooks", {"out": "runs/demo"}
+        shutil.rmtree(out, ignore_errors=True)  # holds nothing but an earlier demo
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.pop("MPLBACKEND", None)  # a backend without windows would take the figures away
+    begin = time.perf_counter()
+    for i, step in enumerate(STEPS, start=1):
+        print(f"[{i}/{len(STEPS)}] {step} … ", end="", flush=True)
+        start = time.perf_counter()
+        try:
+            execute(step, folder / f"{step}.ipynb", parameters)
+        except papermill.PapermillExecutionError as error:
+            print(f"failed, see {folder}/{step}.part.ipynb\n{error}")
+            sys.exit(1)
+        print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    print(f"all six in {time.perf_counter() - begin:.0f} s\n")
+    if not update:
+        report(out, folder)
+
+
+def report(out, folder):
+    """Say where the results are, and the one number that sums them up."""
+    here = lambda path: path.relative_to(ROOT)  # noqa: E731
+    for name in ("digits-multistage", "digits-latent"):
+        metrics = json.loads((out / name / "metrics.json").read_text())
+        ours, real = metrics["samples / real"]["frechet"], metrics["real / real"]["frechet"]
+        print(f"{name}: Fréchet distance {ours:.2f} (real against real: {real:.2f})")
+        print(f"  sample grid         {here(out / name / 'samples.png')}")
+        print(f"  metrics             {here(out / name / 'metrics.json')}")
+    print(f"executed notebooks    {here(folder)}/")
+
+
+if __name__ == "__main__":
+    main()

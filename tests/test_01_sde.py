@@ -1,0 +1,262 @@
+"""Step 01: kernels against integration, the optimal denoiser against its definition, data sets."""
+
+import gzip
+import math
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+
+
+@pytest.mark.parametrize("name, t", [("VP", 0.01), ("VP", 0.4), ("VP", 1.0), ("VE", 0.5), ("VE", 9)])
+def test_kernel_satisfies_equation_2(sde, name, t):
+    kernel = getattr(sde, name)
+    f = lambda xi: float(kernel.f(xi))  # noqa: E731
+    s = lambda xi: math.exp(quad(f, 0, xi)[0])  # noqa: E731
+    variance = quad(lambda xi: float(kernel.g(xi)) ** 2 / s(xi) ** 2, 0, t)[0]
+    assert float(kernel.s(t)) == pytest.approx(s(t), rel=1e-9)
+    assert float(kernel.sigma(t)) == pytest.approx(math.sqrt(variance), rel=1e-7)
+
+
+def test_vp_preserves_variance_and_matches_known_values(sde):
+    t = torch.linspace(1e-3, 1, 50, dtype=torch.float64)
+    s, sigma = sde.VP.s(t), sde.VP.sigma(t)
+    torch.testing.assert_close(s**2 * (1 + sigma**2), torch.ones_like(t))
+    assert float(sde.VP.sigma(0.442)) == pytest.approx(2.511, abs=1e-3)
+    assert float(sde.VP.sigma(0.6308)) == pytest.approx(7.404, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["VP", "VE"])
+def test_log_snr_and_its_inverse(sde, name):
+    kernel = getattr(sde, name)
+    t = torch.linspace(kernel.t_min, kernel.t_max, 101, dtype=torch.float64)
+    expected = torch.log(kernel.s(t) ** 2 / (kernel.s(t) * kernel.sigma(t)) ** 2)
+    torch.testing.assert_close(kernel.log_snr(t), expected)
+    torch.testing.assert_close(kernel.time(kernel.log_snr(t)), t, rtol=1e-10, atol=0)
+
+
+def test_perturb_has_the_moments_of_equation_1(sde):
+    x0, t = torch.full((20_000, 1, 1, 1), 0.7), torch.full((20_000,), 0.3)
+    xt = sde.perturb(x0, torch.randn_like(x0), t, sde.VP)
+    s, sigma = float(sde.VP.s(0.3)), float(sde.VP.sigma(0.3))
+    assert xt.mean().item() == pytest.approx(0.7 * s, abs=4 * s * sigma / math.sqrt(20_000))
+    assert xt.std().item() == pytest.approx(s * sigma, rel=0.03)
+
+
+def brute_force_posterior_mean(x, t, kernel, images):
+    """Prop. 1 with Python loops in float64, nothing shared with the implementation."""
+    out = np.zeros(x.shape)
+    y = images.double().numpy()
+    for b in range(len(x)):
+        s, sigma = float(kernel.s(float(t[b]))), float(kernel.sigma(float(t[b])))
+        log_w = []
+        for i in range(len(y)):
+            square = ((x[b].double().numpy() - s * y[i]) ** 2).sum()
+            log_w.append(-square / (2 * s**2 * sigma**2))
+        w = np.exp(np.array(log_w) - max(log_w))
+        out[b] = np.tensordot(w / w.sum(), y, 1)
+    return out
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.03, 0.3, 1.0, 5.0, 1e3])
+def test_posterior_mean_equals_brute_force(sde, digits, sigma):
+    images = digits[:150]
+    t = torch.full((6,), sigma)
+    x = sde.perturb(images[:6], torch.randn(6, 1, 8, 8), t, sde.VE)
+    expected = brute_force_posterior_mean(x, t, sde.VE, images)
+    for chunk in (7, 150, 2000):
+        found = sde.posterior_mean(x, t, sde.VE, images, chunk=chunk)
+        assert found.dtype == x.dtype
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_posterior_mean_takes_one_time_for_all(sde, digits):
+    x = torch.randn(3, 1, 8, 8)
+    one = sde.posterior_mean(x, 0.4, sde.VP, digits)
+    torch.testing.assert_close(one, sde.posterior_mean(x, torch.full((3,), 0.4), sde.VP, digits))
+
+
+def test_far_logits_pick_the_nearest_image(sde, digits):
+    x = digits[:4] + 1e-3 * torch.randn(4, 1, 8, 8)
+    found = sde.posterior_mean(x, torch.full((4,), 1e-3), sde.VE, digits)
+    torch.testing.assert_close(found, digits[:4])
+
+
+def test_optimal_denoiser_is_the_score_of_the_mixture(sde, digits):
+    """-s sigma grad log p_t, with p_t (Eq. 14) from torch's own distributions."""
+    images, t = digits[:50].double(), 0.25
+    s, sigma = float(sde.VP.s(t)), float(sde.VP.sigma(t))
+    x = sde.perturb(images[:5], torch.randn(5, 1, 8, 8).double(), torch.full((5,), t), sde.VP)
+    x.requires_grad_()
+    parts = torch.distributions.Independent(
+        torch.distributions.Normal(s * images.flatten(1), s * sigma), 1
+    )
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(50, dtype=torch.float64)), parts
+    )
+    (grad,) = torch.autograd.grad(mixture.log_prob(x.flatten(1)).sum(), x)
+    found = sde.optimal_denoiser(x.detach(), torch.full((5,), t), sde.VP, images)
+    torch.testing.assert_close(found, -s * sigma * grad, rtol=1e-8, atol=1e-10)
+
+
+def test_optimal_denoiser_minimises_the_empirical_loss(sde, digits):
+    """Eq. 17 by the density of Eq. 14: the gradient vanishes and no perturbation lowers it."""
+    images, t = digits[:60].double(), 0.2
+    s, sigma = float(sde.VP.s(t)), float(sde.VP.sigma(t))
+    x = sde.perturb(images[:4], torch.randn(4, 1, 8, 8).double(), torch.full((4,), t), sde.VP)
+    distance = ((x[:, None] - s * images[None]) ** 2).flatten(2).sum(2)
+    weight = torch.exp(-(distance - distance.amin(1, True)) / (2 * s**2 * sigma**2))
+
+    def loss(eps):
+        error = eps[:, None] - (x[:, None] - s * images[None]) / (s * sigma)
+        return (weight * (error**2).flatten(2).sum(2)).sum(1)
+
+    best = sde.optimal_denoiser(x, torch.full((4,), t), sde.VP, images).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(best).sum(), best)
+    assert gradient.abs().max() < 1e-10
+    for size in (1e-4, 1e-2, 1.0):
+        assert (loss(best + size * torch.randn_like(best)) > loss(best)).all()
+
+
+def test_sampling_with_it_gives_back_training_images(sde, digits):
+    images = digits[:100]
+    best = lambda x, t: sde.optimal_denoiser(x, t, sde.VP, images)  # noqa: E731
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(6, 1, 8, 8, generator=generator)
+    for solver in (sde.euler_maruyama, sde.probability_flow):
+        *_, x = solver(best, sde.VP, start, 150, generator)
+        gap = torch.cdist(x.flatten(1), images.flatten(1)).min(1).values / 8
+        assert gap.max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "x, t, images",
+    [
+        (torch.zeros(2, 1, 8, 8), 0.5, torch.zeros(3, 1, 9, 9)),
+        (torch.zeros(2, 64), 0.5, torch.zeros(3, 1, 8, 8)),
+        (torch.zeros(2, 1, 8, 8), 0.5, torch.zeros(0, 1, 8, 8)),
+        (torch.zeros(2, 1, 8, 8), 0.0, torch.zeros(3, 1, 8, 8)),
+    ],
+)
+def test_posterior_mean_refuses_what_cannot_be(sde, x, t, images):
+    with pytest.raises(sde.BadInput):
+        sde.posterior_mean(x, t, sde.VP, images)
+
+
+def test_digits_and_unknown_sets(sde):
+    pixels, labels = sde.load_images("digits")
+    assert pixels.shape == (1797, 1, 8, 8) and pixels.dtype == torch.uint8
+    assert pixels.max() == 255 and labels.bincount().tolist() == [178, 182, 177, 183, 181] + [
+        *(182, 181, 179, 174, 180)
+    ]
+    with pytest.raises(sde.BadInput, match="unknown dataset 'nope'"):
+        sde.load_images("nope")
+
+
+def test_mnist_from_files(sde, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    for split, n in (("train", 5), ("t10k", 5)):
+        image_file, label_file = f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
+        (raw / image_file).write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels.tobytes())
+        (raw / label_file).write_bytes(struct.pack(">2i", 2049, n) + bytes(range(n)))
+        (raw / f"{image_file}.gz").write_bytes(gzip.compress((raw / image_file).read_bytes()))
+    images, labels = sde.load_images("mnist", str(tmp_path))
+    assert images.shape == (5, 1, 28, 28) and labels.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(images[:, 0].numpy(), pixels)
+
+
+def test_cifar10_from_files(sde, tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    # files made here cannot have the published checksums
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(0, 256, (5, 2, 3072), dtype=np.uint8)
+    for i in range(5):
+        content = {"data": rows[i], "labels": [i, i]}
+        (folder / f"data_batch_{i + 1}").write_bytes(pickle.dumps(content))
+    images, labels = sde.load_images("cifar10", str(tmp_path))
+    assert images.shape == (10, 3, 32, 32) and labels.tolist() == sorted([*range(5)] * 2)
+    np.testing.assert_array_equal(images.flatten(1).numpy(), rows.reshape(10, 3072))
+
+
+def test_celeba_is_cropped_and_resized(sde, tmp_path, monkeypatch):
+    from PIL import Image
+    from torchvision.datasets import CelebA
+
+    class Made(CelebA):
+        def __init__(self, root, split, download):
+            assert split == "train" and not download
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return Image.new("RGB", (178, 218), (10 * i, 20, 30)), 0
+
+    monkeypatch.setattr("torchvision.datasets.CelebA", Made)
+    images, labels = sde.load_images("celeba", str(tmp_path), size=32)
+    assert images.shape == (3, 3, 32, 32) and labels is None
+    assert images[2, :, 16, 16].tolist() == [20, 20, 30]
+
+
+def test_folder_of_pictures(sde, tmp_path):
+    from PIL import Image
+
+    with pytest.raises(sde.BadInput, match="no pictures under"):
+        sde.load_images("folder", str(tmp_path))
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (40, 60), (255, 0, 0)).save(tmp_path / "deep" / "red.png")
+    Image.new("L", (64, 64), 77).save(tmp_path / "grey.jpg")
+    images, _ = sde.load_images("folder", str(tmp_path), size=16)
+    assert images.shape == (2, 3, 16, 16)
+    assert images[0, :, 8, 8].tolist() == [255, 0, 0]
+    (tmp_path / "torn.png").write_bytes(b"not a picture")
+    with pytest.raises(sde.BadInput, match=r"torn\.png"):
+        sde.load_images("folder", str(tmp_path), size=16)
+
+
+def test_missing_set_ends_in_one_sentence(sde, tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    def unreachable(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR10, "download", unreachable)
+    with pytest.raises(sde.BadInput, match="put its files there"):
+        sde.load_images("cifar10", str(tmp_path))
+
+
+def test_files_are_replaced_whole_or_not_at_all(sde, tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with sde.replacing(path) as aside:
+        aside.write_text("first")
+    with pytest.raises(RuntimeError), sde.replacing(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    with pytest.raises(sde.BadInput, match="cannot write"), sde.replacing(path / "below") as aside:
+        aside.write_text("never")
+
+
+def test_pictures_are_tiled_with_space_between(sde):
+    grid = sde.tile(torch.zeros(5, 1, 8, 8), columns=3)
+    assert grid.shape == (3, 2 * 48 + 3 * 6, 3 * 48 + 4 * 6)
+    assert grid[0, 0, 0] == 1 and grid[0, 7, 7] == 0
+
+
+def test_environment_names_what_is_missing(sde, monkeypatch, tmp_path):
+    lines, complete = sde.environment()
+    assert complete and any(line.startswith("torch ") for line in lines)
+    (tmp_path / "requirements.txt").write_text("torch>=2\nno-such-package>=1\n")
+    monkeypatch.setattr(sde, "ROOT", tmp_path)
+    lines, complete = sde.environment()
+    assert not complete and "no-such-package MISSING" in "\n".join(lines)

@@ -1,0 +1,121 @@
+"""From the shell: help, silent imports, and every error as one sentence with exit status 2."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, STEPS
+
+
+def run(*arguments, cwd, env=None):
+    """Run a step (or -c code) as a user would, from an empty folder."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def script(name):
+    return str(ROOT / f"{name}.py")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_help_names_every_parameter(step, tmp_path):
+    cell = (ROOT / f"{step}.py").read_text().split('tags=["parameters"]\n')[1].split("# %%")[0]
+    names = [line.split(" = ")[0] for line in cell.splitlines() if " = " in line]
+    done = run(script(step), "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert names and all(f"--{name}" in done.stdout for name in names)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_import_is_silent_and_leaves_nothing(step, tmp_path):
+    done = run("-c", f"import importlib; importlib.import_module('{step}')", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_import_only_earlier_steps(step):
+    text = (ROOT / f"{step}.py").read_text()
+    used = [other for other in STEPS if f'import_module("{other}")' in text]
+    assert all(other < step for other in used)
+    assert step == STEPS[0] or used
+
+
+WRONG = {
+    "unknown flag": ("04_train", ["--stpes", "3"], "unrecognized arguments: --stpes 3"),
+    "abbreviated flag": ("04_train", ["--data", "digits"], "unrecognized arguments: --data"),
+    "no number": ("04_train", ["--steps", "many"], "invalid int value: 'many'"),
+    "negative": ("04_train", ["--batch", "-3"], "batch = -3 is negative"),
+    "unknown arch": ("04_train", ["--arch", "u-net"], "unknown arch 'u-net'"),
+    "unknown process": ("04_train", ["--process", "ve"], "unknown process 've'"),
+    "unknown data set": ("04_train", ["--dataset", "imagenet"], "unknown dataset 'imagenet'"),
+    "unknown data set in 01": ("01_sde_and_denoiser", ["--dataset", "x"], "unknown dataset 'x'"),
+    "empty folder": ("04_train", ["--dataset", "folder", "--root", "."], "no pictures under '.'"),
+    "boundaries": ("04_train", ["--boundaries", "0.5,0.2", "--steps", "1"], "strictly ascending"),
+    "one boundary": ("04_train", ["--boundaries", "0.5", "--steps", "1"], "need 2 boundaries"),
+    "nothing to resume": ("04_train", ["--resume"], "there is no checkpoint runs"),
+    "unwritable": ("04_train", ["--out", "file/runs"], "cannot write to file/runs"),
+    "no alpha": ("02_clustering", ["--alpha", "2", "--samples", "50"], "alpha = 2.0 leaves no"),
+    "unknown network": ("03_multistage_unet", ["--network", "x"], "unknown network 'x_unified'"),
+    "missing run": ("05_sample_eval", ["--name", "x"], "there is no checkpoint runs/x"),
+    "no steps": ("06_ldm", ["--steps", "0"], "steps = 0 must be above 0"),
+    "unwritable 06": ("06_ldm", ["--out", "file/runs"], "cannot write to file/runs"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_are_one_sentence_and_status_2(case, tmp_path):
+    step, flags, sentence = WRONG[case]
+    (tmp_path / "file").write_text("kept")
+    done = run(script(step), *flags, cwd=tmp_path)
+    last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert last.startswith(f"{step}.py: error: ") and sentence in last
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_check_prints_the_environment_and_stops(tmp_path):
+    done = run(script(STEPS[0]), "--check", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("python 3.", "torch ", "torchvision ", "device ", "threads", "GiB of memory free"):
+        assert word in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_works_without_torch(tmp_path):
+    """On a machine where nothing is installed yet, --check must say so instead of failing."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    done = run(script(STEPS[0]), "--check", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1 and "no torch here" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_train_sample_and_resume_from_the_shell(tmp_path):
+    """The two commands of a scripted run, and going on where it ended."""
+    common = ["--steps", "4", "--batch", "8", "--name", "r"]
+    first = run(script("04_train"), *common, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    run_folder = tmp_path / "runs" / "r"
+    left = sorted(path.name for path in run_folder.iterdir())
+    assert left == ["checkpoint.pt", "denoised.png", "loss.png", "metrics.jsonl", "settings.json"]
+    contradiction = run(script("04_train"), *common, "--seed", "9", "--resume", cwd=tmp_path)
+    assert contradiction.returncode == 2
+    assert "runs/r was trained with seed = 0, not 9" in contradiction.stderr
+    more = run(script("04_train"), *common, "--resume", "--steps", "6", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert (run_folder / "metrics.jsonl").read_text().count('"step"') == 6
+    few = ["--name", "r", "--samples", "20", "--nfe", "3"]
+    done = run(script("05_sample_eval"), *few, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (run_folder / "samples.png").exists() and (run_folder / "metrics.json").exists()
+    assert "real / real" in done.stdout and "FID" not in done.stdout
+    many = run(script("05_sample_eval"), "--name", "r", "--samples", "899", "--nfe", "1", cwd=tmp_path)
+    assert many.returncode == 2 and "more than half the data set" in many.stderr
