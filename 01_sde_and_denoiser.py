@@ -448,6 +448,7 @@ def per_image(value, x):
 
 def perturb(x0, eps, t, kernel):
     """Draw x_t from the perturbation kernel: (B, C, H, W) of x0 and noise eps at times t (B,)."""
+    t = as_time(t).double()
     return per_image(kernel.s(t), x0) * (x0 + per_image(kernel.sigma(t), x0) * eps)  # Eq. 1
 
 
@@ -578,7 +579,7 @@ def optimal_denoiser(x, t, kernel, images):
 
     Shapes and errors as `posterior_mean`. Source: paper, Prop. 1 and Eq. 21.
     """
-    t = as_time(t).to(x.device)
+    t = as_time(t).double()
     s, sigma = per_image(kernel.s(t), x), per_image(kernel.sigma(t), x)
     return (x - s * posterior_mean(x, t, kernel, images)) / (s * sigma)  # Prop. 1
 

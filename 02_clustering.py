@@ -268,7 +268,7 @@ def snr_clusters(kernel, n, T=1000):
     return [float(t[i]) for i in contiguous_clusters(middle_costs(log_snr), n)]
 
 
-# %%
+# %% tags=["nbval-check-output"]
 if __name__ == "__main__":
     cuts = {
         f"Algorithm 1 on {dataset}": [t_1, t_2],

@@ -136,7 +136,7 @@ def new_state(model, lr, seed):
         step=0,
         model=model,
         ema=copy.deepcopy(model).eval().requires_grad_(False),
-        optimizer=torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.999)),
+        optimizer=torch.optim.Adam(model.parameters(), lr, fused=True),
         generator=torch.Generator(where).manual_seed(seed),
     )
 
@@ -234,8 +234,10 @@ def network_name(dataset, arch):
 
 def network_of(settings):
     """Build the untrained network that a run's settings describe."""
-    log_time = settings["process"] == "edm"
-    return unet.build(settings["network"], boundaries=settings["boundaries"], log_time=log_time)
+    kind = dict(boundaries=settings["boundaries"])
+    if settings["process"] == "edm":  # its wrapping adds the input already
+        kind.update(log_time=True, add_input=False)
+    return unet.build(settings["network"], **kind)
 
 
 def load_model(folder):
@@ -255,7 +257,7 @@ def load_model(folder):
 # %%
 PAPER = dict(steps=450_000, batch=128, lr=2e-4, warmup=5000, flip=True)
 RECIPES = {
-    "digits": dict(steps=2000, batch=64, lr=2e-3, warmup=100, flip=False),
+    "digits": dict(steps=1200, batch=64, lr=3e-3, warmup=100, flip=False),
     "mnist": dict(steps=10_000, batch=128, lr=1e-3, warmup=500, flip=False),
     "cifar10": PAPER,
     "celeba": PAPER,

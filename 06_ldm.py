@@ -206,7 +206,9 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     extractor, features = evaluation.pick_extractor("digits", pixels, labels)
     half, other_half = evaluation.real_halves(pixels, samples)
-    rebuilt_half = decode(autoencoder, encode(autoencoder, (other_half * 2 - 1).to(x0), scale), scale)
+    rebuilt_half = decode(
+        autoencoder, encode(autoencoder, (other_half * 2 - 1).to(x0), scale), scale
+    )
     table = {
         "samples / real": evaluation.evaluate(pictures, half, extractor),
         "rebuilt / real": evaluation.evaluate(rebuilt_half, half, extractor),

@@ -11,7 +11,9 @@ import torch
 from scipy.integrate import quad
 
 
-@pytest.mark.parametrize("name, t", [("VP", 0.01), ("VP", 0.4), ("VP", 1.0), ("VE", 0.5), ("VE", 9)])
+@pytest.mark.parametrize(
+    "name, t", [("VP", 0.01), ("VP", 0.4), ("VP", 1.0), ("VE", 0.5), ("VE", 9)]
+)
 def test_kernel_satisfies_equation_2(sde, name, t):
     kernel = getattr(sde, name)
     f = lambda xi: float(kernel.f(xi))  # noqa: E731
@@ -106,7 +108,8 @@ def test_optimal_denoiser_minimises_the_empirical_loss(sde, digits):
     """Eq. 17 by the density of Eq. 14: the gradient vanishes and no perturbation lowers it."""
     images, t = digits[:60].double(), 0.2
     s, sigma = float(sde.VP.s(t)), float(sde.VP.sigma(t))
-    x = sde.perturb(images[:4], torch.randn(4, 1, 8, 8).double(), torch.full((4,), t), sde.VP)
+    times = torch.full((4,), t, dtype=torch.float64)
+    x = sde.perturb(images[:4], torch.randn(4, 1, 8, 8).double(), times, sde.VP)
     distance = ((x[:, None] - s * images[None]) ** 2).flatten(2).sum(2)
     weight = torch.exp(-(distance - distance.amin(1, True)) / (2 * s**2 * sigma**2))
 
@@ -114,7 +117,7 @@ def test_optimal_denoiser_minimises_the_empirical_loss(sde, digits):
         error = eps[:, None] - (x[:, None] - s * images[None]) / (s * sigma)
         return (weight * (error**2).flatten(2).sum(2)).sum(1)
 
-    best = sde.optimal_denoiser(x, torch.full((4,), t), sde.VP, images).requires_grad_()
+    best = sde.optimal_denoiser(x, t, sde.VP, images).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(best).sum(), best)
     assert gradient.abs().max() < 1e-10
     for size in (1e-4, 1e-2, 1.0):

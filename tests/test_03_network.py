@@ -52,10 +52,9 @@ def plain_unet(w, x, t):
     h = block(torch.cat([h, f], 1), f"{d}.layers.0.0")
     h = attend(block(torch.cat([h, c], 1), f"{d}.layers.1.0"), f"{d}.layers.1.1")
     h = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    h = conv(h, f"{d}.layers.1.2.conv", padding=1)
     h = block(torch.cat([h, b], 1), f"{d}.layers.2.0")
     h = block(torch.cat([h, a], 1), f"{d}.layers.3.0")
-    return conv(F.silu(norm(h, f"{d}.norm")), f"{d}.last", padding=1)
+    return x + conv(F.silu(norm(h, f"{d}.norm")), f"{d}.last", padding=1)
 
 
 def test_one_stage_equals_a_plain_unet(unet):
@@ -93,8 +92,10 @@ def test_a_stage_does_not_touch_other_decoders(multistage):
     assert all(p.grad is not None for p in multistage.encoders.parameters())
 
 
-def test_the_untrained_network_predicts_zero(unet):
-    assert unet.build("digits")(torch.randn(2, 1, 8, 8), torch.rand(2)).abs().max() == 0
+def test_the_untrained_network_predicts_zero_or_its_input(unet):
+    x, t = torch.randn(4, 1, 8, 8), torch.rand(4)
+    assert unet.build("digits", add_input=False)(x, t).abs().max() == 0
+    assert torch.equal(unet.build("digits")(x, t), x)
 
 
 def test_every_network_runs_and_its_parts_are_shared_as_named(unet):
@@ -119,8 +120,9 @@ def test_cost_counts_a_convolution_and_everything_once(unet):
     model = unet.build("digits")
     assert rows["total"]["parameters"] == sum(p.numel() for p in model.parameters())
     shared = sum(p.numel() for p in model.encoders.parameters())
-    assert sum(rows[k]["parameters"] - shared for k in range(3)) + shared == (
-        rows["total"]["parameters"]
+    assert (
+        sum(rows[k]["parameters"] - shared for k in range(3)) + shared
+        == (rows["total"]["parameters"])
     )
     for k in range(3):  # two true FLOPs a multiply-accumulate, attention on top, norms not
         assert 1.9 < rows[k]["true_gflops"] / rows[k]["gflops"] < 2.2

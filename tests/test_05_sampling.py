@@ -138,8 +138,8 @@ def test_metrics_rank_real_noisy_and_noise(evaluation, measured):
     found = [evaluation.evaluate(images, half, extractor) for images in sets]
     assert found[0]["frechet"] < found[1]["frechet"] < found[2]["frechet"]
     assert found[0]["kid"] < found[1]["kid"] < found[2]["kid"]
-    assert found[0]["precision"] > 0.7 > 0.1 > found[2]["precision"]
-    assert found[0]["recall"] > 0.7
+    assert found[0]["precision"] > 0.7 > 0.5 > found[2]["precision"]
+    assert found[0]["recall"] > 0.7 > 0.3 > found[2]["recall"]
     assert found[0]["samples"] == 400
     assert not any("fid" in key for key in found[0])  # the name belongs to Inception
 

@@ -117,5 +117,7 @@ def test_train_sample_and_resume_from_the_shell(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (run_folder / "samples.png").exists() and (run_folder / "metrics.json").exists()
     assert "real / real" in done.stdout and "FID" not in done.stdout
-    many = run(script("05_sample_eval"), "--name", "r", "--samples", "899", "--nfe", "1", cwd=tmp_path)
+    many = run(
+        script("05_sample_eval"), "--name", "r", "--samples", "899", "--nfe", "1", cwd=tmp_path
+    )
     assert many.returncode == 2 and "more than half the data set" in many.stderr
