@@ -257,7 +257,7 @@ def load_model(folder):
 # %%
 PAPER = dict(steps=450_000, batch=128, lr=2e-4, warmup=5000, flip=True)
 RECIPES = {
-    "digits": dict(steps=1200, batch=64, lr=3e-3, warmup=100, flip=False),
+    "digits": dict(steps=1000, batch=64, lr=3e-3, warmup=100, flip=False),
     "mnist": dict(steps=10_000, batch=128, lr=1e-3, warmup=500, flip=False),
     "cifar10": PAPER,
     "celeba": PAPER,
@@ -339,7 +339,8 @@ def fit(state, images, settings, folder, save_every=1000):
     every, log = max(1, steps // 40), Path(folder) / "metrics.jsonl"
     old = log.read_text().splitlines() if log.is_file() else []
     kept = [line for line in old if json.loads(line)["step"] <= state["step"]]
-    log.write_text("".join(f"{line}\n" for line in kept))
+    with sde.replacing(log) as aside:
+        aside.write_text("".join(f"{line}\n" for line in kept))
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     keys = ("process", "batch", "warmup", "ema", "flip")
     loop = train(state, images, steps, **{key: settings[key] for key in keys})
@@ -433,7 +434,7 @@ def draw_losses(folder):
         points = [(row["step"], row[key]) for row in rows if key in row]
         plt.plot(*zip(*points, strict=True), marker=".", label=f"stage {key[-1]}")
     plt.gca().set(yscale="log", xlabel="step", ylabel="loss (eq. 4)")
-    plt.legend()
+    plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 if __name__ == "__main__":
@@ -468,9 +469,10 @@ if __name__ == "__main__":
     sde.show_images(rows, titles, run / "denoised.png", columns=8)
 
 # %% [markdown]
-# Where noise is low both return the picture. Further on the optimal denoiser still knows *which
-# training picture* it was, and the network, which cannot store them all, draws a plausible digit in
-# its own hand. That gap is what makes it generative.
+# Where noise is low both return the picture. In the middle columns the optimal denoiser still
+# knows *which training picture* it was, while the network, which cannot store them all, returns a
+# similar digit in its own, softer hand. At the right both see little more than an average. The gap
+# in the middle is what makes the network generative.
 #
 # **You have** a trained multistage model in `runs/`, and the loss of each stage. Step 05 draws with
 # it.

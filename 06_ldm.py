@@ -27,14 +27,13 @@ from tqdm import tqdm
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
 sde = importlib.import_module("01_sde_and_denoiser")
-clustering = importlib.import_module("02_clustering")
 training = importlib.import_module("04_train")
 evaluation = importlib.import_module("05_sample_eval")
 BadInput = sde.BadInput
 
 # %% tags=["parameters"]
-code_steps = 800  # training steps of the autoencoder
-steps = 1000  # training steps of the latent model
+code_steps = 500  # training steps of the autoencoder
+steps = 600  # training steps of the latent model
 batch = 128  # codes a step
 lr = 0.002  # Adam's learning rate of the latent model
 sampler = "dpm-solver-3"  # ddim, dpm-solver-2, dpm-solver-3, euler-maruyama, probability-flow
@@ -62,7 +61,7 @@ sde.settings(globals(), "06_ldm")
 class Autoencoder(nn.Module):
     """Map pictures (B, 1, H, W) in [-1, 1] to codes (B, 2, H/2, W/2) and back."""
 
-    def __init__(self, channels=1, code=2, width=48):
+    def __init__(self, channels=1, code=2, width=32):
         super().__init__()
         conv = lambda i, o, **kw: nn.Conv2d(i, o, 3, padding=1, **kw)  # noqa: E731
         self.encoder = nn.Sequential(
@@ -159,17 +158,15 @@ if __name__ == "__main__":
     sde.show_images(rows, titles, run / "codes.png")
 
 # %% [markdown]
-# ## Cutting the timeline of the codes
+# ## Where to cut
 #
-# Algorithm 1 only asks for a data set, and the codes are one. Stretched to [0, 1] they keep the
-# meaning of $\eta$: two parts in 256 of the whole range.
+# The paper takes the boundaries that it found on pixels over to the codes, and so do we: those that
+# step 02 finds on the pixels of the data set.
 
 # %%
 if __name__ == "__main__":
-    # paper: LDM takes over CIFAR-10's cuts (442 and 631 of 1000 steps); here: Algorithm 1 on the
-    # codes, because digits decide much earlier than CIFAR-10, as step 02 shows.
-    boundaries = clustering.algorithm_1(unit, progress=True)
-    print("boundaries of the codes:", [round(tau, 4) for tau in boundaries])
+    boundaries = training.find_boundaries("", "digits", pixels, "vp")
+    print("boundaries:", [round(tau, 4) for tau in boundaries])
 
 # %% [markdown]
 # ## Training and drawing
@@ -228,7 +225,11 @@ if __name__ == "__main__":
 # 1. Halve the code to one channel (`Autoencoder(code=1)`; the network needs `channels=1`). Which
 #    column of the table tells you whether it was too much? <details><summary>Solution</summary>The
 #    middle one: the floor rises when the autoencoder loses what the classifier looks at.</details>
-# 2. Why are the codes' means encoded, and not samples of the codes?
+# 2. Apply Algorithm 1 to the codes themselves, stretched to [0, 1]: `clustering.algorithm_1(unit)`.
+#    Why is its first stage so short? <details><summary>Solution</summary>Codes have no black border
+#    whose value is certain: a little noise already blurs every entry by more than two parts in 256
+#    of the range.</details>
+# 3. Why are the codes' means encoded, and not samples of the codes?
 #    <details><summary>Solution</summary> The samples add noise that the decoder was trained to
 #    ignore; the means are the cleaner data set. With a faint pull like ours the difference is
 #    small.</details>

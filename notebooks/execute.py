@@ -2,6 +2,7 @@
 
     python notebooks/execute.py            into runs/demo/, with everything the steps leave
     python notebooks/execute.py --update   into notebooks/, the ones that are committed
+    python notebooks/execute.py --update 02_clustering 03_multistage_unet   only those
 
 The scripts are the source: each becomes a notebook by jupytext and runs through papermill.
 """
@@ -32,12 +33,19 @@ def tidy(notebook):
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
-        for output in cell.get("outputs", []):
+        if cell.cell_type != "code":
+            continue
+        joined = []
+        for output in cell.outputs:
+            same = joined and output.output_type == joined[-1].output_type == "stream"
+            if same and output.name == joined[-1].name:
+                joined[-1].text += output.text
+            else:
+                joined.append(output)
+        for output in joined:
             if output.output_type == "stream":
                 output.text = last_states(output.text)
-        kept = [o for o in cell.get("outputs", []) if o.output_type != "stream" or o.text.strip()]
-        if "outputs" in cell:
-            cell.outputs = kept
+        cell.outputs = [o for o in joined if o.output_type != "stream" or o.text.strip()]
 
 
 def execute(step, target, parameters):
@@ -46,8 +54,10 @@ def execute(step, target, parameters):
     known = source.cells[[tags(cell) for cell in source.cells].index(["parameters"])].source
     mine = {key: value for key, value in parameters.items() if f"\n{key} = " in f"\n{known}"}
     draft = target.with_suffix(".part.ipynb")
+    quiet = ["--IPKernelApp.log_level=40"]  # else a warning of the kernel breaks the progress line
     papermill.execute_notebook(
-        source, draft, mine, kernel_name="python3", cwd=ROOT, progress_bar=False
+        *(source, draft, mine),
+        **dict(kernel_name="python3", cwd=ROOT, progress_bar=False, extra_arguments=quiet),
     )
     notebook = jupytext.read(draft)
     tidy(notebook)
@@ -62,7 +72,11 @@ def tags(cell):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--update", action="store_true", help="refresh the committed notebooks")
-    update = parser.parse_args().update
+    parser.add_argument("only", nargs="*", help="with --update: these steps, by name")
+    arguments = parser.parse_args()
+    update, steps = arguments.update, arguments.only or STEPS
+    if not set(steps) <= set(STEPS) or (arguments.only and not update):
+        parser.error(f"name steps only with --update, and only of {', '.join(STEPS)}")
     out = ROOT / "runs" / "demo"
     if update:
         folder, parameters = ROOT / "notebooks", {}
@@ -72,8 +86,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.pop("MPLBACKEND", None)  # a backend without windows would take the figures away
     begin = time.perf_counter()
-    for i, step in enumerate(STEPS, start=1):
-        print(f"[{i}/{len(STEPS)}] {step} … ", end="", flush=True)
+    for i, step in enumerate(steps, start=1):
+        print(f"[{i}/{len(steps)}] {step} … ", end="", flush=True)
         start = time.perf_counter()
         try:
             execute(step, folder / f"{step}.ipynb", parameters)
@@ -81,7 +95,7 @@ def main():
             print(f"failed, see {folder}/{step}.part.ipynb\n{error}")
             sys.exit(1)
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
-    print(f"all six in {time.perf_counter() - begin:.0f} s\n")
+    print(f"all in {time.perf_counter() - begin:.0f} s\n")
     if not update:
         report(out, folder)
 
