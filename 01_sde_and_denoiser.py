@@ -59,7 +59,10 @@ class BadInput(ValueError):
 
 def environment():
     """Describe this machine: (lines to print, whether everything required is there and fits)."""
-    lines, complete = [f"python {platform.python_version()} on {platform.platform()}"], True
+    lines, complete = (
+        [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"],
+        True,
+    )
     required = (ROOT / "requirements.txt").read_text()
     for name in re.findall(r"^([\w-]+)", required, re.MULTILINE):
         try:
@@ -309,6 +312,7 @@ def show_images(rows, titles, path, columns=16):
 
 # %%
 if __name__ == "__main__":
+    torch.manual_seed(seed)
     pixels, labels = load_images(dataset, root)
     images = pixels[:50_000].to(device()).float() / 255  # (N, C, H, W) in [0, 1]
     show_images(

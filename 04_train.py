@@ -257,7 +257,7 @@ def load_model(folder):
 # %%
 PAPER = dict(steps=450_000, batch=128, lr=2e-4, warmup=5000, flip=True)
 RECIPES = {
-    "digits": dict(steps=1000, batch=64, lr=3e-3, warmup=100, flip=False),
+    "digits": dict(steps=900, batch=64, lr=3e-3, warmup=100, flip=False),
     "mnist": dict(steps=10_000, batch=128, lr=1e-3, warmup=500, flip=False),
     "cifar10": PAPER,
     "celeba": PAPER,

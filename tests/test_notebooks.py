@@ -118,3 +118,11 @@ def test_committed_notebooks_are_executed_and_fresh(step):
     assert any("image/png" in o.get("data", {}) for o in outputs)
     assert not any(o.output_type == "error" for o in outputs)
     assert "papermill" not in notebook.metadata
+
+
+def test_scripts_and_notebooks_are_paired():
+    script, notebook = f"{STEPS[0]}.py", f"notebooks/{STEPS[0]}.ipynb"
+    for path, partner in ((script, notebook), (notebook, script)):
+        asked = [sys.executable, "-m", "jupytext", "--paired-paths", path]
+        done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.split() == [partner]
