@@ -32,8 +32,8 @@ evaluation = importlib.import_module("05_sample_eval")
 BadInput = sde.BadInput
 
 # %% tags=["parameters"]
-code_steps = 400  # training steps of the autoencoder
-steps = 500  # training steps of the latent model
+code_steps = 300  # training steps of the autoencoder
+steps = 400  # training steps of the latent model
 batch = 128  # codes a step
 lr = 0.002  # Adam's learning rate of the latent model
 sampler = "dpm-solver-3"  # ddim, dpm-solver-2, dpm-solver-3, euler-maruyama, probability-flow
