@@ -68,7 +68,7 @@ sde.settings(globals(), "04_train")
 # $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$.
 
 # %%
-KERNELS = {"vp": sde.VP, "edm": sde.VE}
+KERNELS = {"vp": sde.VP, "edm": sde.EDM}
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
 
 
