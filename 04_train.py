@@ -279,7 +279,7 @@ def find_boundaries(text, dataset, images, process):
         cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
     else:
         cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=True)
-    return clustering.match_snr(cuts, sde.VP, KERNELS[process])
+    return sde.match_snr(cuts, sde.VP, KERNELS[process])
 
 
 def check_settings(arch, process, steps, batch, lr, ema, save_every):
