@@ -447,7 +447,7 @@ class DDPM(VP):
         t = as_time(t)
         step = (t * 1000).long().clamp(0, 999)
         below = cls.table().to(t.device)[step]
-        return (below + cls.beta(t) * (t.double() - step / 1000)).to(t.dtype)
+        return (below + cls.beta(t) * (t.double() - step.double() / 1000)).to(t.dtype)
 
     @classmethod
     def time_of_B(cls, B):

@@ -4,23 +4,73 @@ import gzip
 import math
 import pickle
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from scipy.integrate import quad
+
+NAMES = ["VP", "SubVP", "DDPM", "LDM", "VE", "EDM"]
 
 
 @pytest.mark.parametrize(
-    "name, t", [("VP", 0.01), ("VP", 0.4), ("VP", 1.0), ("VE", 0.5), ("VE", 9)]
+    "name, t",
+    [("VP", 0.01), ("VP", 0.4), ("VP", 1.0), ("SubVP", 0.05), ("SubVP", 0.7)]
+    + [("DDPM", 0.0035), ("LDM", 0.0052), ("VE", 0.5), ("VE", 9), ("EDM", 20)],
 )
 def test_kernel_satisfies_equation_2(sde, name, t):
     kernel = getattr(sde, name)
+    kinks = dict(points=[k / 1000 for k in range(1, 6)]) if name in ("DDPM", "LDM") else {}
     f = lambda xi: float(kernel.f(xi))  # noqa: E731
-    s = lambda xi: math.exp(quad(f, 0, xi)[0])  # noqa: E731
-    variance = quad(lambda xi: float(kernel.g(xi)) ** 2 / s(xi) ** 2, 0, t)[0]
+    s = lambda xi: math.exp(quad(f, 0, xi, **kinks)[0])  # noqa: E731
+    variance = quad(lambda xi: float(kernel.g(xi)) ** 2 / s(xi) ** 2, 0, t, **kinks)[0]
     assert float(kernel.s(t)) == pytest.approx(s(t), rel=1e-9)
     assert float(kernel.sigma(t)) == pytest.approx(math.sqrt(variance), rel=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_integration_of_step_01_agrees_over_the_whole_range(sde, name):
+    kernel = getattr(sde, name)
+    for part in (0.3, 1.0):
+        s, sigma = sde.integrate(kernel, part * kernel.t_max)
+        torch.testing.assert_close(kernel.s(part * kernel.t_max), s, rtol=1e-6, atol=0)
+        torch.testing.assert_close(kernel.sigma(part * kernel.t_max), sigma, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name, ends", [("DDPM", (1e-4, 0.02)), ("LDM", (0.0015, 0.0195))])
+def test_discrete_schedules_have_the_products_of_their_steps(sde, name, ends):
+    kernel = getattr(sde, name)
+    power = 1 if name == "DDPM" else 2
+    betas = np.linspace(ends[0] ** (1 / power), ends[1] ** (1 / power), 1000) ** power
+    alpha_bar = np.cumprod(1 - betas)
+    t = (torch.arange(1000).double() + 1) / 1000
+    np.testing.assert_allclose(kernel.s(t) ** 2, alpha_bar, rtol=1e-10)
+    np.testing.assert_allclose(kernel.s(t.float()) ** 2, alpha_bar, rtol=1e-4)
+    np.testing.assert_allclose(kernel.sigma(t) ** 2, (1 - alpha_bar) / alpha_bar, rtol=1e-10)
+
+
+def test_sub_vp_has_the_variance_of_song(sde):
+    t = torch.linspace(0.01, 1, 20).double()
+    noise = sde.SubVP.s(t) * sde.SubVP.sigma(t)
+    torch.testing.assert_close(noise, 1 - torch.exp(-sde.VP.B(t)))
+    assert (noise < sde.VP.s(t) * sde.VP.sigma(t)).all()
+
+
+def test_snr_matching(sde):
+    moved = sde.match_snr([0.442, 0.6308], sde.VP, sde.VE)
+    assert moved == pytest.approx([2.511, 7.404], abs=1e-3)
+    assert sde.match_snr([0.636], sde.VP, sde.EDM) == pytest.approx([7.6577], abs=1e-4)
+    for name in NAMES:
+        kernel = getattr(sde, name)
+        there = sde.match_snr([0.2, 0.442, 0.6308], sde.VP, kernel)
+        torch.testing.assert_close(
+            kernel.sigma(torch.tensor(there, dtype=torch.float64)),
+            sde.VP.sigma(torch.tensor([0.2, 0.442, 0.6308], dtype=torch.float64)),
+        )
+        assert sde.match_snr(there, kernel, sde.VP) == pytest.approx([0.2, 0.442, 0.6308])
 
 
 def test_vp_preserves_variance_and_matches_known_values(sde):
@@ -31,7 +81,7 @@ def test_vp_preserves_variance_and_matches_known_values(sde):
     assert float(sde.VP.sigma(0.6308)) == pytest.approx(7.404, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["VP", "VE"])
+@pytest.mark.parametrize("name", NAMES)
 def test_log_snr_and_its_inverse(sde, name):
     kernel = getattr(sde, name)
     t = torch.linspace(kernel.t_min, kernel.t_max, 101, dtype=torch.float64)
@@ -73,6 +123,62 @@ def test_posterior_mean_equals_brute_force(sde, digits, sigma):
         found = sde.posterior_mean(x, t, sde.VE, images, chunk=chunk)
         assert found.dtype == x.dtype
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def softmax_mean(x, sigma, images):
+    """The definition, in float64, one row at a time and without a product of matrices."""
+    y, out = images.flatten(1).double(), []
+    for z in x.flatten(1).double():
+        out.append(torch.softmax(-((z - y) ** 2).sum(1) / (2 * sigma**2), 0) @ y)
+    return torch.stack(out).reshape(x.shape)
+
+
+@pytest.mark.parametrize("spread", [0.0003, 0.01, 0.3])
+@pytest.mark.parametrize("sigma", [1e-3, 0.02, 0.3, 0.8, 1.5, 4.0, 1e3])
+def test_float32_products_are_exact_enough(sde, spread, sigma):
+    """3,000 colour pictures in families of near twins: logits differ by 1e7 and by next to 0."""
+    family = torch.rand(150, 3, 24, 24)
+    images = family.repeat(20, 1, 1, 1) + spread * torch.randn(3000, 3, 24, 24)
+    assert images.numel() > 2**22  # else everything is float64
+    x = images[::250] + sigma * torch.randn(12, 3, 24, 24)
+    found, expected = sde.posterior_mean(x, sigma, sde.EDM, images), softmax_mean(x, sigma, images)
+    assert found.dtype == torch.float32
+    error = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert error.max() < 1e-5
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_more_equals_than_leaders_are_all_averaged(sde):
+    """20 twins at a noise far below their distance to float32's reach: the float64 way out."""
+    images = torch.rand(1500, 3, 32, 32)
+    images[:20] = images[0] + 2e-5 * torch.randn(20, 3, 32, 32)
+    x = images[:2] + 1e-3 * torch.randn(2, 3, 32, 32)
+    found, expected = sde.posterior_mean(x, 1e-3, sde.EDM, images), softmax_mean(x, 1e-3, images)
+    nearest = images[0] - expected[0].float()
+    assert nearest.abs().max() > 1e-6  # it is an average, of more than one
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+MEMORY = """
+import importlib, resource, torch
+sde = importlib.import_module("01_sde_and_denoiser")
+images = torch.empty(50_000, 3, 32, 32).uniform_()
+x = torch.randn(512, 3, 32, 32)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+y = sde.posterior_mean(x, torch.linspace(0.05, 1, 512), sde.VP, images)
+assert torch.isfinite(y).all()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is a Unix module")
+def test_memory_does_not_grow_with_the_data_set():
+    """512 evaluations against 50,000 pictures of 32x32x3 take less than 1 GiB beside the data."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, KiB elsewhere
+    assert 0 < int(done.stdout) * unit < 2**30
 
 
 def test_posterior_mean_takes_one_time_for_all(sde, digits):

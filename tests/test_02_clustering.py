@@ -37,10 +37,35 @@ def test_algorithm_1_equals_quadrature_on_two_pictures(sde, clustering):
 def test_algorithm_1_on_digits(clustering, digits):
     runs = np.array([clustering.algorithm_1(digits, seed=seed) for seed in range(3)])
     assert runs.dtype == float and (runs[:, 0] < runs[:, 1]).all()
-    assert runs.std(0).max() < 0.01  # the samples are many enough to agree between seeds
-    assert (abs(runs.mean(0) - [0.095, 0.441]) < 0.01).all()
+    assert runs.std(0).max() < 0.005  # the samples are many enough to agree between seeds
+    assert (abs(runs.mean(0) - [0.096, 0.441]) < 0.004).all()
     literal = clustering.algorithm_1(digits, reference="literal")
     assert literal[1] > runs[:, 1].max() + 0.1  # the printed reference cuts much later
+
+
+def test_cuts_are_unbiased_and_their_errors_honest(clustering, digits):
+    """40 runs with K = 500 scatter around a run with K = 40,000, by as much as they say."""
+    truth = np.array(clustering.algorithm_1(digits, samples=40_000, seed=99))
+    runs = [clustering.similarity_curves(digits, samples=500, seed=seed) for seed in range(40)]
+    cuts = np.array([clustering.cut(run) for run in runs])
+    said = np.array([clustering.standard_errors(run, clustering.cut(run)) for run in runs])
+    spread = cuts.std(0, ddof=1)
+    assert (abs(cuts.mean(0) - truth) < 3.5 * spread / 40**0.5 + 0.0005).all()
+    assert (0.6 * spread < said.mean(0)).all() and (said.mean(0) < 1.8 * spread).all()
+
+
+def test_samples_go_where_they_tell(clustering, digits):
+    """The spread over seeds is far below that of one sample in each of K equal slices."""
+    spread = np.std([clustering.algorithm_1(digits, samples=1000, seed=s) for s in range(12)], 0)
+
+    def plain(seed):
+        edges, counts = np.linspace(1e-3, 1, 201), np.full(200, 5)
+        generator = torch.Generator().manual_seed(seed)
+        settings = digits, clustering.VP, generator, 2 / 256, "mean", None
+        return clustering.cut(clustering._sample_cells(edges, counts, *settings))
+
+    uniform = np.std([plain(s) for s in range(12)], 0)
+    assert (spread**2).sum() < 0.7 * (uniform**2).sum()
 
 
 def test_similarity_counts_entries(clustering):
@@ -50,13 +75,16 @@ def test_similarity_counts_entries(clustering):
 
 
 def test_cut_reads_the_running_averages(clustering):
-    t = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9])
-    # averages from the left 1, 1, 0.9, 0.675, 0.54; from the right 0.56, 0.7, 0.93, 1, 1
-    S0, S1 = torch.tensor([1.0, 1, 0.7, 0, 0]), torch.tensor([0.0, 0, 0.8, 1, 1])
-    assert clustering.cut(t, S0, S1, 0.95) == pytest.approx([0.3, 0.7])
-    assert clustering.cut(t, S0, S1, 0.91) == pytest.approx([0.3, 0.5])
+    edges, zero = np.linspace(0, 1, 6), np.zeros(5)
+    S0, S1 = np.array([1.0, 1, 0.5, 0, 0]), np.array([0.0, 0, 0.5, 1, 1])
+    curves = clustering.Curves(edges, S0, S1, zero, zero)
+    # the area 0.4 + 0.5 (tau - 0.4) is 0.9 tau at tau = 0.5, and the same from the right
+    tau, low, high = clustering.running_averages(curves)
+    assert tau[low >= 0.9][-1] == pytest.approx(0.5, abs=2e-4)
+    assert tau[high >= 0.9][0] == pytest.approx(0.5, abs=2e-4)
+    assert clustering.cut(curves, 0.95) == pytest.approx([4 / 9, 5 / 9], abs=2e-4)
     with pytest.raises(ValueError, match=r"alpha = 1\.5"):
-        clustering.cut(t, S0, S1, 1.5)
+        clustering.cut(curves, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +92,7 @@ def test_cut_reads_the_running_averages(clustering):
     [
         (torch.zeros(1, 1, 4, 4), {}, "2 images"),
         (torch.full((3, 1, 4, 4), torch.nan), {}, "NaN"),
-        (torch.rand(3, 1, 4, 4), {"samples": 1}, "samples = 1"),
+        (torch.rand(3, 1, 4, 4), {"samples": 20}, "samples = 20"),
         (torch.rand(3, 1, 4, 4), {"reference": "x"}, "unknown reference 'x'"),
         (torch.rand(3, 1, 4, 4), {"alpha": 1.1}, r"alpha = 1\.1"),
     ],
@@ -106,7 +134,92 @@ def test_more_clusters_than_times(sde, clustering):
         clustering.timestep_clusters(11, T=10)
 
 
-def test_snr_matching(sde, clustering):
-    moved = clustering.match_snr([0.442, 0.6308], sde.VP, sde.VE)
-    assert moved == pytest.approx([2.511, 7.404], abs=1e-3)
-    assert clustering.match_snr(moved, sde.VE, sde.VP) == pytest.approx([0.442, 0.6308])
+def test_gradient_clusters_follow_the_affinity(clustering):
+    """Three blocks of like gradients are found; a wrong matrix and too many stages are refused."""
+    block = np.repeat([0, 1, 2], [30, 45, 25])
+    affinity = (block[:, None] == block[None]).astype(float)
+    assert clustering.gradient_clusters(affinity, 3) == pytest.approx([0.31, 0.76])
+    with pytest.raises(ValueError, match="n = 101"):
+        clustering.gradient_clusters(affinity, 101)
+    for wrong in (affinity[:5], affinity * np.nan):
+        with pytest.raises(ValueError, match="finite square matrix"):
+            clustering.gradient_clusters(wrong, 3)
+
+
+def test_task_affinity_is_the_cosine_of_gradients(clustering):
+    direction = lambda t: torch.tensor([np.cos(t), np.sin(t)]) * (1 + t)  # noqa: E731
+    times = np.arange(1, 6) / 5
+    expected = np.cos(times[:, None] - times[None])
+    np.testing.assert_allclose(clustering.task_affinity(direction, T=5), expected, atol=1e-6)
+
+
+def test_small_network_learns_and_yields_its_gradients(clustering, digits):
+    nets = clustering.small_network_gradients(digits, steps=40, checkpoints=2, batch=16, width=8)
+    matrices = [clustering.task_affinity(gradient, T=10) for gradient in nets]
+    assert len(matrices) == 2 and not np.allclose(*matrices)
+    for affinity in matrices:
+        np.testing.assert_allclose(np.diag(affinity), 1, rtol=1e-5)
+        near, far = affinity[4, 5], affinity[0, 9]
+        assert near > far  # neighbours in time want alike changes
+
+
+def pairwise(clustering, sde, images, t_a, t_b, runs=4000):
+    """S of Eq. 6 for one pair by plain Monte Carlo, every sample its own picture and noise."""
+    y = images[torch.randint(len(images), (runs,))]
+    eps = torch.randn_like(y)
+    seen = []
+    for t in (t_a, t_b):
+        times = torch.full((runs,), t).double()
+        xt = sde.perturb(y, eps, times, sde.VP)
+        seen.append(sde.optimal_denoiser(xt, times, sde.VP, images))
+    return clustering.similarity(*seen).mean().item()
+
+
+def test_similarity_matrix_holds_equation_6(sde, clustering, digits):
+    S = clustering.similarity_matrix(digits, samples=400)
+    assert S.shape == (21, 21) and np.allclose(S, S.T) and np.allclose(np.diag(S), 1)
+    assert (S >= 0).all() and (S <= 1).all()
+    for a, b in ((1, 3), (4, 5), (8, 12), (15, 20)):
+        expected = pairwise(
+            clustering, sde, digits, float(clustering.NODES[a]), float(clustering.NODES[b])
+        )
+        assert S[a, b] == pytest.approx(expected, abs=0.06)
+    pictures = clustering.similarity_matrix(digits, samples=50, compare="picture")
+    assert not np.allclose(S, pictures, atol=0.1)
+
+
+@pytest.mark.parametrize("objective", ["dissimilarity", "mean"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_best_intervals_equal_enumeration(clustering, n, objective):
+    root = np.random.default_rng(n).random((21, 6))
+    S = root @ root.T / 6
+
+    def price(first):
+        edges, total = [0, *first, 21], 0.0
+        for i, j in itertools.pairwise(edges):
+            block = S[i:j, i:j]
+            if objective == "mean":
+                total -= block.mean()
+            else:
+                total += sum(1 - block[a, b] for a in range(j - i) for b in range(a + 1, j - i))
+        return total
+
+    nodes = np.asarray(clustering.NODES)
+    np.fill_diagonal(S, 1.0)
+    best = min(itertools.combinations(range(1, 21), n - 1), key=price)
+    expected = [(nodes[k - 1] + nodes[k]) / 2 for k in best]
+    assert clustering.best_intervals(S, n, objective) == pytest.approx(expected)
+
+
+def test_algorithm_2_on_digits(sde, clustering, digits):
+    cuts = clustering.algorithm_2(digits, 3, samples=100)
+    assert len(cuts) == 2 and cuts == sorted(cuts) and all(type(tau) is float for tau in cuts)
+    moved = clustering.algorithm_2(digits, 3, kernel=sde.EDM, samples=100)
+    # the same optimal denoiser seen through another kernel: the same cuts at the same SNR
+    assert sde.match_snr(moved, sde.EDM, sde.VP) == pytest.approx(cuts)
+    with pytest.raises(ValueError, match="n = 22"):
+        clustering.algorithm_2(digits, 22)
+    with pytest.raises(ValueError, match="objective 'x'"):
+        clustering.algorithm_2(digits, 3, samples=5, objective="x")
+    with pytest.raises(ValueError, match="NaN"):
+        clustering.algorithm_2(digits * torch.nan, 3)
