@@ -881,8 +881,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # The ODE's paths never cross and share the axis out among the points; the SDE's may change their
-# mind. Both commit themselves in a stretch, here about $0.1<t<0.5$: before it all paths look alike,
-# after it each only slides into its point.
+# mind. Both commit themselves in a stretch, here about $0.1<t<0.3$: before it nothing tells the
+# paths of the three points apart, after it each only slides into its point.
 #
 # Now the same with real pictures.
 
@@ -941,8 +941,8 @@ if __name__ == "__main__":
     show_images([torch.cat(films)], [title], "figures/01_films.png", columns=12)
 
 # %% [markdown]
-# One function for the right end (return what you see), one for the left (return the mean), and a
-# window between in which the picture is chosen. Step 02 puts numbers on the ends of that window.
+# (The 0.04 that remain are the noise that $t_\min$ leaves.) One function for the right end (return
+# what you see), one for the left (return the mean), and a window between in which the picture is chosen. Step 02 puts numbers on the ends of that window.
 #
 # **You have** six kernels checked against their SDE, two ways to sample, and the closed-form
 # optimum that step 02 uses to cut the timeline.
