@@ -25,6 +25,7 @@ from collections import namedtuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from tqdm import tqdm
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
@@ -235,13 +236,14 @@ def _check(images, samples, reference):
 
 # %%
 def running_averages(curves, grid=10_000):
-    """Average S0 from the image end and S1 from the noise end up to tau: tau, up, down (grid - 1,)."""
+    """Average S0 over [0, tau] and S1 over [tau, 1] on a grid: tau, up, down, each (grid - 1,)."""
     width, edges = np.diff(curves.edges), curves.edges
     tau = np.linspace(edges[0], edges[-1], grid + 1)[1:-1]
     area0 = np.concatenate([[0], np.cumsum(width * curves.S0)])  # from the image end, at the edges
     area1 = np.concatenate([[0], np.cumsum(width * curves.S1)])
-    up = np.interp(tau, edges, area0) / (tau - edges[0])
-    down = (area1[-1] - np.interp(tau, edges, area1)) / (edges[-1] - tau)
+    # between the edges the area is bent, not straight: S falls within a cell
+    up = PchipInterpolator(edges, area0)(tau) / (tau - edges[0])
+    down = (area1[-1] - PchipInterpolator(edges, area1)(tau)) / (edges[-1] - tau)
     return tau, up, down
 
 
@@ -347,6 +349,8 @@ if __name__ == "__main__":
     sde.show("figures/02_similarity.png")
 
 # %% [markdown]
+# (Where a thin line is ragged the cells hold two samples each: no cut depends on them.)
+#
 # Near the image one function serves (copy the noise), near the noise another (subtract the mean),
 # and in between the optimal denoiser changes with $t$. That is the case for three stages. On
 # `digits` the first stage is short: 64 pixels say little, so a little noise suffices to confuse two

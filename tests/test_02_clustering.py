@@ -75,8 +75,8 @@ def test_similarity_counts_entries(clustering):
 
 
 def test_cut_reads_the_running_averages(clustering):
-    edges, zero = np.linspace(0, 1, 6), np.zeros(5)
-    S0, S1 = np.array([1.0, 1, 0.5, 0, 0]), np.array([0.0, 0, 0.5, 1, 1])
+    edges, zero = np.linspace(0, 1, 501), np.zeros(500)
+    S0, S1 = np.repeat([1.0, 1, 0.5, 0, 0], 100), np.repeat([0.0, 0, 0.5, 1, 1], 100)
     curves = clustering.Curves(edges, S0, S1, zero, zero)
     # the area 0.4 + 0.5 (tau - 0.4) is 0.9 tau at tau = 0.5, and the same from the right
     tau, low, high = clustering.running_averages(curves)
