@@ -726,7 +726,7 @@ def posterior_mean(x, t, kernel, images, chunk=1000, best=8):
         d = torch.sub(part, centre, out=space[: len(part)])  # in place: fresh memory is slow
         length = torch.linalg.vector_norm(d, dim=1)
         logits = (q @ d.T).sub_(length**2 / 2).div_(variance)  # (B, chunk); |q|^2 is common to all
-        leaders = _leaders(leaders, logits, first, best)
+        leaders = leaders if exact else _leaders(leaders, logits, first, best)
         new = torch.maximum(top, logits.amax(1, keepdim=True))
         weight = logits.sub_(new).clamp_(min=-70).exp_()  # below e^-70 floats turn slow, not real
         decay = torch.exp(top - new)

@@ -127,14 +127,13 @@ def compare_with_ends(images, kernel, t, generator, eta=2 / 256, reference="mean
 #   scatters. Its samples are then thrown away: estimates that decide on their own sample size are
 #   biased.
 # * The rest goes to the cells in proportion to that scatter (*Neyman allocation*), shared between
-#   the two cuts so that both get the same error, and no cell gets fewer than two. The average of a cell is unbiased however many samples it has, hence so is any
-#   sum of cells.
+#   the two cuts so that both get the same error, and no cell gets fewer than two. The average of a
+#   cell is unbiased however many samples it has, hence so is any sum of cells.
 
 
 # %%
-Curves = namedtuple(
-    "Curves", "edges S0 S1 v0 v1"
-)  # cells: J + 1 edges, J means, J variances of those
+# J + 1 edges of cells, the means of S0 and S1 in them, and the variances of these means
+Curves = namedtuple("Curves", "edges S0 S1 v0 v1")
 
 
 def similarity_curves(
@@ -198,9 +197,8 @@ def _worth(pilot, alpha):
         (v0, pilot.S0, t_1, centre < t_1 + margin),
         (v1, pilot.S1, t_2, centre > t_2 - margin),
     ):
-        scatter = (
-            np.sqrt(v + 0.002) * used
-        )  # a little more than seen: two samples miss what is rare
+        # a little more than was seen, because two samples miss what is rare
+        scatter = np.sqrt(v + 0.002) * used
         slope = max(abs(np.interp(tau, centre, smooth(S)) - alpha), 0.1)
         # Samples in proportion to (sum / slope)^2 give both cuts the same standard error.
         weight = weight + scatter * scatter.sum() / slope**2
