@@ -236,7 +236,7 @@ def network_of(settings):
     """Build the untrained network that a run's settings describe."""
     kind = dict(boundaries=settings["boundaries"])
     if settings["process"] == "edm":  # its wrapping adds the input already
-        kind.update(log_time=True, add_input=False)
+        kind.update(time="edm", add_input=False)
     return unet.build(settings["network"], **kind)
 
 

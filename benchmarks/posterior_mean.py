@@ -1,6 +1,6 @@
 """Compare the posterior mean with what this machine can do at best: matrix products alone.
 
-    python benchmarks/posterior_mean.py [--root data] [--batch 512]
+    python benchmarks/posterior_mean.py [--root data] [--batch 1000]
 
 Both are timed in turns in this process, on 50,000 pictures of 32x32x3 (CIFAR-10 where --root has
 it, else random pictures: the work is the same) and on every sigma of a list. Printed is the
@@ -35,7 +35,7 @@ def seconds(work):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", default="data", help="where CIFAR-10 lies")
-    parser.add_argument("--batch", type=int, default=512, help="denoiser evaluations a call")
+    parser.add_argument("--batch", type=int, default=1000, help="denoiser evaluations a call")
     parser.add_argument("--rounds", type=int, default=3, help="turns; the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)

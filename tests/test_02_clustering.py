@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 
 def two_point_similarities(sde, t, eta):
@@ -61,11 +62,38 @@ def test_samples_go_where_they_tell(clustering, digits):
     def plain(seed):
         edges, counts = np.linspace(1e-3, 1, 201), np.full(200, 5)
         generator = torch.Generator().manual_seed(seed)
-        settings = digits, clustering.VP, generator, 2 / 256, "mean", None
+        bar, y_mean = tqdm(disable=True), digits.mean(0, keepdim=True)
+        settings = bar, generator, digits, y_mean, clustering.VP, 2 / 256, "mean"
         return clustering.cut(clustering._sample_cells(edges, counts, *settings))
 
     uniform = np.std([plain(s) for s in range(12)], 0)
     assert (spread**2).sum() < 0.7 * (uniform**2).sum()
+
+
+@pytest.mark.parametrize("reference", ["mean", "literal"])
+def test_guesses_change_the_scatter_and_not_the_mean(sde, clustering, reference):
+    """Five guessed draws a sample: the same expectation as full comparisons, less variance."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20_000, 1, 4, 4, generator=generator)
+    for t in (0.1, 0.3):
+        times = torch.full((1500, 5), t).double()
+        y_mean = images.mean(0, keepdim=True)
+        settings = generator, images, y_mean, clustering.VP, 0.05, reference
+        guessed = clustering._samples(times, *settings)
+        plain = clustering._samples(times[:, :1], *settings)
+        error = ((guessed.var(0) + plain.var(0)) / 1500).sqrt()
+        assert (abs(guessed.mean(0) - plain.mean(0)) < 4 * error + 1e-12).all()
+        spread = plain.var(0) > 1e-3
+        assert (guessed.var(0)[spread] < 0.8 * plain.var(0)[spread]).all()
+        assert spread.any()
+
+
+def test_guess_of_all_pictures_is_the_optimal_denoiser(sde, clustering, digits):
+    y, t = digits[:50], torch.linspace(0.05, 0.9, 50)
+    x = sde.perturb(y, torch.randn(y.shape), t, clustering.VP)
+    guess = clustering.guessed_denoiser(x, t, clustering.VP, y, N=50)
+    best = sde.optimal_denoiser(x, t, clustering.VP, y)
+    torch.testing.assert_close(guess, best, rtol=1e-3, atol=1e-3)
 
 
 def test_similarity_counts_entries(clustering):

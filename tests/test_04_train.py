@@ -69,7 +69,7 @@ def test_edm_noise_and_weight_are_those_of_its_paper(training):
 
 @pytest.mark.parametrize("process", ["vp", "edm"])
 def test_training_lowers_the_loss(unet, training, pixels, process):
-    model = tiny(unet, encoder=16, decoders=(16,), boundaries=(), log_time=process == "edm")
+    model = tiny(unet, encoder=16, decoders=(16,), boundaries=(), time=process)
     state = training.new_state(model, 3e-3, seed=0)
     losses = [loss.item() for _, _, loss in training.train(state, pixels, 80, process, 32, 10)]
     assert len(losses) == 80 == state["step"]
