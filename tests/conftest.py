@@ -55,3 +55,9 @@ def ldm():
 def digits(sde):
     """The digits as floats in [0, 1], (1797, 1, 8, 8)."""
     return sde.load_images("digits")[0].float() / 255
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Where the recorded outputs of the authors' released code lie."""
+    return ROOT / "tests" / "golden"

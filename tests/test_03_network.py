@@ -1,7 +1,11 @@
-"""Step 03: the network against a plain U-Net written out by hand, mixed batches, cost."""
+"""Step 03: the networks against recorded outputs of the authors' code and a plain U-Net written
+out by hand; mixed batches, the paper's tables, the authors' checkpoints."""
 
+import json
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,13 +49,14 @@ def plain_unet(w, x, t):
 
     a = conv(x, f"{e}.first", padding=1)  # 8x8
     b = block(a, f"{e}.layers.0.0")
-    c = conv(b, f"{e}.layers.1.conv", stride=2, padding=1)  # 4x4
+    c = conv(b, f"{e}.layers.1.0.conv", stride=2, padding=1)  # 4x4
     f = attend(block(c, f"{e}.layers.2.0"), f"{e}.layers.2.1")
     h = block(attend(block(f, f"{e}.middle.0"), f"{e}.middle.1"), f"{e}.middle.2")
 
     h = block(torch.cat([h, f], 1), f"{d}.layers.0.0")
     h = attend(block(torch.cat([h, c], 1), f"{d}.layers.1.0"), f"{d}.layers.1.1")
     h = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    h = conv(h, f"{d}.layers.1.2.conv", padding=1)
     h = block(torch.cat([h, b], 1), f"{d}.layers.2.0")
     h = block(torch.cat([h, a], 1), f"{d}.layers.3.0")
     return x + conv(F.silu(norm(h, f"{d}.norm")), f"{d}.last", padding=1)
@@ -100,13 +105,15 @@ def test_the_untrained_network_predicts_zero_or_its_input(unet):
 
 def test_every_network_runs_and_its_parts_are_shared_as_named(unet):
     for name, kind in unet.NETWORKS.items():
+        if re.match("table[567]", name):
+            continue  # these run where their cost is counted
         with torch.device("meta"):
             model = unet.build(name)
             x = torch.empty(1, model.channels, model.size, model.size)
-            for k in range(len(model.decoders)):
+            for k in {0, len(model.decoders) - 1}:
                 assert model.branch(x, torch.empty(1), k).shape == x.shape
         assert len(model.decoders) == len(kind["decoders"])
-        assert len(model.encoders) == (len(model.decoders) if name.endswith("separate") else 1)
+        assert len(model.encoders) == (len(model.decoders) if "separate" in name else 1)
 
 
 def test_cost_counts_a_convolution_and_everything_once(unet):
@@ -142,6 +149,11 @@ def test_a_width_that_no_group_of_four_divides(unet):
         ({"boundaries": (0.4, 0.4)}, "strictly ascending"),
         ({"boundaries": (0.0, 0.4)}, "positive"),
         ({"size": 9}, "divisible by 2"),
+        ({"boundaries": (0.4, 1.5)}, "below 1"),
+        ({"time": "ve"}, "'ve' is unknown here"),
+        ({"middle": "nowhere"}, "'nowhere' is unknown here"),
+        ({"attended": ("every", "none", "some")}, "'some' is unknown here"),
+        ({"pyramid": True}, "pyramid needs a filter"),
     ],
 )
 def test_contradictory_settings(unet, changes, sentence):
@@ -158,3 +170,188 @@ def test_pictures_that_do_not_fit(multistage, shape):
 def test_unknown_network(unet):
     with pytest.raises(ValueError, match="unknown network 'nope': take one of cifar10"):
         unet.build("nope")
+
+
+SHRUNK = dict(size=16, encoder=16, decoders=(24, 16, 8), mults=(1, 2), blocks=1, attention=(8,))
+
+
+def recorded(unet, golden, which):
+    """A shrunk network of the release: (arguments, recording, [(name, tensor)] in its order)."""
+    data = np.load(golden / f"{which}_network.npz")
+    weights = json.loads(str(data["weights"]))
+    stream = np.random.RandomState(weights["seed"])
+    draw = lambda shape: (stream.randn(*shape) * weights["scale"]).astype(np.float32)  # noqa: E731
+    named = [(name, torch.from_numpy(draw(shape))) for name, shape in weights["order"]]
+    ldm = dict(SHRUNK, encoder=32, decoders=(64, 32, 32), boundaries=unet.STEPS)
+    kind = {
+        "dpm": {**unet.NCSNPP, **SHRUNK, "boundaries": unet.PUBLISHED},
+        "edm": {**unet.DDPMPP, **SHRUNK, "boundaries": (2.5103, 7.6577)},
+        "ldm": {**unet.ADM, **ldm, "attended": ("every", "none", "none")},
+    }[which]
+    return kind, data, named
+
+
+@pytest.mark.parametrize("which", ["dpm", "edm", "ldm"])
+def test_outputs_equal_those_of_the_release(unet, training, golden, which):
+    kind, data, named = recorded(unet, golden, which)
+    model = unet.MultistageUNet(**kind).eval()
+    named = unet.release_parameters({"model": dict(named)}) if which != "edm" else named
+    model.load_state_dict(unet.match_release(model, named))
+    x = torch.from_numpy(data["x"])
+    for k in range(3):
+        t = torch.tensor(float(data[f"sigma{k}" if which == "edm" else f"t{k}"])).expand(2)
+        t = (t + 1) / 1000 if which == "ldm" else t  # a step of the schedule
+        assert model.stage(t).tolist() == [k, k]
+        expected = torch.from_numpy(data[f"F{k}" if which == "edm" else f"y{k}"])
+        with torch.no_grad():
+            found = model(x, t)
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+            if which == "edm":
+                xt, s = x * t[0], t[:, None, None, None]
+                D = xt - s * training.predict_noise(model, xt, t, "edm")
+                expected = torch.from_numpy(data[f"D{k}"])
+                assert (D - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def in_release_form(which, named, prefix=""):
+    """What torch.save gets in the release: raw weights are halved, averaged ones are not."""
+    if which == "dpm":
+        raw = {f"{prefix}{name}": tensor / 2 for name, tensor in named}
+        raw["sigmas"] = torch.zeros(7)
+        ema = dict(decay=0.9999, num_updates=3, shadow_params=[tensor for _, tensor in named])
+        return dict(model=raw, ema=ema, optimizer={}, step=3)
+    state = {"betas": torch.zeros(1000), "first_stage_model.x.weight": torch.zeros(2)}
+    for name, tensor in named:
+        state[f"model.diffusion_model.{name}"] = tensor / 2
+        state["model_ema.diffusion_model" + name.replace(".", "")] = tensor
+    return dict(state_dict=state, global_step=3)
+
+
+@pytest.mark.parametrize("which, prefix", [("dpm", ""), ("dpm", "module."), ("ldm", "")])
+def test_release_checkpoints_load(unet, golden, tmp_path, monkeypatch, which, prefix):
+    kind, data, named = recorded(unet, golden, which)
+    monkeypatch.setitem(unet.NETWORKS, "shrunk", kind)
+    saved = in_release_form(which, named, prefix)
+    torch.save(saved, tmp_path / "checkpoint.pth")
+    model = unet.load_release_checkpoint(tmp_path / "checkpoint.pth")
+    t = torch.tensor([101 / 1000 if which == "ldm" else 0.2]).expand(2)
+    with torch.no_grad():
+        found, expected = model(torch.from_numpy(data["x"]), t), torch.from_numpy(data["y0"])
+    assert not model.training and (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    raw = unet.load_release_checkpoint(tmp_path / "checkpoint.pth", averaged=False)
+    torch.testing.assert_close(raw.encoders[0].first.weight * 2, model.encoders[0].first.weight)
+    for entry in ("ema", "optimizer"):
+        saved.pop(entry, None)
+    torch.save(saved, tmp_path / "raw.pth")  # without averages the raw weights are taken
+    if which == "dpm":
+        same = unet.load_release_checkpoint(tmp_path / "raw.pth").state_dict()
+        assert all(torch.equal(same[name], tensor) for name, tensor in raw.state_dict().items())
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_other_files_are_no_checkpoints(sde, unet, golden, tmp_path, monkeypatch, capsys):
+    kind, _, named = recorded(unet, golden, "dpm")
+    monkeypatch.setitem(unet.NETWORKS, "shrunk", kind)
+    path = tmp_path / "checkpoint.pth"
+    good = in_release_form("dpm", named)
+
+    def refused(saved, sentence):
+        torch.save(saved, path)
+        with pytest.raises(sde.BadInput, match=sentence):
+            unet.load_release_checkpoint(path)
+
+    refused({**good, "extra": Code()}, "cannot be read as plain tensors")
+    assert "this must never run" not in capsys.readouterr().out
+    refused({"model": dict(named[:-1])}, "shrunk: the checkpoint ends before decoders.2.last")
+    refused({"model": dict([*named, ("de_modules.2.8.weight", torch.zeros(3))])}, "no place")
+    refused({"model": dict([*named[:-1], (named[-1][0], torch.zeros(4))])}, "has shape")
+    refused({"model": {"conv.weight": torch.zeros(2)}}, "none of the published networks")
+    refused([1, 2], "none of the published networks")
+    refused({"model": 3}, "none of the published networks")
+    refused({"model": dict(named), "ema": {"shadow_params": [torch.zeros(1)]}}, "1 averaged")
+    refused({"model": {"de_modules.0.0.weight": 3}}, "none of the published networks")
+    torch.save(good, path)
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(sde.BadInput, match="damaged"):
+        unet.load_release_checkpoint(path)
+    with pytest.raises(sde.BadInput, match="there is no checkpoint"):
+        unet.load_release_checkpoint(tmp_path / "none.pth")
+
+
+SLIPS = {("table5_4", "total"), ("table7_2", 0), ("table7_2", 1), ("table7_2", "total")}  # GFLOPs
+
+
+@pytest.mark.parametrize("table", [5, 6, 7])
+def test_the_tables_of_the_paper_come_out(unet, table):
+    for name, printed in unet.TABLES[table].items():
+        rows = unet.cost(name)
+        rows["total"]["gflops"] = unet.average_gflops(table, name, rows)
+        for (k, row), pair in zip(rows.items(), printed, strict=True):
+            if pair is None:
+                continue
+            if (table, pair[0]) != (7, 230):  # a slip for 237
+                assert round(row["parameters"] / 1e6) == pair[0], (name, k)
+            if (name, k) not in SLIPS:
+                assert row["gflops"] == pytest.approx(pair[1], rel=0.01), (name, k)
+
+
+def test_a_parameter_count_follows_from_the_widths_alone(unet):
+    """Attention in all decoders of the latent network makes it larger than as published."""
+    everywhere, published = unet.cost("ldm"), unet.cost("table6_4")
+    assert everywhere[0] == published[0]
+    assert everywhere[1]["parameters"] > published[1]["parameters"]
+    with torch.device("meta"):
+        decoders = unet.build("table6_4").decoders
+    having = [any(isinstance(part, unet.Attention) for part in d.modules()) for d in decoders]
+    assert having == [True, False, False]
+
+
+def test_equation_23(unet):
+    mean = unet.interpolate_parameters
+    assert mean((0.0, 0.3), (0.4, 0.6), (10, 20, 30)) == pytest.approx(10)
+    assert mean((0.3, 0.7), (0.4, 0.6), (10, 20, 30)) == pytest.approx(20)
+    assert mean((0.0, 1.0), (0.4, 0.6), (10, 20, 30)) == pytest.approx(20)
+    assert mean((0.5, 1.0), (0.4, 0.6), (10, 20, 30)) == pytest.approx(28)
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.01, math.nan])
+def test_times_off_the_timeline(sde, multistage, t):
+    x = torch.zeros(2, 1, 8, 8)
+    for use in (lambda t: multistage(x, t), multistage.stage):
+        with pytest.raises(sde.BadInput, match=re.escape(f"t = {t:g} lies outside the timeline")):
+            use(torch.tensor([0.5, t]))
+
+
+def test_one_stage_compiles_as_one_graph(unet, golden):
+    for which in ("dpm", "edm", "ldm"):
+        kind, _, _ = recorded(unet, golden, which)
+        model = unet.randomize(unet.MultistageUNet(**kind))
+        stage = torch.compile(
+            lambda x, t, model=model: model.branch(x, t, 1), fullgraph=True, backend="aot_eager"
+        )
+        x, t = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 0.5])
+        torch.testing.assert_close(stage(x, t), model.branch(x, t, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_filters_are_the_published_ones(unet):
+    """One depthwise convolution equals zero-filling, padding and filtering written out."""
+    h, taps = torch.randn(2, 3, 8, 8), (1, 3, 3, 1)
+    k = torch.outer(torch.tensor(taps), torch.tensor(taps)) / 64.0
+
+    def correlate(h):
+        return F.conv2d(h, k.expand(3, 1, 4, 4), groups=3)
+
+    zeros = torch.zeros(2, 3, 16, 16)
+    zeros[..., ::2, ::2] = h
+    up = 4 * correlate(F.pad(zeros, (2, 1, 2, 1)))
+    torch.testing.assert_close(unet.Filter(taps, "up")(h), up)
+    down = correlate(F.pad(h, (1, 1, 1, 1)))[..., ::2, ::2]
+    torch.testing.assert_close(unet.Filter(taps, "down")(h), down)
+    means = F.avg_pool2d(h, 2)
+    torch.testing.assert_close(unet.Filter((1, 1), "down")(h), means)
+    nearest = F.interpolate(h, scale_factor=2, mode="nearest")
+    torch.testing.assert_close(unet.Filter((1, 1), "up")(h), nearest)
