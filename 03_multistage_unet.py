@@ -141,7 +141,7 @@ class Up(nn.Module):
 
 
 class Filter(nn.Module):
-    """Halve ("down"), double ("up") or only blur (B, c, H, W) by a FIR filter, e.g. (1, 3, 3, 1)."""
+    """Halve ("down"), double ("up") or only "blur" (B, c, H, W) by FIR taps such as (1, 3, 3, 1)."""
 
     def __init__(self, taps, change):
         super().__init__()
@@ -453,7 +453,7 @@ def select(features, i):
 
 
 def initialize(part):
-    """Start as DDPM does: weights uniform by fan, biases zero, and the last layer of each part zero.
+    """Start as DDPM does: weights uniform by fan, biases zero, the last layer of each part zero.
 
     Every residual block then begins as the identity, and the first prediction is zero.
     """
@@ -765,7 +765,8 @@ if __name__ == "__main__" and not table:
 # its parameters) and its 230M for three stages, which are Table 5's 237M.
 
 # %%
-TABLES = {  # row: published (million parameters, GFLOPs) of each stage, shared, total; None: not printed
+# row: published (million parameters, GFLOPs) of each stage, shared, total; None: not printed
+TABLES = {
     5: {
         "table5_1": [(169, 29.95), (108, 17.65), (47, 6.31), (43, 5.75), (237, 18.65)],
         "table5_2": [(168, 27.57), (138, 21.73), (72, 9.65), (68, 8.98), (242, 19.7)],

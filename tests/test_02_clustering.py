@@ -83,9 +83,7 @@ def test_guesses_change_the_scatter_and_not_the_mean(sde, clustering, reference)
         plain = clustering._samples(times[:, :1], *settings)
         error = ((guessed.var(0) + plain.var(0)) / 1500).sqrt()
         assert (abs(guessed.mean(0) - plain.mean(0)) < 4 * error + 1e-12).all()
-        spread = plain.var(0) > 1e-3
-        assert (guessed.var(0)[spread] < 0.8 * plain.var(0)[spread]).all()
-        assert spread.any()
+    assert guessed.var(0)[0] < 0.6 * plain.var(0)[0]  # at t = 0.3, where few see what all see
 
 
 def test_guess_of_all_pictures_is_the_optimal_denoiser(sde, clustering, digits):
