@@ -141,7 +141,7 @@ class Up(nn.Module):
 
 
 class Filter(nn.Module):
-    """Halve ("down"), double ("up") or only "blur" (B, c, H, W) by FIR taps such as (1, 3, 3, 1)."""
+    """Halve ("down"), double ("up") or only "blur" (B, c, H, W) by FIR taps, as (1, 3, 3, 1)."""
 
     def __init__(self, taps, change):
         super().__init__()
