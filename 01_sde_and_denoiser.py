@@ -236,7 +236,7 @@ def load_images(dataset="digits", root="data", size=32):
         pixels = pixels[:, None] if dataset == "mnist" else pixels.permute(0, 3, 1, 2)
         return pixels.contiguous(), torch.as_tensor(data.targets)
     if dataset in ("celeba", "folder"):
-        return _pictures(dataset, root, size), None
+        return read_pictures(PictureFiles(picture_files(dataset, root), size)), None
     raise BadInput(f"unknown dataset {dataset!r}: take digits, mnist, cifar10, celeba or folder")
 
 
@@ -258,29 +258,77 @@ def _torchvision_set(dataset, root, **options):
         ) from error
 
 
-def _pictures(dataset, root, size):
-    """Read, crop and resize a set of picture files into one uint8 tensor (N, 3, size, size)."""
-    from torchvision import datasets
-    from torchvision.transforms import v2
-    from tqdm import tqdm
+def picture_files(dataset, root):
+    """List the picture files of `celeba` (its training split) or of all folders below root.
 
-    crop = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+    Raises BadInput where there are none.
+    """
+    from torchvision import datasets
+
     if dataset == "celeba":
-        files = _torchvision_set("celeba", root, split="train")
-        get = lambda i: files[i][0]  # noqa: E731
+        names = _torchvision_set("celeba", root, split="train").filename
+        files = [Path(root) / "celeba" / "img_align_celeba" / name for name in names]
     else:
         kinds = datasets.folder.IMG_EXTENSIONS
         files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in kinds)
-        get = lambda i: datasets.folder.default_loader(files[i])  # noqa: E731
-    if len(files) == 0:
+    if not files:
         raise BadInput(f"no pictures under {root!r}: give --root a folder that holds some")
-    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for i in tqdm(range(len(files)), "reading pictures", leave=False):
+    return files
+
+
+class PictureFiles:
+    """Decode picture files when they are asked for: item i is uint8 (3, size, size).
+
+    Centre crop, antialiased resize. An unreadable file gives None.
+    """
+
+    def __init__(self, files, size):
+        from torchvision.transforms import v2
+
+        self.files, self.size = files, size
+        self.crop = v2.Compose(
+            [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+        )
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        from torchvision.datasets.folder import default_loader
+
         try:
-            pixels[i] = crop(get(i))
-        except OSError as error:
-            raise BadInput(f"picture {files[i]} is unreadable ({error}): remove it") from error
-    return pixels
+            return self.crop(default_loader(self.files[i]))
+        except (OSError, SyntaxError, ValueError):  # the ways in which PIL refuses a file
+            return None
+
+
+def read_pictures(pictures):
+    """Read all of PictureFiles into one uint8 tensor (N, 3, size, size), without the unreadable."""
+    from tqdm import tqdm
+
+    pixels = torch.empty(len(pictures), 3, pictures.size, pictures.size, dtype=torch.uint8)
+    good, bad = 0, []
+    for i in tqdm(range(len(pictures)), "reading pictures", leave=False):
+        picture = pictures[i]
+        if picture is None:
+            bad.append(pictures.files[i])
+            print(f"unreadable, skipped: {bad[-1]}")
+        else:
+            pixels[good] = picture
+            good += 1
+    report_unreadable(bad, len(pictures))
+    return pixels[:good]
+
+
+def report_unreadable(bad, total):
+    """Print how many files were skipped. Raises BadInput where they are more than 1% of total."""
+    if len(bad) > 0.01 * total:
+        raise BadInput(
+            f"{len(bad)} of {total:,} pictures are unreadable, which is more than 1%, "
+            f"such as {bad[0]}: mend or remove them"
+        )
+    if bad:
+        print(f"{len(bad)} of {total:,} pictures were unreadable and skipped")
 
 
 # %% [markdown]

@@ -410,8 +410,11 @@ class MultistageUNet(nn.Module):
         """Run the plain U-Net that stage k amounts to, whatever the times: (B, C, H, W)."""
         return self._finish(x, self.decoders[k](*self._encoder(k)(x, t)))
 
-    def forward(self, x, t):
-        """Predict the noise in x (B, C, H, W) at times t (B,); the batch may mix stages."""
+    def forward(self, x, t, stage=None):
+        """Predict the noise in x (B, C, H, W) at times t (B,); the batch may mix stages.
+
+        stage: the stage of all of them, where the caller knows it; it saves looking at t.
+        """
         if (
             x.dim() != 4
             or x.shape[1] != self.channels
@@ -421,8 +424,8 @@ class MultistageUNet(nn.Module):
                 f"x has shape {tuple(x.shape)}, but this network takes (B, {self.channels}, H, W) "
                 f"with H and W divisible by {self.multiple}"
             )
-        if len(self.decoders) == 1:
-            return self.branch(x, t, 0)
+        if stage is not None or len(self.decoders) == 1:
+            return self.branch(x, t, stage or 0)
         stage, parts, order = self._stage(t), [], []
         stages = stage.unique().tolist()  # the one value that has to come from the device
         if stages[0] < 0:
@@ -693,8 +696,13 @@ def cost(name, **changes):
     work depends on the sampler. Changes as in `build`.
     """
     with torch.device("meta"):
-        model = build(name, **changes)
-        x, t = torch.empty(1, model.channels, model.size, model.size), torch.empty(1)
+        return cost_of(build(name, **changes))
+
+
+def cost_of(model):
+    """Count parameters and work of a network that lies on the meta device, as `cost`."""
+    x = torch.empty(1, model.channels, model.size, model.size, device="meta")
+    t = torch.empty(1, device="meta")
     features = model.encoders[0](x, t)
     shared = count_work(lambda: model.encoders[0](x, t), model)
     rows = {}

@@ -8,12 +8,13 @@
 # %% [markdown]
 # # 04 · Training, stage by stage
 #
-# **You will** train the network of step 03 to predict noise, one stage a batch, keep an average of
-# its weights, and leave a run on disk that step 05 can sample from and that survives an
-# interruption. From the shell the same file is the training command: `python 04_train.py --dataset
-# celeba`.
+# **You will** train the network of step 03 to predict noise, keep an average of its weights, and
+# leave a run on disk that step 05 can sample from and that survives an interruption. From the shell
+# the same file is the training command, on a laptop, on a GPU, or on several under `torchrun`:
+# `python 04_train.py --dataset celeba`.
 
 # %%
+import contextlib
 import copy
 import importlib
 import json
@@ -25,6 +26,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
@@ -37,17 +41,26 @@ BadInput = sde.BadInput
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
 root = "data"  # where the data set lies or is downloaded to
+size = 32  # side in pixels that pictures of celeba and folder are brought to
 arch = "multistage"  # multistage, unified or separate
+tailored = False  # give separate networks the decoder widths of the multistage one
+network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
 process = "vp"  # vp (noise prediction, t in [0, 1]) or edm (preconditioned, time is sigma)
+stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
 steps = 0  # training steps; 0: the recipe of the data set (table below)
-batch = 0  # pictures a step; 0: the recipe of the data set
+batch = 0  # pictures a step, over all devices; 0: the recipe of the data set
 lr = 0.0  # Adam's learning rate; 0: the recipe of the data set
 ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n)
+patience = 0  # early stopping: looks at held-out pictures without gain; 0: no early stopping
 seed = 0  # seed of every random number
 name = ""  # name of the run; empty: dataset-arch, and -edm where that is the process
 out = "runs"  # the folder that holds the runs
 save_every = 1000  # steps between checkpoints
+sample_every = 0  # steps between grids of samples; 0: a fifth of the steps
+memory = 4.0  # GiB of pictures to hold on the device; a larger set is read while training
+workers = 4  # processes that read pictures then
+compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on from the checkpoint of that run
 
 # %%
@@ -72,13 +85,16 @@ KERNELS = {"vp": sde.VP, "edm": sde.EDM}
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
 
 
-def predict_noise(model, x, t, process):
-    """Ask a network for the noise in x (B, C, H, W) at times t (B,): eps_theta of the paper."""
+def predict_noise(model, x, t, process, **stage):
+    """Ask a network for the noise in x (B, C, H, W) at times t (B,): eps_theta of the paper.
+
+    stage=k tells a multistage network that all times lie in stage k.
+    """
     if process == "vp":
-        return model(x, t)
+        return model(x, t, **stage)
     sigma, d = sde.per_image(t, x), SIGMA_DATA
     norm = (sigma**2 + d**2).sqrt()
-    return sigma / norm**2 * x - d / norm * model(x / norm, t)  # (x - D) / sigma
+    return sigma / norm**2 * x - d / norm * model(x / norm, t, **stage)  # (x - D) / sigma
 
 
 def loss_weight(t, process):
@@ -89,31 +105,125 @@ def loss_weight(t, process):
 # %% [markdown]
 # ## Which times?
 #
-# The paper trains one stage a batch. With vp a stage is drawn uniformly, then every picture's $t$
-# uniformly inside it. So a short stage gets as many batches as a long one: with `digits`, a third
-# of the work goes into the 10% of the timeline next to the image. With edm a $\sigma$ drawn from
-# EDM's log-normal distribution picks the stage, and the batch is drawn from the same distribution
-# cut to that stage.
+# The paper trains one stage a batch (`--stages uniform`). With vp a stage is drawn uniformly, then
+# every picture's $t$ uniformly inside it. So a short stage gets as many batches as a long one: with
+# `digits`, a third of the work goes into the 10% of the timeline next to the image. With edm a
+# $\sigma$ drawn from EDM's log-normal distribution picks the stage, and the batch is drawn from the
+# same distribution cut to that stage.
+#
+# `--stages mixed` is our own: every batch has all stages, in turns, and the losses of a stage are
+# weighted by its chance over its share of the batch. That is the same objective, only that the chance
+# of drawing a stage is replaced by its expectation.
 
 
 # %%
-def draw_times(model, process, batch, generator):
-    """Draw a stage, and times inside it for a whole batch: (stage, t (batch,) float32).
+def stage_edges(model, process):
+    """Return the ends of the stages (n + 1,) float64: times (vp), or shares of EDM's log-normal.
 
-    Source: paper, Section 4.2, and the authors' release; edm: Karras et al. 2022, Table 1.
+    Source: the authors' release; edm: Karras et al. 2022, Table 1 (log sigma ~ N(-1.2, 1.2^2)).
     """
-    cuts, where = model.boundaries.tolist(), generator.device
-    u = torch.rand(batch + 1, generator=generator, device=where)
+    cuts = model.boundaries.double().cpu()
     if process == "vp":
-        edges = [sde.VP.t_min, *cuts, sde.VP.t_max]
-        k = int(u[-1] * len(model.decoders))
-        return k, edges[k] + u[:-1] * (edges[k + 1] - edges[k])
-    mean, std = -1.2, 1.2  # of log sigma
-    cdf = torch.special.ndtr((torch.tensor(cuts).log() - mean) / std).to(where)
-    k = int((u[-1] >= cdf).sum())
-    edges = torch.cat([cdf.new_tensor([1e-6]), cdf, cdf.new_tensor([1 - 1e-6])])
-    inside = edges[k] + u[:-1] * (edges[k + 1] - edges[k])
-    return k, torch.exp(mean + std * torch.special.ndtri(inside))
+        return torch.cat([torch.tensor([sde.VP.t_min]), cuts, torch.tensor([sde.VP.t_max])])
+    cdf = torch.special.ndtr((cuts.log() + 1.2) / 1.2)
+    return torch.cat([torch.tensor([1e-6]), cdf, torch.tensor([1 - 1e-6])])
+
+
+def stage_chances(edges, process, active):
+    """Return how often each stage is drawn, (n,) float64, where only some are still active."""
+    chance = torch.ones(len(edges) - 1) if process == "vp" else edges.diff()
+    chance = chance.double() * torch.tensor([k in active for k in range(len(chance))])
+    return chance / chance.sum()
+
+
+def draw_times(edges, process, k, generator):
+    """Draw a time inside stage k (B,) int64 for each picture: (B,) float32."""
+    edges = edges.to(generator.device, torch.float32)
+    u = torch.rand(len(k), generator=generator, device=generator.device)
+    u = edges[k] + u * (edges[k + 1] - edges[k])
+    return u if process == "vp" else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
+
+
+# %% [markdown]
+# ## Which pictures?
+#
+# Which pictures a step sees follows from the seed and the step alone. So a run that was interrupted
+# goes on as if nothing had happened, and several processes agree without asking each other: each
+# takes its own part of the same batch. A small data set lies on the device as one tensor; a large
+# one is read by workers, ahead of time.
+
+
+# %%
+def step_generator(seed, step):
+    """Make the random numbers that all processes share in a step.
+
+    Twice the step gives the pictures, one more the stage.
+    """
+    return torch.Generator().manual_seed(2_000_003 * seed + step)
+
+
+def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
+    """Yield the uint8 pictures (b, C, H, W) of each step of the range `steps`.
+
+    images: a tensor, or `PictureFiles` to read from. b is this process' part of `batch`. bad: a
+    list that gets the unreadable files; others of the batch stand in for them.
+    """
+    rank, world = ranks()
+
+    def picks():
+        for step in steps:
+            i = torch.randint(len(images), (batch,), generator=step_generator(seed, 2 * step))
+            yield i.chunk(world)[rank]
+
+    if torch.is_tensor(images):
+        for i in picks():
+            yield images[i.to(images.device)]
+        return
+    loader = DataLoader(
+        Indexed(images),
+        batch_sampler=(i.tolist() for i in picks()),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_interrupts,
+    )
+    for pictures, unreadable in loader:
+        for i in unreadable:
+            if images.files[i] not in bad:
+                bad.append(images.files[i])
+                tqdm.write(f"unreadable, skipped: {bad[-1]}")
+        if len(bad) > 0.01 * len(images):
+            sde.report_unreadable(bad, len(images))
+        yield pictures.to(sde.device(), non_blocking=True)
+
+
+class Indexed:
+    """Give (i, picture) in place of the picture."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, i):
+        return i, self.images[i]
+
+
+def collate(items):
+    """Stack pictures, with readable ones in the place of None: (pictures, unreadable indices)."""
+    good = [picture for _, picture in items if picture is not None]
+    if not good:
+        raise BadInput("none of the pictures of a batch is readable: see the files named above")
+    stack = [good[j % len(good)] if p is None else p for j, (_, p) in enumerate(items)]
+    return torch.stack(stack), [i for i, picture in items if picture is None]
+
+
+def ignore_interrupts(worker):
+    """Leave Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ranks():
+    """Tell which process this is, of how many: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 # %% [markdown]
@@ -130,45 +240,84 @@ def network_space(images):
 
 
 def new_state(model, lr, seed):
-    """Bundle what training changes: step, model, averaged model, optimiser, random numbers."""
+    """Bundle what training changes: step, model, averaged model, optimiser, random numbers.
+
+    "forward" is what the loss calls; several processes or a compiler put their wrapper there.
+    """
     where = next(model.parameters()).device
     return dict(
         step=0,
+        seed=seed,
         model=model,
+        forward=model,
         ema=copy.deepcopy(model).eval().requires_grad_(False),
         optimizer=torch.optim.Adam(model.parameters(), lr, fused=True),
         generator=torch.Generator(where).manual_seed(seed),
+        active=list(range(len(model.decoders))),
     )
 
 
-def train(state, images, steps, process="vp", batch=64, warmup=100, ema=0.9999, flip=False):
+def half_precision(device):
+    """Compute in bfloat16 where the hardware is made for it: a context."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=able)
+
+
+def train(
+    state,
+    images,
+    steps,
+    process="vp",
+    batch=64,
+    warmup=100,
+    ema=0.9999,
+    flip=False,
+    stages="uniform",
+    workers=0,
+    bad=None,
+):
     """Train for `steps` steps in all by denoising score matching, yielding after each.
 
     state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
-    pictures or floats that are in the network's space already (the latents of step 06).
-    Yields (step, stage, loss), the loss as a tensor that is not yet waited for.
-    Raises BadInput where the loss is no longer finite (looked at every 50 steps).
+    pictures or floats that are in the network's space already (the latents of step 06), or
+    `PictureFiles`. Yields (step, {stage: loss}), losses as tensors that are not yet waited for.
+    Raises BadInput where a loss is no longer finite (looked at every 50 steps).
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
-    kernel, peak = KERNELS[process], optimizer.defaults["lr"]
+    kernel, peak, device = KERNELS[process], optimizer.defaults["lr"], generator.device
     pairs = list(state["ema"].parameters()), list(model.parameters())
+    edges, (rank, world) = stage_edges(model, process), ranks()
+    todo = range(state["step"] + 1, steps + 1)
+    source = pictures_of_steps(images, batch, state["seed"], todo, workers, bad)
     model.train()
-    while state["step"] < steps:
-        i = torch.randint(len(images), (batch,), generator=generator, device=images.device)
-        x0 = network_space(images[i])  # (B, C, H, W)
+    for step, pictures in zip(todo, source, strict=False):
+        x0 = network_space(pictures)  # (b, C, H, W)
+        if not state["active"]:
+            return
+        chance = stage_chances(edges, process, state["active"])
+        dice = step_generator(state["seed"], 2 * step + 1)
+        k = torch.multinomial(chance, 1, generator=dice).expand(batch)  # one stage for all
+        if stages == "mixed":
+            k = torch.tensor(state["active"]).repeat(batch)[:batch]
+        share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # (batch,), sums to 1
+        # the random numbers of the whole batch, of which this process takes its part
+        t = draw_times(edges, process, k.to(device), generator)
+        eps = torch.randn(batch, *x0.shape[1:], generator=generator, device=device)
+        turn = torch.rand(batch, generator=generator, device=device) < 0.5
+        t, eps, turn, k, share = (v.chunk(world)[rank] for v in (t, eps, turn, k, share))
         if flip:
-            turn = torch.rand(batch, generator=generator, device=x0.device) < 0.5
             x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
-        stage, t = draw_times(model, process, batch, generator)
-        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         xt = sde.perturb(x0, eps, t, kernel)
-        error = (predict_noise(model, xt, t, process) - eps) ** 2
-        loss = (loss_weight(t, process) * error.flatten(1).mean(1)).mean()  # Eq. 4
+        one = {"stage": int(k[0])} if stages == "uniform" else {}
+        with half_precision(device):
+            predicted = predict_noise(state["forward"], xt, t, process, **one)
+        error = loss_weight(t, process) * ((predicted.float() - eps) ** 2).flatten(1).mean(1)
+        # Eq. 4; the processes' gradients are averaged, their losses shall be summed
+        loss = world * (share.to(error) * error).sum()
 
-        step = state["step"] + 1
         if step % 50 == 0 and not torch.isfinite(loss):
-            raise BadInput(f"the loss is {loss.item()} at step {step}: lower --lr and --resume")
+            raise BadInput(f"the loss is {loss.item()} at step {step}: train with a lower --lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -178,81 +327,108 @@ def train(state, images, steps, process="vp", batch=64, warmup=100, ema=0.9999, 
         with torch.no_grad():  # the average forgets faster at first: (1 + n) / (10 + n)
             torch._foreach_lerp_(*pairs, 1 - min(ema, (1 + step) / (10 + step)))
         state["step"] = step
-        yield step, stage, loss.detach()
+        where = {j: (k == j).nonzero()[:, 0].to(device) for j in k.unique().tolist()}
+        yield step, {j: error.detach()[i].mean() for j, i in where.items()}
 
 
 # %% [markdown]
 # ## A run on disk
 #
-# `runs/<name>/` holds `settings.json`, `metrics.jsonl` (a line a log step), `loss.png` and
-# `checkpoint.pt`. The checkpoint is written aside and renamed, and contains everything that
-# training changes, so `--resume` goes on as if nothing had happened.
+# `runs/<name>/` holds `settings.json`, `metrics.jsonl` (a line a log step), `loss.png`, grids of
+# samples in `samples/`, and `checkpoint.pt`. The checkpoint is written aside and renamed, the one
+# before it is kept, and it contains everything that training changes, so `--resume` goes on as if
+# nothing had happened.
 
 
 # %%
+STATES = ("model", "ema", "optimizer")
+
+
 def save(state, settings, folder):
-    """Write state and settings to `folder`/checkpoint.pt, aside first, then renamed."""
-    content = dict(settings=settings, step=state["step"])
-    content.update({key: state[key].state_dict() for key in ("model", "ema", "optimizer")})
-    content["generator"] = state["generator"].get_state()
+    """Write state and settings to `folder`/checkpoint.pt; the one before becomes .previous.pt.
+
+    Raises BadInput where it cannot be written, such as on a full disk; what was there stays.
+    """
+    content = {key: state[key].state_dict() for key in STATES}
+    content.update(
+        {key: state[key] for key in ("step", "active", "stopping", "petaflops") if key in state}
+    )
+    content.update(settings=settings, generator=state["generator"].get_state())
     content["torch_rng"] = torch.get_rng_state()  # dropout draws from it
     if torch.cuda.is_available():
         content["cuda_rng"] = torch.cuda.get_rng_state()
-    with sde.replacing(Path(folder) / "checkpoint.pt") as aside:
-        torch.save(content, aside)
+    path = Path(folder) / "checkpoint.pt"
+    with sde.replacing(path) as aside:
+        try:
+            torch.save(content, aside)
+        except RuntimeError as error:  # torch's writer reports a full disk so
+            raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
+        if path.exists():
+            os.replace(path, path.with_name("checkpoint.previous.pt"))
 
 
 def load(folder):
-    """Read `folder`/checkpoint.pt onto the CPU. Raises BadInput where it is missing or broken."""
-    path = Path(folder) / "checkpoint.pt"
-    if not path.is_file():
-        raise BadInput(f"there is no checkpoint {path}: train one with 04_train.py")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["settings"], content["ema"]  # noqa: B018 - some other file has neither
+    """Read `folder`/checkpoint.pt onto the CPU, or the one before it where it is torn.
+
+    Raises BadInput where there is none that can be read.
+    """
+    paths = [Path(folder) / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+    if not any(path.is_file() for path in paths):
+        raise BadInput(f"there is no checkpoint {paths[0]}: train one with 04_train.py")
+    for path in paths:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            content["settings"], content["ema"]  # noqa: B018 - some other file has neither
+        except Exception:  # torch.load fails in many ways on a broken or foreign file
+            continue
+        if path != paths[0]:
+            print(f"{paths[0]} is missing or torn: going back to {path}, step {content['step']:,}")
         return content
-    except Exception as error:  # torch.load fails in many ways on a broken or foreign file
-        raise BadInput(f"{path} is no readable checkpoint of 04_train.py: train anew") from error
+    raise BadInput(f"{paths[0]} is no readable checkpoint of 04_train.py: train anew")
 
 
 def restore(state, content):
     """Put a checkpoint's content back into a fresh state."""
-    for key in ("model", "ema", "optimizer"):
+    for key in STATES:
         state[key].load_state_dict(content[key])
+    state.update(
+        {key: content[key] for key in ("step", "active", "stopping", "petaflops") if key in content}
+    )
     state["generator"].set_state(content["generator"])
     torch.set_rng_state(content["torch_rng"])
     if torch.cuda.is_available() and "cuda_rng" in content:
         torch.cuda.set_rng_state(content["cuda_rng"])
-    state["step"] = content["step"]
-
-
-def network_name(dataset, arch):
-    """Name the entry of NETWORKS for a data set and an architecture; colour sets share one."""
-    base = dataset if dataset in unet.NETWORKS else "cifar10"
-    return base if arch == "multistage" else f"{base}_{arch}"
+    rank, world = ranks()
+    if world > 1:  # dropout differs between processes
+        torch.manual_seed(content["step"] * world + rank)
 
 
 def network_of(settings):
     """Build the untrained network that a run's settings describe."""
-    kind = dict(boundaries=settings["boundaries"])
+    asked = ("boundaries", "channels", "size", "decoders")
+    kind = {key: settings[key] for key in asked if settings.get(key) is not None}
     if settings["process"] == "edm":  # its wrapping adds the input already
         kind.update(time="edm", add_input=False)
     return unet.build(settings["network"], **kind)
 
 
 def load_model(folder):
-    """Load the averaged network of a run: (model in eval mode on the device, its settings)."""
+    """Load the averaged network of a run: (model in eval mode on the device, its settings).
+
+    With early stopping each stage has the weights of its best look at held-out pictures.
+    """
     content = load(folder)
     model = network_of(content["settings"])
-    model.load_state_dict(content["ema"])
+    model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
     return model.to(sde.device()).eval(), content["settings"]
 
 
 # %% [markdown]
 # ## Recipes
 #
-# The paper's recipe is for 450,000 steps on a GPU. `digits` gets one that a laptop finishes in
-# minutes.
+# The paper's recipe is for 450,000 steps of its own network on a GPU. `digits` and `mnist` get small
+# networks; `digits` one that a laptop trains in a minute. For colour pictures on little hardware there is
+# `--network cifar10`.
 
 # %%
 PAPER = dict(steps=450_000, batch=128, lr=2e-4, warmup=5000, flip=True)
@@ -263,6 +439,18 @@ RECIPES = {
     "celeba": PAPER,
     "folder": PAPER,
 }
+PAPER_NETWORKS = {
+    "vp": dict(multistage="table5_1", unified="table7_1", separate="table3_separate"),
+    "edm": dict(multistage="edm", unified="edm_unified", separate="edm_separate"),
+}
+
+
+def network_name(network, dataset, arch, process):
+    """Name the entry of NETWORKS for what was asked: an own one, a small one or the paper's."""
+    base = network or dataset
+    if base not in ("digits", "mnist", "cifar10") or (base == "cifar10" and not network):
+        return network or PAPER_NETWORKS[process][arch]
+    return base if arch == "multistage" else f"{base}_{arch}"
 
 
 def find_boundaries(text, dataset, images, process):
@@ -275,36 +463,47 @@ def find_boundaries(text, dataset, images, process):
             return [float(tau) for tau in text.strip("[]() ").split(",")]
         except ValueError:
             raise BadInput(f"boundaries {text!r} must be numbers such as 0.1,0.44") from None
-    if dataset == "celeba":
+    if dataset == "celeba" or not torch.is_tensor(images):
         cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
     else:
-        cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=True)
+        progress = ranks()[0] == 0
+        cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
     return sde.match_snr(cuts, sde.VP, KERNELS[process])
 
 
-def check_settings(arch, process, steps, batch, lr, ema, save_every):
+def check_settings(arch, process, stages, patience, steps, batch, lr, ema, save_every):
     """Raise BadInput for a setting that cannot work."""
-    if arch not in ("multistage", "unified", "separate"):
-        raise BadInput(f"unknown arch {arch!r}: take multistage, unified or separate")
-    if process not in KERNELS:
-        raise BadInput(f"unknown process {process!r}: take vp or edm")
-    for key, value in dict(steps=steps, batch=batch, lr=lr).items():
+    for what, value, known in (
+        ("arch", arch, ("multistage", "unified", "separate")),
+        ("process", process, tuple(KERNELS)),
+        ("stages", stages, ("uniform", "mixed")),
+    ):
+        if value not in known:
+            raise BadInput(f"unknown {what} {value!r}: take {', '.join(known)}")
+    for key, value in dict(steps=steps, batch=batch, lr=lr, patience=patience).items():
         if value < 0:
             raise BadInput(f"{key} = {value} is negative: give a positive one, or 0 for the recipe")
     if not 0 <= ema < 1 or save_every < 1:
         raise BadInput(f"ema = {ema} must lie in [0, 1) and save_every = {save_every} above 0")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("this step trains in one process: start it without torchrun")
+    if patience and arch == "multistage":
+        raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
 
 
 # %% [markdown]
 # ## Training
 #
-# Three short functions around the loop: make room for the run, decide everything before the first
-# step, and train with a bar, a log, checkpoints, and a Ctrl-C that finishes the step it is in.
+# Short functions around the loop: make room for the run, decide everything before the first step,
+# and train with a bar, a log, grids of samples, checkpoints, and a Ctrl-C that finishes the step it
+# is in.
 
 
 # %%
+def say(*lines):
+    """Print, but only in the first of several processes."""
+    if ranks()[0] == 0:
+        print(*lines, sep="\n")
+
+
 def claim(folder, resume):
     """Make the folder of a run; an earlier run of that name is kept as `folder`.1, .2, …
 
@@ -326,63 +525,270 @@ def claim(folder, resume):
 def agree(asked, old, folder):
     """Raise BadInput where a resumed run is asked for other settings than it has (but steps)."""
     for key in sorted(set(asked) - {"steps"}):
-        if asked[key] != old[key]:
-            raise BadInput(f"{folder} was trained with {key} = {old[key]!r}, not {asked[key]!r}")
+        if asked[key] != old.get(key):
+            raise BadInput(
+                f"{folder} was trained with {key} = {old.get(key)!r}, not {asked[key]!r}"
+            )
 
 
-def fit(state, images, settings, folder, save_every=1000):
-    """Run `train` to settings["steps"] and leave metrics.jsonl and checkpoint.pt in `folder`.
+def expect(state, settings):
+    """Say what will be trained and, after a trial of every stage, until when: the stages' costs.
 
+    The trial changes nothing: neither weights nor random numbers.
+    """
+    device, model, process = state["generator"].device, state["model"], settings["process"]
+    costs, world = unet.cost_of(copy.deepcopy(model).to("meta")), ranks()[1]
+    left, n = settings["steps"] - state["step"], len(model.decoders)
+    cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
+    say(
+        f"{left:,} steps of {settings['batch']} pictures on {device}, {world} process(es)",
+        f"{settings['arch']} network {settings['network']}, boundaries {cuts}",
+    )
+    for k in range(n):
+        million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
+        say(f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture")
+    x = torch.zeros(settings["batch"] // world, model.channels, model.size, model.size).to(device)
+    t, seconds = torch.full((len(x),), 0.5, device=device), []
+    with torch.random.fork_rng():
+        for k in [0, *range(n)]:  # the first one warms up
+            begin = time.perf_counter()
+            with half_precision(device):
+                predicted = predict_noise(state["forward"], x, t, process, stage=k)
+            predicted.float().square().mean().backward()
+            state["optimizer"].zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+    chance = stage_chances(stage_edges(model, process), process, state["active"]).tolist()
+    step = sum(p * s for p, s in zip(chance, seconds[1:], strict=True))
+    end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * step))
+    say(f"about {settings['batch'] / step:,.0f} pictures a second, done about {end}")
+    return costs
+
+
+@torch.no_grad()
+def draw_grid(state, process, path, decode=None, n=32, nfe=25):
+    """Draw n pictures with the averaged weights and save them as a grid; decode: from latents."""
+    from torchvision.utils import save_image
+
+    model, kernel, device = state["ema"], KERNELS[process], state["generator"].device
+    x = torch.randn(
+        n, model.channels, model.size, model.size, generator=torch.Generator().manual_seed(1)
+    )
+    x = x.to(device) * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).float().to(device)
+    eps = lambda x, t: predict_noise(model, x, t, process)  # noqa: E731
+    *_, x = sde.probability_flow(eps, kernel, x, nfe)
+    with sde.replacing(path) as aside:
+        save_image(sde.tile(decode(x) if decode else (x.cpu() + 1) / 2), aside, format="png")
+
+
+@torch.no_grad()
+def look(state, held_out, process, patience):
+    """Early stopping: compare each active stage's held-out loss with its best: {stage: loss}.
+
+    The weights of a stage's best look are kept; after `patience` looks without gain it is no longer
+    trained. Times and noise are the same at every look.
+    """
+    model, found, n = state["ema"], {}, len(state["ema"].decoders)
+    stopping = state.setdefault("stopping", dict(best=[float("inf")] * n, waited=[0] * n))
+    edges, device = stage_edges(model, process), state["generator"].device
+    for k in list(state["active"]):
+        generator, total = torch.Generator(device).manual_seed(k), 0.0
+        for part in held_out.split(500):
+            x0, stage = network_space(part), torch.full((len(part),), k, device=device)
+            t = draw_times(edges, process, stage, generator)
+            eps = torch.randn(x0.shape, generator=generator, device=device)
+            xt = sde.perturb(x0, eps, t, KERNELS[process])
+            error = (predict_noise(model, xt, t, process, stage=k) - eps) ** 2
+            total += float((loss_weight(t, process) * error.flatten(1).mean(1)).sum())
+        found[k] = total / len(held_out)
+        if found[k] < stopping["best"][k]:
+            stopping["best"][k], stopping["waited"][k] = found[k], 0
+            own = {f"encoders.{k}", f"decoders.{k}"}
+            mine = [key for key in model.state_dict() if ".".join(key.split(".")[:2]) in own]
+            best = {key: model.state_dict()[key].clone() for key in mine}
+            stopping["weights"] = {**stopping.get("weights", {}), **best}
+        else:
+            stopping["waited"][k] += 1
+            if stopping["waited"][k] >= patience:
+                state["active"].remove(k)
+                say(f"stage {k} stops: no gain on held-out pictures in {patience} looks")
+    return found
+
+
+def all_agree(flag, device):
+    """Tell whether any process has raised its flag, to all of them alike."""
+    if ranks()[1] == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def mean_losses(recent, n, device):
+    """Average each stage's losses over steps and processes: {stage: float}."""
+    table = torch.zeros(2, n, device=device)
+    for losses in recent:
+        for k, loss in losses.items():
+            table[0, k] += loss
+            table[1, k] += 1
+    if ranks()[1] > 1:
+        dist.all_reduce(table)
+    return {k: (table[0, k] / table[1, k]).item() for k in range(n) if table[1, k]}
+
+
+def fit(
+    state,
+    images,
+    settings,
+    folder,
+    save_every=1000,
+    sample_every=0,
+    workers=0,
+    held_out=None,
+    decode=None,
+):
+    """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
+
+    held_out: pictures for early stopping; decode: turns latents into pictures for the grids.
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     """
-    steps, batch, recent, stop = settings["steps"], settings["batch"], [], []
-    every, log = max(1, steps // 40), Path(folder) / "metrics.jsonl"
-    old = log.read_text().splitlines() if log.is_file() else []
-    kept = [line for line in old if json.loads(line)["step"] <= state["step"]]
-    with sde.replacing(log) as aside:
-        aside.write_text("".join(f"{line}\n" for line in kept))
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    keys = ("process", "batch", "warmup", "ema", "flip")
-    loop = train(state, images, steps, **{key: settings[key] for key in keys})
-    bar = tqdm(total=steps * batch, initial=state["step"] * batch, unit="img", unit_scale=True)
-    begin = time.perf_counter()
+    steps, batch, process = settings["steps"], settings["batch"], settings["process"]
+    folder, first, device = Path(folder), ranks()[0] == 0, state["generator"].device
+    recent, stop, bad, saved, n = [], [], [], state["step"], len(state["model"].decoders)
+    every, log, costs = max(1, steps // 40), folder / "metrics.jsonl", expect(state, settings)
+    state.setdefault("petaflops", [0.0, 0.0])
+    if first:
+        old = log.read_text().splitlines() if log.is_file() else []
+        kept = [line for line in old if json.loads(line)["step"] <= state["step"]]
+        with sde.replacing(log) as aside:
+            aside.write_text("".join(f"{line}\n" for line in kept))
+    signals = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in signals:
+        signal.signal(kind, lambda *_: stop.append(True))
+    options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
+    options.update(stages=settings.get("stages", "uniform"), workers=workers, bad=bad)
+    loop, begin = train(state, images, steps, **options), time.perf_counter()
+    bar = tqdm(
+        *(None, None, steps * batch),
+        initial=state["step"] * batch,
+        unit="img",
+        unit_scale=True,
+        disable=not first,
+    )
     try:
-        for step, stage, loss in loop:
+        for step, losses in loop:
             bar.update(batch)
-            recent.append((stage, loss))
+            recent.append(losses)
+            for k in losses:  # Table 2: of one picture a step; truly: of all, backward counts twice
+                state["petaflops"][0] += costs[k]["gflops"] / len(losses) / 1e6
+                state["petaflops"][1] += 3 * costs[k]["true_gflops"] * batch / len(losses) / 1e6
             if step % every == 0 or step == steps:
                 seconds, begin = time.perf_counter() - begin, time.perf_counter()
                 row = dict(step=step, images_per_s=round(len(recent) * batch / seconds))
-                for k in sorted({k for k, _ in recent}):
-                    losses = [loss for j, loss in recent if j == k]
-                    row[f"loss_{k}"] = round(torch.stack(losses).mean().item(), 5)
-                bar.set_postfix({key: row[key] for key in row if key.startswith("loss")})
-                with log.open("a") as lines:
-                    lines.write(json.dumps(row) + "\n")
+                means = mean_losses(recent, n, device)
+                row.update({f"loss_{k}": round(loss, 7) for k, loss in means.items()})
+                bar.set_postfix({key: f"{row[key]:.4g}" for key in row if key.startswith("loss")})
+                if held_out is not None:
+                    found = look(state, held_out, process, settings["patience"])
+                    row.update({f"held_out_{k}": round(loss, 7) for k, loss in found.items()})
+                petaflops = zip(("petaflops", "true_petaflops"), state["petaflops"], strict=True)
+                row.update({key: float(f"{value:.6g}") for key, value in petaflops})
                 recent = []
-            if step % save_every == 0 or step == steps or stop:
-                save(state, settings, folder)
-            if stop:
-                break
+                if first:
+                    with log.open("a") as lines:
+                        lines.write(json.dumps(row) + "\n")
+            halt = (ranks()[1] == 1 or step % 10 == 0) and all_agree(bool(stop), device)
+            if step % save_every == 0 or step == steps or halt or not state["active"]:
+                if not all(torch.isfinite(loss) for loss in losses.values()):
+                    raise BadInput(
+                        f"the loss is no longer finite at step {step}: train with a lower --lr "
+                        f"(step {saved} is saved)"
+                    )
+                if first:
+                    save(state, settings, folder)
+                saved = step
+            if first and (step % (sample_every or -(-steps // 5)) == 0 or step == steps):
+                draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
+            if halt:
+                return False
+        sde.report_unreadable(bad, len(images))
     finally:
         bar.close()
-        signal.signal(signal.SIGINT, before)
-    return not stop
+        for kind, handler in signals.items():
+            signal.signal(kind, handler)
+    return True
+
+
+# %% [markdown]
+# Under `torchrun` every process runs this file. PyTorch's data parallelism averages their gradients;
+# the first process alone prints and writes.
+
+
+# %%
+def join():
+    """Join the other processes that torchrun started, if any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+@contextlib.contextmanager
+def one_at_a_time():
+    """Let the first process go ahead, such as to download, and the others follow."""
+    rank, world = ranks()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+def open_pictures(dataset, root, size, memory):
+    """Load a data set onto the device as uint8 (N, C, H, W), or open its files if it is large."""
+    if dataset not in ("celeba", "folder"):
+        return sde.load_images(dataset, root)[0].to(sde.device())
+    pictures = sde.PictureFiles(sde.picture_files(dataset, root), size)
+    large = len(pictures) * 3 * size**2 > memory * 2**30
+    return pictures if large else sde.read_pictures(pictures).to(sde.device())
+
+
+def wrap(state, compile):
+    """Set state["forward"]: the model, shared between processes and compiled where asked."""
+    model, several = state["model"], ranks()[1] > 1
+    if several:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
+        unused = len(model.decoders) > 1  # a batch of one stage leaves the other decoders alone
+        model = DistributedDataParallel(
+            model, devices, broadcast_buffers=False, find_unused_parameters=unused
+        )
+    state["forward"] = torch.compile(model) if compile else model
 
 
 # %%
 if __name__ == "__main__":
-    check_settings(arch, process, steps, batch, lr, ema, save_every)
-    pixels, _ = sde.load_images(dataset, root)
-    pixels = pixels.to(sde.device())  # uint8 (N, C, H, W), all of it
+    check_settings(arch, process, stages, patience, steps, batch, lr, ema, save_every)
+    join()
+    rank, world = ranks()
+    with one_at_a_time():
+        pixels = open_pictures(dataset, root, size, memory)
     recipe = RECIPES[dataset]
     run = Path(out) / (name or f"{dataset}-{arch}" + "-edm" * (process == "edm"))
-    asked = dict(dataset=dataset, arch=arch, network=network_name(dataset, arch))
-    asked.update(process=process, ema=ema, seed=seed)
+    asked = dict(dataset=dataset, arch=arch)
+    asked["network"] = network_name(network, dataset, arch, process)
+    asked.update(process=process, stages=stages, patience=patience, ema=ema, seed=seed)
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
+    asked.update(channels=None, size=None, decoders=None)
+    if dataset in ("celeba", "folder"):
+        asked.update(channels=3, size=size)
+    if tailored:
+        multistage = network_name(network, dataset, "multistage", process)
+        asked["decoders"] = list(unet.NETWORKS[multistage]["decoders"])
+    if asked["batch"] % world:
+        raise BadInput(f"batch = {asked['batch']} cannot be shared by {world} processes")
     content = load(run) if resume else None
-    claim(run, resume)
 
 # %%
 if __name__ == "__main__":
@@ -392,25 +798,40 @@ if __name__ == "__main__":
     elif arch == "unified":
         asked["boundaries"] = []
     else:
-        asked["boundaries"] = find_boundaries(boundaries, dataset, pixels, process)
+        with one_at_a_time():
+            asked["boundaries"] = find_boundaries(boundaries, dataset, pixels, process)
+    held_out, training_set = None, pixels
+    if patience:
+        if not torch.is_tensor(pixels):
+            raise BadInput("early stopping needs the pictures in memory: give --memory more GiB")
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+        held_out, training_set = (
+            pixels[order[: len(pixels) // 10]],
+            pixels[order[len(pixels) // 10 :]],
+        )
     torch.manual_seed(seed)  # the initial weights
     model = network_of(asked).to(sde.device())
+    if sde.device().type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
     state = new_state(model, asked["lr"], seed)
     if resume:
         restore(state, content)
-    with sde.replacing(run / "settings.json") as aside:
-        aside.write_text(json.dumps(asked, indent=1) + "\n")
+    wrap(state, compile)
+    if rank == 0:  # nothing is touched before everything is known to fit
+        claim(run, resume)
+        with sde.replacing(run / "settings.json") as aside:
+            aside.write_text(json.dumps(asked, indent=1) + "\n")
 
 # %%
 if __name__ == "__main__":
-    cuts = ", ".join(f"{tau:.4f}" for tau in asked["boundaries"]) or "none"
-    total = sum(p.numel() for p in model.parameters())
-    print(f"{run}: {asked['steps']:,} steps of {asked['batch']} pictures on {sde.device()}")
-    print(f"{arch}, {total:,} parameters, boundaries {cuts}")
-    finished = fit(state, pixels, asked, run, save_every)
-    if not finished:
+    say(f"the run lies in {run}")
+    finished = fit(state, training_set, asked, run, save_every, sample_every, workers, held_out)
+    if world > 1:
+        dist.destroy_process_group()
+    if not finished and rank == 0:
         print(f"stopped and saved at step {state['step']}: the same command with --resume goes on")
-        sys.exit(130)
+    if not finished or rank > 0:
+        sys.exit(0 if finished else 130)
 
 # %% [markdown]
 # ## What it learned
@@ -440,7 +861,28 @@ def draw_losses(folder):
 if __name__ == "__main__":
     draw_losses(run)
     sde.show(run / "loss.png")
-    print(f"{read_metrics(run)[-1]['images_per_s']:,} images/s on {sde.device()}")
+    last = read_metrics(run)[-1]
+    print(f"{last['images_per_s']:,} images/s on {sde.device()}")
+    print(f"{1e6 * last['petaflops']:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
+    print(
+        f"{1e6 * last['true_petaflops']:.4g} GFLOPs in truth: every picture, forward and backward"
+    )
+
+# %% [markdown]
+# How the samples came about: a row of the grids that were drawn on the way, always from the same
+# noise.
+
+# %%
+if __name__ == "__main__":
+    grids = sorted((run / "samples").glob("*.png"))
+    figure, axes = plt.subplots(len(grids), 1, figsize=(10, 1.0 * len(grids)), squeeze=False)
+    for ax, path in zip(axes[:, 0], grids, strict=True):
+        grid = plt.imread(path)
+        ax.imshow(grid[: len(grid) // 2 + 3])  # the first of its two rows
+        ax.set_title(f"step {int(path.stem):,}", fontsize=9, loc="left")
+        ax.axis("off")
+    figure.tight_layout()
+    sde.show(run / "progress.png")
 
 # %% [markdown]
 # And what the network sees in noise, beside the optimal denoiser of step 01. Both estimate the
@@ -448,14 +890,16 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    network, _ = load_model(run)
+    trained, _ = load_model(run)
     kernel, generator = KERNELS[process], torch.Generator().manual_seed(seed)
     levels = sde.VP.log_snr(torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.7]))
     t = kernel.time(levels).float().to(sde.device())  # the same noise levels in either process
+    if not torch.is_tensor(pixels):
+        pixels = sde.read_pictures(sde.PictureFiles(pixels.files[:1000], size)).to(sde.device())
     x0 = network_space(pixels[:8])
     xt = sde.perturb(x0, torch.randn(x0.shape, generator=generator).to(x0), t, kernel)
     with torch.no_grad():
-        eps = predict_noise(network, xt, t, process)
+        eps = predict_noise(trained, xt, t, process)
     s, sigma = (sde.per_image(v, xt) for v in (kernel.s(t), kernel.sigma(t)))
     learned = xt / s - sigma * eps
     best = sde.posterior_mean(xt, t, kernel, network_space(pixels[:50_000]))

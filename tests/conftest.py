@@ -61,3 +61,8 @@ def digits(sde):
 def golden():
     """Where the recorded outputs of the authors' released code lie."""
     return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT

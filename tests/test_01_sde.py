@@ -300,15 +300,15 @@ def test_celeba_is_cropped_and_resized(sde, tmp_path, monkeypatch):
     from PIL import Image
     from torchvision.datasets import CelebA
 
+    folder = tmp_path / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (178, 218), (10 * i, 20, 30)).save(folder / f"{i}.png")
+
     class Made(CelebA):
         def __init__(self, root, split, download):
             assert split == "train" and not download
-
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, i):
-            return Image.new("RGB", (178, 218), (10 * i, 20, 30)), 0
+            self.filename = ["0.png", "1.png", "2.png"]  # 3.png belongs to another split
 
     monkeypatch.setattr("torchvision.datasets.CelebA", Made)
     images, labels = sde.load_images("celeba", str(tmp_path), size=32)

@@ -54,5 +54,5 @@ def test_the_latent_network_trains_on_codes_as_they_are(unet, training):
     assert torch.equal(training.network_space(codes), codes)
     model = unet.build("digits_latent", encoder=8, decoders=(8, 8, 8), attention=())
     state = training.new_state(model, 1e-3, seed=0)
-    steps = [step for step, _, _ in training.train(state, codes, 3, batch=4)]
+    steps = [step for step, _ in training.train(state, codes, 3, batch=4)]
     assert steps == [1, 2, 3]
