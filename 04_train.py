@@ -327,8 +327,9 @@ def train(
         with torch.no_grad():  # the average forgets faster at first: (1 + n) / (10 + n)
             torch._foreach_lerp_(*pairs, 1 - min(ema, (1 + step) / (10 + step)))
         state["step"] = step
-        where = {j: (k == j).nonzero()[:, 0].to(device) for j in k.unique().tolist()}
-        yield step, {j: error.detach()[i].mean() for j, i in where.items()}
+        present = k.unique().tolist() if stages == "mixed" else [one["stage"]]
+        error = error.detach()
+        yield step, {j: error[(k == j).nonzero()[:, 0].to(device)].mean() for j in present}
 
 
 # %% [markdown]
@@ -407,8 +408,11 @@ def network_of(settings):
     """Build the untrained network that a run's settings describe."""
     asked = ("boundaries", "channels", "size", "decoders")
     kind = {key: settings[key] for key in asked if settings.get(key) is not None}
+    time = unet.NETWORKS.get(settings["network"], {}).get("time", "vp")
     if settings["process"] == "edm":  # its wrapping adds the input already
         kind.update(time="edm", add_input=False)
+    elif time != "vp":
+        raise BadInput(f"network {settings['network']!r} is made for times of {time!r}, not of vp")
     return unet.build(settings["network"], **kind)
 
 
@@ -427,8 +431,10 @@ def load_model(folder):
 # ## Recipes
 #
 # The paper's recipe is for 450,000 steps of its own network on a GPU. `digits` and `mnist` get small
-# networks; `digits` one that a laptop trains in a minute. For colour pictures on little hardware there is
-# `--network cifar10`.
+# networks, which a laptop trains in a minute or an hour. For colour pictures on little hardware there
+# is `--network cifar10`. The rows of Table 3 are flags: `--arch unified`, `--arch separate`, with
+# `--patience 5` (early stopping), `--tailored` (the widths of the multistage decoders), or both, and
+# `--arch multistage`.
 
 # %%
 PAPER = dict(steps=450_000, batch=128, lr=2e-4, warmup=5000, flip=True)
@@ -453,17 +459,21 @@ def network_name(network, dataset, arch, process):
     return base if arch == "multistage" else f"{base}_{arch}"
 
 
-def find_boundaries(text, dataset, images, process):
+def find_boundaries(text, dataset, images, process, network="digits"):
     """Decide on the inner boundaries, in the time of the process: list of floats.
 
-    text: what the user gave, comma-separated, or empty for step 02's answer.
+    text: what the user gave, comma-separated, or empty for step 02's answer; a network that has not
+    three stages brings its own.
     """
+    own = unet.NETWORKS.get(network, unet.NETWORKS["digits"])["boundaries"]
     if text:
         try:
             return [float(tau) for tau in text.strip("[]() ").split(",")]
         except ValueError:
             raise BadInput(f"boundaries {text!r} must be numbers such as 0.1,0.44") from None
-    if dataset == "celeba" or not torch.is_tensor(images):
+    if len(own) != 2:
+        cuts = own
+    elif dataset == "celeba" or not torch.is_tensor(images):
         cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
     else:
         progress = ranks()[0] == 0
@@ -541,16 +551,16 @@ def expect(state, settings):
     left, n = settings["steps"] - state["step"], len(model.decoders)
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
     say(
-        f"{left:,} steps of {settings['batch']} pictures on {device}, {world} process(es)",
+        f"{left:,} steps of {settings['batch']} pictures on {device}, processes: {world}",
         f"{settings['arch']} network {settings['network']}, boundaries {cuts}",
     )
     for k in range(n):
         million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
         say(f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture")
     x = torch.zeros(settings["batch"] // world, model.channels, model.size, model.size).to(device)
-    t, seconds = torch.full((len(x),), 0.5, device=device), []
+    t, seconds = torch.full((len(x),), 0.5, device=device), {}
     with torch.random.fork_rng():
-        for k in [0, *range(n)]:  # the first one warms up
+        for k in [*range(n), *range(n)]:  # the first round warms up
             begin = time.perf_counter()
             with half_precision(device):
                 predicted = predict_noise(state["forward"], x, t, process, stage=k)
@@ -558,9 +568,9 @@ def expect(state, settings):
             state["optimizer"].zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
+            seconds[k] = time.perf_counter() - begin
     chance = stage_chances(stage_edges(model, process), process, state["active"]).tolist()
-    step = sum(p * s for p, s in zip(chance, seconds[1:], strict=True))
+    step = sum(p * s for p, s in zip(chance, seconds.values(), strict=True))
     end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * step))
     say(f"about {settings['batch'] / step:,.0f} pictures a second, done about {end}")
     return costs
@@ -799,7 +809,8 @@ if __name__ == "__main__":
         asked["boundaries"] = []
     else:
         with one_at_a_time():
-            asked["boundaries"] = find_boundaries(boundaries, dataset, pixels, process)
+            found = find_boundaries(boundaries, dataset, pixels, process, asked["network"])
+            asked["boundaries"] = found
     held_out, training_set = None, pixels
     if patience:
         if not torch.is_tensor(pixels):

@@ -313,6 +313,9 @@ def test_boundaries_come_from_the_user_or_from_step_02(sde, clustering, unet, tr
     assert found == pytest.approx(clustering.algorithm_1(pixels.float() / 255), rel=1e-6)
     moved = training.find_boundaries("", "digits", pixels, "edm")
     assert moved == pytest.approx([float(sde.VP.sigma(tau)) for tau in found], rel=1e-5)
+    assert training.find_boundaries("", "digits", pixels, "vp", "table7_4") == pytest.approx(
+        [0.376, 0.526, 0.726]
+    )
     with pytest.raises(sde.BadInput, match="must be numbers"):
         training.find_boundaries("0.2;0.5", "digits", pixels, "vp")
 
@@ -354,6 +357,11 @@ def test_every_recipe_has_a_network(unet, training):
     assert training.network_name("", "celeba", "multistage", "vp") == "table5_1"
     assert training.network_name("cifar10", "celeba", "unified", "vp") == "cifar10_unified"
     assert training.network_name("table7_4", "cifar10", "multistage", "vp") == "table7_4"
+
+
+def test_a_network_for_other_times_is_refused(sde, training):
+    with pytest.raises(sde.BadInput, match="'edm' is made for times of 'edm', not of vp"):
+        training.network_of(settings_for(network="edm"))
 
 
 def test_files_read_while_training_give_the_same_weights(sde, training, tmp_path):
