@@ -553,7 +553,42 @@ class EDM(VE):
     t_min, t_max = 0.002, 80.0
 
 
+class PFGM(EDM):
+    """Describe EDM's kernel with the heavy-tailed noise of PFGM++ in D extra dimensions.
+
+    The noise is Student's t with D degrees of freedom: D = 1 is PFGM, D to infinity is EDM. Make
+    another D by `PFGM.with_D(D)`. Source: Xu et al. 2023, Eq. 5 with r = sigma sqrt(D).
+    """
+
+    D = 1.0
+
+    @classmethod
+    def with_D(cls, D):
+        """Return the kernel for another D. Raises BadInput unless D > 0."""
+        if not D > 0:
+            raise BadInput(f"PFGM needs D above 0, got {D:g}")
+        return type(f"PFGM{D:g}", (cls,), {"D": float(D)})
+
+
 EVERY_KERNEL = (VP, SubVP, DDPM, LDM, VE, EDM)
+
+
+def fresh_noise(x, generator=None, kernel=VP):
+    """Draw noise like x (B, C, H, W) of unit scale: Gaussian, or a PFGM kernel's.
+
+    generator: one for all, or a list with one for each picture, which makes a picture's noise
+    independent of the batch that it is drawn in.
+    """
+    if isinstance(generator, list):
+        alone = [fresh_noise(x[:1].cpu(), g, kernel) for g in generator]
+        return torch.cat(alone).to(x.device)
+    where = x.device if generator is None else generator.device
+    noise = torch.randn(x.shape, generator=generator, device=where, dtype=x.dtype)
+    if hasattr(kernel, "D"):  # Student's t: Gaussian over the root of an independent chi^2 / D
+        half = torch.full((len(x),), kernel.D / 2, device=where, dtype=torch.float64)
+        chi2 = 2 * torch._standard_gamma(half, generator=generator)
+        noise = noise * per_image((kernel.D / chi2).sqrt(), x).to(noise)
+    return noise.to(x.device)
 
 
 # %% [markdown]
@@ -673,7 +708,7 @@ def euler_maruyama(eps, kernel, x, nfe, generator=None):
     for t, t_next in zip(times, times[1:], strict=False):
         dt = t_next - t  # negative: time runs backwards
         grad = score(eps(x, t.expand(len(x)).to(x.dtype)), t, kernel)
-        z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        z = fresh_noise(x, generator)
         drift = per_image(kernel.f(t), x) * x - per_image(kernel.g(t) ** 2, x) * grad
         x = x + per_image(dt, x) * drift + per_image(kernel.g(t) * (-dt).sqrt(), x) * z  # Eq. 3
         yield x

@@ -45,7 +45,7 @@ size = 32  # side in pixels that pictures of celeba and folder are brought to
 arch = "multistage"  # multistage, unified or separate
 tailored = False  # give separate networks the decoder widths of the multistage one
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
-process = "vp"  # vp (noise prediction, t in [0, 1]) or edm (preconditioned, time is sigma)
+process = "vp"  # vp (noise prediction), edm (preconditioned), pfgm or pfgm-128 (heavy tails, D)
 stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
 steps = 0  # training steps; 0: the recipe of the data set (table below)
@@ -54,7 +54,7 @@ lr = 0.0  # Adam's learning rate; 0: the recipe of the data set
 ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n)
 patience = 0  # early stopping: looks at held-out pictures without gain; 0: no early stopping
 seed = 0  # seed of every random number
-name = ""  # name of the run; empty: dataset-arch, and -edm where that is the process
+name = ""  # name of the run; empty: dataset-arch, and the process where it is not vp
 out = "runs"  # the folder that holds the runs
 save_every = 1000  # steps between checkpoints
 sample_every = 0  # steps between grids of samples; 0: a fifth of the steps
@@ -73,16 +73,29 @@ sde.settings(globals(), "04_train")
 #
 # $$\min_\theta\;\mathbb E\big[\,\omega(t)\,\|\epsilon_\theta(x_t,t)-\epsilon\|_2^2\,\big] \tag{4}$$
 #
-# Two processes are on offer. **vp**: the kernel of step 01, the network predicts $\epsilon$,
+# Three processes are on offer. **vp**: the kernel of step 01, the network predicts $\epsilon$,
 # $\omega=1$. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is wrapped so that
 # its input and its target have unit variance at every $\sigma$. EDM writes this for a denoiser
 # $D=c_\text{skip}x+c_\text{out}F$; in terms of the noise, $\epsilon_\theta=(x-D)/\sigma$, it is
 # linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
-# $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$.
+# $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$. **pfgm-D** is edm with heavy-tailed noise (PFGM++; Xu et
+# al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes.
 
 # %%
-KERNELS = {"vp": sde.VP, "edm": sde.EDM}
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
+
+
+def kernel_of(process):
+    """Return the kernel of a process by its name: vp, edm, pfgm (D = 1) or pfgm-<D>.
+
+    Raises BadInput for another name.
+    """
+    name, _, D = process.partition("-")
+    if process in ("vp", "edm", "pfgm"):
+        return {"vp": sde.VP, "edm": sde.EDM, "pfgm": sde.PFGM}[process]
+    if name != "pfgm" or not D.replace(".", "", 1).isdigit():
+        raise BadInput(f"unknown process {process!r}: take vp, edm, pfgm or such as pfgm-128")
+    return sde.PFGM.with_D(float(D))
 
 
 def predict_noise(model, x, t, process, **stage):
@@ -285,7 +298,7 @@ def train(
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
-    kernel, peak, device = KERNELS[process], optimizer.defaults["lr"], generator.device
+    kernel, peak, device = kernel_of(process), optimizer.defaults["lr"], generator.device
     pairs = list(state["ema"].parameters()), list(model.parameters())
     edges, (rank, world) = stage_edges(model, process), ranks()
     todo = range(state["step"] + 1, steps + 1)
@@ -303,7 +316,7 @@ def train(
         share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # (batch,), sums to 1
         # the random numbers of the whole batch, of which this process takes its part
         t = draw_times(edges, process, k.to(device), generator)
-        eps = torch.randn(batch, *x0.shape[1:], generator=generator, device=device)
+        eps = sde.fresh_noise(x0[:1].expand(batch, -1, -1, -1), generator, kernel)
         turn = torch.rand(batch, generator=generator, device=device) < 0.5
         t, eps, turn, k, share = (v.chunk(world)[rank] for v in (t, eps, turn, k, share))
         if flip:
@@ -409,7 +422,7 @@ def network_of(settings):
     asked = ("boundaries", "channels", "size", "decoders")
     kind = {key: settings[key] for key in asked if settings.get(key) is not None}
     time = unet.NETWORKS.get(settings["network"], {}).get("time", "vp")
-    if settings["process"] == "edm":  # its wrapping adds the input already
+    if settings["process"] != "vp":  # EDM's wrapping adds the input already
         kind.update(time="edm", add_input=False)
     elif time != "vp":
         raise BadInput(f"network {settings['network']!r} is made for times of {time!r}, not of vp")
@@ -455,7 +468,7 @@ def network_name(network, dataset, arch, process):
     """Name the entry of NETWORKS for what was asked: an own one, a small one or the paper's."""
     base = network or dataset
     if base not in ("digits", "mnist", "cifar10") or (base == "cifar10" and not network):
-        return network or PAPER_NETWORKS[process][arch]
+        return network or PAPER_NETWORKS["vp" if process == "vp" else "edm"][arch]
     return base if arch == "multistage" else f"{base}_{arch}"
 
 
@@ -478,18 +491,18 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     else:
         progress = ranks()[0] == 0
         cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
-    return sde.match_snr(cuts, sde.VP, KERNELS[process])
+    return sde.match_snr(cuts, sde.VP, kernel_of(process))
 
 
 def check_settings(arch, process, stages, patience, steps, batch, lr, ema, save_every):
     """Raise BadInput for a setting that cannot work."""
     for what, value, known in (
         ("arch", arch, ("multistage", "unified", "separate")),
-        ("process", process, tuple(KERNELS)),
         ("stages", stages, ("uniform", "mixed")),
     ):
         if value not in known:
             raise BadInput(f"unknown {what} {value!r}: take {', '.join(known)}")
+    kernel_of(process)
     for key, value in dict(steps=steps, batch=batch, lr=lr, patience=patience).items():
         if value < 0:
             raise BadInput(f"{key} = {value} is negative: give a positive one, or 0 for the recipe")
@@ -581,11 +594,10 @@ def draw_grid(state, process, path, decode=None, n=32, nfe=25):
     """Draw n pictures with the averaged weights and save them as a grid; decode: from latents."""
     from torchvision.utils import save_image
 
-    model, kernel, device = state["ema"], KERNELS[process], state["generator"].device
-    x = torch.randn(
-        n, model.channels, model.size, model.size, generator=torch.Generator().manual_seed(1)
-    )
-    x = x.to(device) * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).float().to(device)
+    model, kernel, device = state["ema"], kernel_of(process), state["generator"].device
+    x = torch.empty(n, model.channels, model.size, model.size)
+    x = sde.fresh_noise(x, torch.Generator().manual_seed(1), kernel).to(device)
+    x = x * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).float().to(device)
     eps = lambda x, t: predict_noise(model, x, t, process)  # noqa: E731
     *_, x = sde.probability_flow(eps, kernel, x, nfe)
     with sde.replacing(path) as aside:
@@ -607,8 +619,8 @@ def look(state, held_out, process, patience):
         for part in held_out.split(500):
             x0, stage = network_space(part), torch.full((len(part),), k, device=device)
             t = draw_times(edges, process, stage, generator)
-            eps = torch.randn(x0.shape, generator=generator, device=device)
-            xt = sde.perturb(x0, eps, t, KERNELS[process])
+            eps = sde.fresh_noise(x0, generator, kernel_of(process))
+            xt = sde.perturb(x0, eps, t, kernel_of(process))
             error = (predict_noise(model, xt, t, process, stage=k) - eps) ** 2
             total += float((loss_weight(t, process) * error.flatten(1).mean(1)).sum())
         found[k] = total / len(held_out)
@@ -784,7 +796,7 @@ if __name__ == "__main__":
     with one_at_a_time():
         pixels = open_pictures(dataset, root, size, memory)
     recipe = RECIPES[dataset]
-    run = Path(out) / (name or f"{dataset}-{arch}" + "-edm" * (process == "edm"))
+    run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
     asked = dict(dataset=dataset, arch=arch)
     asked["network"] = network_name(network, dataset, arch, process)
     asked.update(process=process, stages=stages, patience=patience, ema=ema, seed=seed)
@@ -803,6 +815,8 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     if resume:
+        if boundaries:
+            asked["boundaries"] = find_boundaries(boundaries, dataset, pixels, process)
         agree(asked, content["settings"], run)
         asked["boundaries"] = content["settings"]["boundaries"]
     elif arch == "unified":
@@ -902,7 +916,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     trained, _ = load_model(run)
-    kernel, generator = KERNELS[process], torch.Generator().manual_seed(seed)
+    kernel, generator = kernel_of(process), torch.Generator().manual_seed(seed)
     levels = sde.VP.log_snr(torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.7]))
     t = kernel.time(levels).float().to(sde.device())  # the same noise levels in either process
     if not torch.is_tensor(pixels):

@@ -98,11 +98,6 @@ def unscale(kernel, z, sigma):
     return (kernel.s(kernel.time(-2 * sigma.log())) * z.double()).to(z.dtype)
 
 
-def fresh_noise(z, generator):
-    """Draw standard Gaussian noise like z."""
-    return torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-
-
 # %% [markdown]
 # **DDIM** is Euler's method on that line, $z'=z+(\sigma'-\sigma)\,\epsilon$; with $\eta>0$ part of
 # the predicted noise is replaced by fresh noise, and $\eta=1$ is **DDPM's ancestral sampling**:
@@ -124,7 +119,7 @@ def ddim(eps, kernel, x, nfe, generator=None, eta=0.0, grid="log-snr"):
         v = (eta * sigma_next / sigma) ** 2 * (sigma**2 - sigma_next**2)
         z = z + ((sigma_next**2 - v).sqrt() - sigma).to(z) * e
         if eta:
-            z = z + v.sqrt().to(z) * fresh_noise(z, generator)
+            z = z + v.sqrt().to(z) * sde.fresh_noise(z, generator)
         yield unscale(kernel, z, sigma_next)
 
 
@@ -138,7 +133,7 @@ def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
         z_0 = z - sigma.to(z) * noise_at(eps, kernel, z, sigma)
         keep = (sigma_next / sigma) ** 2
         spread = sigma_next * (1 - keep).sqrt()
-        z = keep.to(z) * z + (1 - keep).to(z) * z_0 + spread.to(z) * fresh_noise(z, generator)
+        z = keep.to(z) * z + (1 - keep).to(z) * z_0 + spread.to(z) * sde.fresh_noise(z, generator)
         yield unscale(kernel, z, sigma_next)
 
 
@@ -154,7 +149,7 @@ def gddim(eps, kernel, x, nfe, generator=None, lam=0.5, grid="quadratic"):
         z = z + (sigma_next * keep - sigma).to(z) * e
         if lam:
             spread = sigma_next * (1 - keep**2).sqrt()
-            z = z + spread.to(z) * fresh_noise(z, generator)
+            z = z + spread.to(z) * sde.fresh_noise(z, generator)
         yield unscale(kernel, z, sigma_next)
 
 
@@ -177,9 +172,9 @@ def predictor_corrector(eps, kernel, x, nfe, generator=None, snr=0.16, grid="tim
         z_0 = z - sigma.to(z) * noise_at(eps, kernel, z, sigma)
         keep = (sigma_next / sigma) ** 2
         spread = sigma_next * (1 - keep).sqrt()
-        z = keep.to(z) * z + (1 - keep).to(z) * z_0 + spread.to(z) * fresh_noise(z, generator)
+        z = keep.to(z) * z + (1 - keep).to(z) * z_0 + spread.to(z) * sde.fresh_noise(z, generator)
         score = -noise_at(eps, kernel, z, sigma_next) / sigma_next.to(z)
-        noise = fresh_noise(z, generator)
+        noise = sde.fresh_noise(z, generator)
         length = [v.flatten(1).norm(dim=1).mean() for v in (noise, score)]
         step = 2 * (snr * length[0] / length[1]) ** 2
         z = z + step * score + (2 * step).sqrt() * noise
@@ -378,7 +373,7 @@ def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
         if churn and sigma * (1 + min(churn / n, 2**0.5 - 1)) <= top:
             hotter = sigma * (1 + min(churn / n, 2**0.5 - 1))
             more = (hotter**2 - sigma**2).sqrt() * s_noise
-            z, sigma = z + more.to(z) * fresh_noise(z, generator), hotter
+            z, sigma = z + more.to(z) * sde.fresh_noise(z, generator), hotter
         e = noise_at(eps, kernel, z, sigma)
         z_next = z + (sigma_next - sigma).to(z) * e
         if sigma_next > 0:
@@ -519,7 +514,7 @@ def sample(
         raise BadInput(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
-    kernel, where = training.KERNELS[process], next(model.parameters()).device
+    kernel, where = training.kernel_of(process), next(model.parameters()).device
     noise = torch.randn(
         n, model.channels, model.size, model.size, generator=torch.Generator().manual_seed(seed)
     )
@@ -562,7 +557,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     eps = lambda x, t: training.predict_noise(model, x, t, settings["process"])  # noqa: E731
-    kernel = training.KERNELS[settings["process"]]
+    kernel = training.kernel_of(settings["process"])
     start = torch.randn(3, *x.shape[1:], generator=torch.Generator().manual_seed(seed))
     start = start * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).float()
     with torch.no_grad():
