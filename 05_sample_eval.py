@@ -13,10 +13,12 @@
 # precision and recall, each beside the value that real pictures reach.
 
 # %%
+import copy
 import importlib
 import json
 import math
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.integrate import solve_ivp
 from torch import nn
@@ -32,6 +35,7 @@ from tqdm import tqdm
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
 sde = importlib.import_module("01_sde_and_denoiser")
+unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
 BadInput = sde.BadInput
 
@@ -44,6 +48,11 @@ nfe = 20  # evaluations of the network for one picture (heun: an odd number)
 samples = 898  # pictures to draw and to measure; at most half the data set
 batch = 300  # pictures drawn at a time
 seed = 1  # seed of the start noise
+reference = ""  # a folder of pictures to compare with; empty: the run's data set
+weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
+features = ""  # TorchScript file, uint8 (B, C, H, W) to features (B, d), in place of Inception
+compare = False  # also measure every kind of solver at 5 to 50 evaluations (minutes)
+model_for_stage = ""  # runs that serve single stages, such as 1=runs/digits-unified
 
 # %%
 sde.settings(globals(), "05_sample_eval")
@@ -501,54 +510,156 @@ def to_pictures(x):
 
 @torch.no_grad()
 def sample(
-    model, process, n, sampler="dpm-solver-3", nfe=20, seed=0, batch=300, calls=None, progress=False
+    model,
+    process,
+    n,
+    sampler="dpm-solver-3",
+    nfe=20,
+    seed=0,
+    batch=300,
+    calls=None,
+    progress=False,
+    first=0,
 ):
-    """Draw n pictures (n, C, H, W) in the network's space [-1, 1], on the CPU.
+    """Draw pictures first to first + n - 1 of the endless set that a seed names.
 
-    The start noise is drawn at once for all, so the result does not depend on `batch` but for
-    rounding and for samplers that draw noise themselves. calls: a list that gets, for each
-    evaluation of the network, its stage. Raises BadInput for an unknown sampler or an impossible
-    number of evaluations.
+    Returns (n, C, H, W) in the network's space [-1, 1], on the CPU. Every picture has random
+    numbers of its own, so the set does not depend on how it is divided into batches, calls or
+    processes (but for rounding). calls: a list that gets, for each evaluation of the network, its
+    stage. Raises BadInput for an unknown sampler or an impossible number of evaluations.
     """
     if sampler not in SAMPLERS:
         raise BadInput(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
-    noise = torch.randn(
-        n, model.channels, model.size, model.size, generator=torch.Generator().manual_seed(seed)
-    )
-    generator = torch.Generator(where).manual_seed(seed)
 
     def eps(x, t):
+        k = int(model.stage(t[:1]))  # all pictures of a batch are at one time
         if calls is not None:
-            calls.append(int(model.stage(t[0])))
-        return training.predict_noise(model, x, t, process)
+            calls.append(k)
+        with training.half_precision(where):
+            return training.predict_noise(model, x, t, process, stage=k).to(x.dtype)
 
-    x_T = noise * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).float()
     done = []
-    for part in tqdm(x_T.split(batch), "sampling", disable=not progress, leave=False):
-        *_, x = SAMPLERS[sampler](eps, kernel, part.to(where), nfe, generator)
+    parts = torch.arange(first, first + n).split(batch)
+    for part in tqdm(parts, "sampling", disable=not progress, leave=False):
+        dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
+        x_T = torch.empty(len(part), model.channels, model.size, model.size, device=where)
+        x_T = sde.fresh_noise(x_T, dice, kernel)
+        x_T = x_T * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).to(x_T)
+        *_, x = SAMPLERS[sampler](eps, kernel, x_T, nfe, dice)
         done.append(x.cpu())
     return torch.cat(done)
 
 
+# %% [markdown]
+# A large set is kept on disk in shards of 500, each written aside and renamed: a killed run goes on
+# where it was, and several processes (`torchrun 05_sample_eval.py …`) share the work.
+
+
 # %%
-if __name__ == "__main__":
-    run, calls = Path(out) / name, []
-    model, settings = training.load_model(run)
-    begin = time.perf_counter()
-    x = sample(model, settings["process"], samples, sampler, nfe, seed, batch, calls, progress=True)
-    seconds, drawn = time.perf_counter() - begin, to_pictures(x)
-    share = {k: calls.count(k) / len(calls) for k in sorted(set(calls))}
-    print(
-        f"{samples} pictures in {seconds:.1f} s on {sde.device()}: {samples / seconds:.0f} a second"
-    )
-    print("share of evaluations by stage:", {k: round(v, 2) for k, v in share.items()})
+def draw_set(model, process, folder, n, shard=500, **how):
+    """Draw n pictures with `sample`, kept in shards under `folder`: uint8 (n, C, H, W)."""
+    (rank, world), folder, parts = training.ranks(), Path(folder), []
+    for j, first in enumerate(range(0, n, shard)):
+        path, size = folder / f"{first:07}.npy", min(shard, n - first)
+        have = len(np.load(path, mmap_mode="r")) if path.exists() else 0
+        if have < size and j % world == rank:
+            x = to_pictures(sample(model, process, size, first=first, **how))
+            with sde.replacing(path) as aside, open(aside, "wb") as file:
+                np.save(file, (x * 255).round().to(torch.uint8).numpy())
+    if world > 1:
+        dist.barrier()
+    for first in range(0, n, shard):
+        parts.append(torch.from_numpy(np.load(folder / f"{first:07}.npy")[: n - first]))
+    return torch.cat(parts)
+
+
+def stage_shares(model, process, sampler, nfe):
+    """Count which stages a sampler's evaluations fall into: (number of them, {stage: share})."""
+    calls = []
+    sample(model, process, 1, sampler, nfe, calls=calls)
+    return len(calls), {k: calls.count(k) / len(calls) for k in sorted(set(calls))}
+
+
+# %% [markdown]
+# The paper's Figure 2 asks which stage profits from a network of its own, by letting one network
+# serve some stages and another the rest. `--model_for_stage 1=runs/digits-unified` does that.
+
+
+# %%
+class Hybrid(nn.Module):
+    """Let other networks serve some stages of a multistage one; others: {stage: network}."""
+
+    def __init__(self, model, others):
+        super().__init__()
+        self.model, self.others = model, nn.ModuleDict({str(k): m for k, m in others.items()})
+        self.channels, self.size, self.decoders = model.channels, model.size, model.decoders
+
+    def stage(self, t):
+        return self.model.stage(t)
+
+    def forward(self, x, t, stage):
+        if str(stage) in self.others:
+            return self.others[str(stage)](x, t)
+        return self.model(x, t, stage=stage)
+
+
+def hybrid(model, process, text):
+    """Read "1=RUN,2=RUN" and put the networks of these runs in charge of these stages.
+
+    Raises BadInput where the text, a stage or a run does not fit.
+    """
+    others = {}
+    for entry in text.split(","):
+        k, _, folder = entry.partition("=")
+        if not (k.strip().isdigit() and folder) or int(k) >= len(model.decoders):
+            raise BadInput(
+                f"model_for_stage = {entry!r}: give such as 1=runs/digits-unified, with a stage "
+                f"from 0 to {len(model.decoders) - 1}"
+            )
+        other, theirs = training.load_model(folder)
+        same = (other.channels, other.size) == (model.channels, model.size)
+        if theirs["process"] != process or not same:
+            raise BadInput(f"{folder} has another process or picture size: it cannot serve a stage")
+        others[int(k)] = other
+    return Hybrid(model, others)
+
 
 # %%
 if __name__ == "__main__":
-    title = f"{name} after {settings['steps']:,} steps: {sampler}, {nfe} NFE, seed {seed}"
+    training.join()
+    run = Path(out) / name
+    model, settings = training.load_model(run)
+    process, made = settings["process"], training.load(run)["step"]
+    folder = run / "sets" / f"step{made}-{sampler}-{nfe}-seed{seed}"
+    if model_for_stage:
+        model = hybrid(model, process, model_for_stage)
+        folder = folder.with_name(f"{folder.name}-{model_for_stage.replace('/', '_')}")
+    count, share = stage_shares(model, process, sampler, nfe)
+    begin = time.perf_counter()
+    how = dict(sampler=sampler, nfe=nfe, seed=seed, batch=batch, progress=True)
+    drawn = draw_set(model, process, folder, samples, **how).float() / 255
+    seconds = time.perf_counter() - begin
+    if training.ranks()[0] > 0:
+        sys.exit()  # the first process measures
+    print(f"{samples} pictures in {seconds:.1f} s on {sde.device()}: {samples / seconds:.0f}/s")
+
+# %% [markdown]
+# What does an evaluation cost on average? The equivalent GFLOPs of the paper's Table 2: those of
+# the stages, weighted by the share of evaluations that falls into each.
+
+# %%
+if __name__ == "__main__":
+    costs = unet.cost_of(copy.deepcopy(getattr(model, "model", model)).to("meta"))
+    gflops = sum(part * costs[k]["gflops"] for k, part in share.items())
+    print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
+    print(f"equivalent GFLOPs (paper's count): {gflops:.4g}")
+
+# %%
+if __name__ == "__main__":
+    title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
     sde.show_images([drawn[:96]], [title], run / "samples.png")
 
 # %% [markdown]
@@ -556,14 +667,36 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    eps = lambda x, t: training.predict_noise(model, x, t, settings["process"])  # noqa: E731
-    kernel = training.kernel_of(settings["process"])
-    start = torch.randn(3, *x.shape[1:], generator=torch.Generator().manual_seed(seed))
+
+    def eps(x, t):
+        return training.predict_noise(model, x, t, process, stage=int(model.stage(t[:1])))
+
+    kernel = training.kernel_of(process)
+    dice = torch.Generator().manual_seed(seed)
+    start = sde.fresh_noise(torch.empty(3, *drawn.shape[1:]), dice, kernel)
     start = start * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).float()
     with torch.no_grad():
         states = [start, *ddim(eps, kernel, start.to(sde.device()), 15)]
     strip = torch.stack([state.cpu() for state in states], 1).flatten(0, 1)  # (3 * 16, C, H, W)
     sde.show_images([to_pictures(strip)], ["15 steps of DDIM, three pictures"], run / "strip.png")
+
+# %% [markdown]
+# Are they copies? Under each of the first samples the training picture that is nearest in pixels.
+
+# %%
+if __name__ == "__main__":
+    pixels, labels = sde.load_images(settings["dataset"], root, settings.get("size") or 32)
+    some, known = drawn[:16], pixels[:50_000].float() / 255
+    gap, nearest = torch.cdist(some.flatten(1), known.flatten(1)).min(1)
+    titles = ["samples", "the nearest training pictures"]
+    sde.show_images([some, known[nearest]], titles, run / "nearest.png")
+    rms = gap / some[0].numel() ** 0.5
+    apart = (
+        torch.cdist(known[:500].flatten(1), known.flatten(1)).topk(2, largest=False).values[:, 1]
+    )
+    apart = apart / some[0].numel() ** 0.5
+    print(f"root mean square to the nearest training picture: {rms.mean():.3f} a pixel;", end=" ")
+    print(f"between training pictures {apart.mean():.3f}")
 
 # %% [markdown]
 # ## Measuring
@@ -573,9 +706,11 @@ if __name__ == "__main__":
 # bias from the number of samples, **precision** is the share of samples that lie among the real
 # ones, **recall** the share of real ones that lie among the samples. All come from torch-fidelity.
 #
-# The distance called FID uses one particular classifier, Inception on ImageNet. For 8×8 digits that
-# makes no sense, so a small classifier is trained on their labels and *registered* with
-# torch-fidelity. **Its distances are no FIDs** and compare only with each other.
+# The distance called FID uses one particular classifier, Inception on ImageNet, and 50,000 samples
+# (with 5,000 it is called FID-5k, and is larger). Colour pictures are measured so, where Inception's
+# weights can be had. For 8×8 digits that makes no sense, so a small classifier is trained on their
+# labels and *registered* with torch-fidelity. **Its distances are no FIDs** and compare only with
+# each other; the same holds for features of your own (`--features FILE`).
 
 
 # %%
@@ -628,34 +763,51 @@ def train_classifier(images, labels, steps=400, seed=0):
 
 
 # %%
-def register(classifier):
-    """Register a classifier's features with torch-fidelity and return the name to ask for them."""
+def register(body, width):
+    """Register `body`, uint8 (B, C, H, W) to features (B, width), with torch-fidelity: its name."""
     import torch_fidelity
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
     class Features(torch_fidelity.FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
-            self.classifier = classifier
 
         @staticmethod
         def get_provided_features_list():
-            return ("64",)
+            return (str(width),)
 
         @staticmethod
         def get_default_feature_layer_for_metric(metric):
-            return "64"
+            return str(width)
 
         @staticmethod
         def can_be_compiled():
             return False
 
-        def forward(self, x):  # torch-fidelity gives uint8 (B, C, H, W) and wants a tuple
-            return (self.classifier.body(x.float() / 255),)
+        def forward(self, x):  # torch-fidelity wants a tuple
+            return (body(x),)
 
-    name = f"classifier-{len(FEATURE_EXTRACTORS_REGISTRY)}"  # a name can be registered only once
+    name = f"own-{len(FEATURE_EXTRACTORS_REGISTRY)}"  # a name can be registered only once
     torch_fidelity.register_feature_extractor(name, Features)
     return name
+
+
+def own_features(path, pictures):
+    """Load a TorchScript feature extractor and try it on pictures: its name for torch-fidelity.
+
+    Raises BadInput where the file is none, or does not map uint8 (B, C, H, W) to (B, d).
+    """
+    try:
+        net = torch.jit.load(path, map_location="cpu").eval()
+        with torch.no_grad():
+            found = net(pictures)
+        B, d = found.shape
+    except (RuntimeError, ValueError, OSError, AttributeError) as error:
+        raise BadInput(
+            f"{path} is no TorchScript file that maps uint8 {tuple(pictures.shape)} to features "
+            f"({str(error).splitlines()[0][:100]})"
+        ) from error
+    return register(lambda x: net(x.cpu()).float().to(x.device), d)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -671,11 +823,12 @@ class Pictures(torch.utils.data.Dataset):
         return self.images[i]
 
 
-def evaluate(images, reference, extractor):
+def evaluate(images, reference, extractor, weights=""):
     """Compare two sets of pictures (N, C, H, W) in [0, 1]: a dictionary of metrics.
 
     extractor: a name registered with torch-fidelity; with "inception-v3-compat" the Fréchet
-    distance is FID. Keys: frechet, kid, kid_std, precision, recall, samples.
+    distance is FID, and the inception score is there too; weights: a file of its weights.
+    Keys: frechet, kid, kid_std, precision, recall, samples, with Inception inception_score.
     Raises BadInput for sets that are too small or do not fit, or weights that cannot be had.
     """
     import torch_fidelity
@@ -686,21 +839,29 @@ def evaluate(images, reference, extractor):
             f"cannot compare {tuple(images.shape)} with {tuple(reference.shape)}: "
             "give two sets of 10 or more pictures of one size"
         )
+    inception = extractor.startswith("inception")
     try:
         found = torch_fidelity.calculate_metrics(
             input1=Pictures(images),
             input2=Pictures(reference),
             feature_extractor=extractor,
+            feature_extractor_weights_path=weights or None,
+            isc=inception,
             **dict(fid=True, kid=True, prc=True, kid_subset_size=min(n // 2, 1000)),
             **dict(cuda=torch.cuda.is_available(), save_cpu_ram=True, verbose=False, cache=False),
         )
-    except OSError as error:
+    except Exception as error:  # torch, torch-fidelity and the download each fail in their own way
+        if not inception:
+            raise
         raise BadInput(
-            f"the weights of {extractor} cannot be had ({error}): torch-fidelity looks for them in "
-            f"{torch.hub.get_dir()}/checkpoints"
+            f"Inception's weights cannot be had ({str(error).splitlines()[0][:120]}): give their "
+            f"file with --weights, put it into {torch.hub.get_dir()}/checkpoints, or give features "
+            "of your own with --features"
         ) from error
     keys = dict(frechet="frechet_inception_distance", kid="kernel_inception_distance_mean")
     keys.update(kid_std="kernel_inception_distance_std", precision="precision", recall="recall")
+    if inception:
+        keys.update(inception_score="inception_score_mean")
     return {**{key: found[theirs] for key, theirs in keys.items()}, "samples": n}
 
 
@@ -719,43 +880,124 @@ def real_halves(images, n):
     return images[order[:n]].float() / 255, images[order[n : 2 * n]].float() / 255
 
 
-def pick_extractor(dataset, images, labels):
+def read_reference(folder, size):
+    """Read a folder of pictures of size × size to compare with: uint8 (N, 3, size, size).
+
+    Raises BadInput for pictures of another size: to resize them would change the metrics.
+    """
+    from PIL import Image
+
+    files = sde.picture_files("folder", folder)
+    for path in files:
+        with Image.open(path) as picture:
+            if picture.size != (size, size):
+                raise BadInput(
+                    f"reference {path} has {picture.size[0]}×{picture.size[1]} pixels, the "
+                    f"samples {size}×{size}: resize the folder first"
+                )
+    return sde.read_pictures(sde.PictureFiles(files, size))
+
+
+def pick_extractor(dataset, images, labels, features=""):
     """Choose features for a data set: (name for torch-fidelity, name for the reader)."""
+    if features:
+        return own_features(features, images[:4]), f"features of {Path(features).name}"
     if dataset not in ("digits", "mnist"):
-        return "inception-v3-compat", "Inception: FID"
+        return "inception-v3-compat", "Inception features"
     classifier, accuracy = train_classifier(images, labels)
-    return register(classifier), f"a digit classifier, {accuracy:.1%} right on unseen digits"
+    body = lambda x: classifier.body(x.float() / 255)  # noqa: E731
+    return register(body, 64), f"features of a digit classifier, {accuracy:.1%} right on unseen"
 
 
-def print_metrics(table, title):
+def distance_name(extractor, n):
+    """Name the Fréchet distance for what it is: FID only with Inception, with the count."""
+    if not extractor.startswith("inception"):
+        return "Fréchet distance ↓"
+    return "FID ↓" if n == 50_000 else f"FID-{n / 1000:g}k ↓"
+
+
+def print_metrics(table, title, distance="Fréchet distance ↓"):
     """Print {column: metrics} as a table with a metric a line."""
     print(title)
     print(f"{'':20s}" + "".join(f"{column:>24s}" for column in table))
     for key, label in (
-        ("frechet", "Fréchet distance ↓"),
+        ("frechet", distance),
         ("kid", "KID ↓"),
         ("precision", "precision ↑"),
         ("recall", "recall ↑"),
+        ("inception_score", "inception score ↑"),
     ):
-        print(f"{label:20s}" + "".join(f"{metrics[key]:24.4f}" for metrics in table.values()))
+        if all(key in metrics for metrics in table.values()):
+            print(f"{label:20s}" + "".join(f"{metrics[key]:24.4f}" for metrics in table.values()))
 
 
 if __name__ == "__main__":
-    pixels, labels = sde.load_images(settings["dataset"], root, settings.get("size") or 32)
-    extractor, features = pick_extractor(settings["dataset"], pixels, labels)
+    if reference:
+        pixels, labels = read_reference(reference, model.size), None
+    extractor, named = pick_extractor(settings["dataset"], pixels, labels, features)
     half, other_half = real_halves(pixels, samples)
     table = {
-        "samples / real": evaluate(drawn, half, extractor),
-        "real / real": evaluate(other_half, half, extractor),
+        "samples / real": evaluate(drawn, half, extractor, weights),
+        "real / real": evaluate(other_half, half, extractor, weights),
     }
-    print_metrics(table, f"{samples} pictures a set, features of {features}")
+    against = f"a random half of {reference or settings['dataset']}"
+    title = (
+        f"{samples} pictures a set against {against}, {named};\n{sampler}, {count} evaluations, "
+    )
+    title += f"averaged weights, seed {seed}"
+    print_metrics(table, title, distance_name(extractor, samples))
 
 # %%
 if __name__ == "__main__":
-    record = dict(run=str(run), sampler=sampler, nfe=nfe, seed=seed, features=features, **table)
+    record = dict(run=str(run), step=made, sampler=sampler, nfe=count, equivalent_gflops=gflops)
+    record.update(seed=seed, weights="averaged", features=named, against=against, **table)
     with sde.replacing(run / "metrics.json") as aside:
         aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(f"grid: {run / 'samples.png'}\nmetrics: {run / 'metrics.json'}")
+
+# %% [markdown]
+# ## Which solver, how many evaluations?
+#
+# With `--compare` the question of the paper's Table 1 is asked of this run: every kind of solver
+# with 5 to 50 evaluations.
+
+
+# %%
+def compare_solvers(model, process, real, extractor, seed=1, batch=300, budgets=(5, 10, 20, 50)):
+    """Measure the distance of len(real) samples for each solver and budget: a list of rows.
+
+    A row is (sampler, evaluations, distance, seconds); a budget that a solver cannot do is taken
+    one lower.
+    """
+    rows = []
+    for name in SAMPLERS:
+        for nfe in budgets if NFE_RULE[name] != "as many as it takes" else budgets[:1]:
+            odd = {"2n": 0, "2n - 1": 1}.get(NFE_RULE[name], nfe % 2)
+            nfe -= nfe % 2 != odd
+            begin = time.perf_counter()
+            calls = []
+            x = sample(model, process, len(real), name, nfe, seed, batch, calls)
+            seconds = time.perf_counter() - begin
+            distance = evaluate(to_pictures(x), real, extractor)["frechet"]
+            rows.append((name, len(calls) // -(-len(real) // batch), distance, seconds))
+            print(f"{rows[-1][0]:20s} {rows[-1][1]:4d} {distance:10.2f} {seconds:8.1f} s")
+    return rows
+
+
+if __name__ == "__main__" and compare:
+    print(f"{'sampler':20s}  NFE   distance     time")
+    rows = compare_solvers(model, process, half, extractor, seed, batch)
+    plt.figure(figsize=(8, 4))
+    for kind in SAMPLERS:
+        points = [(n, distance) for name_, n, distance, _ in rows if name_ == kind]
+        plt.loglog(*zip(*points, strict=True), marker="o", ms=4, label=kind)
+    floor = table["real / real"]["frechet"]
+    plt.axhline(floor, color="gray", ls=":", label="real / real")
+    plt.gca().set(xlabel="evaluations", ylabel="Fréchet distance")
+    plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncol=2)
+    sde.show(run / "solvers.png")
+    with sde.replacing(run / "solvers.json") as aside:
+        aside.write_text(json.dumps(rows) + "\n")
 
 # %% [markdown]
 # **You have** samples, a picture of how they come about, and numbers with a yardstick beside them.

@@ -211,7 +211,7 @@ if __name__ == "__main__":
         "rebuilt / real": evaluation.evaluate(rebuilt_half, half, extractor),
         "real / real": evaluation.evaluate(other_half, half, extractor),
     }
-    evaluation.print_metrics(table, f"{samples} pictures a set, features of {features}")
+    evaluation.print_metrics(table, f"{samples} pictures a set, {features}")
     record = dict(run=str(run), sampler=sampler, nfe=nfe, seed=seed + 1, features=features, **table)
     with sde.replacing(run / "metrics.json") as aside:
         aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -100,9 +100,10 @@ def test_edm_noise_and_weight_are_those_of_its_paper(training):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("process", ["vp", "edm"])
+@pytest.mark.parametrize("process", ["vp", "edm", "pfgm-64"])
 def test_training_lowers_the_loss(unet, training, pixels, process):
-    model = tiny(unet, encoder=16, decoders=(16,), boundaries=(), time=process)
+    time = "vp" if process == "vp" else "edm"
+    model = tiny(unet, encoder=16, decoders=(16,), boundaries=(), time=time)
     state = training.new_state(model, 3e-3, seed=0)
     loop = training.train(state, pixels, 80, process, 32, 10)
     losses = [loss.item() for _, losses in loop for loss in losses.values()]
@@ -332,6 +333,7 @@ def test_contradictions_on_resume_are_named(sde, training):
     [
         ({"arch": "u"}, "unknown arch 'u'"),
         ({"process": "ve"}, "unknown process 've'"),
+        ({"process": "pfgm-x"}, "such as pfgm-128"),
         ({"stages": "all"}, "unknown stages 'all'"),
         ({"steps": -1}, "steps = -1"),
         ({"lr": -0.1}, r"lr = -0\.1"),

@@ -182,12 +182,72 @@ def model(unet):
     return unet.randomize(unet.build("digits", encoder=8, decoders=(8, 8, 8), attention=()))
 
 
-def test_sampling_does_not_depend_on_the_batch(evaluation, model):
-    a = evaluation.sample(model, "vp", 7, "dpm-solver-3", 5, seed=2, batch=7)
-    b = evaluation.sample(model, "vp", 7, "dpm-solver-3", 5, seed=2, batch=3)
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    other = evaluation.sample(model, "vp", 7, "dpm-solver-3", 5, seed=3, batch=7)
-    assert (a - other).abs().max() > 0.1
+@pytest.mark.parametrize("name", ["dpm-solver-3", "ancestral", "euler-maruyama"])
+def test_a_picture_depends_on_seed_and_index_alone(evaluation, model, name):
+    whole = evaluation.sample(model, "vp", 7, name, 5, seed=2, batch=7)
+    parts = evaluation.sample(model, "vp", 7, name, 5, seed=2, batch=3)
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+    later = evaluation.sample(model, "vp", 3, name, 5, seed=2, first=4)
+    torch.testing.assert_close(whole[4:], later, rtol=1e-4, atol=1e-4)
+    other = evaluation.sample(model, "vp", 7, name, 5, seed=3, batch=7)
+    assert (whole - other).abs().max() > 0.1
+
+
+def test_a_set_is_drawn_in_shards_and_goes_on(evaluation, training, model, tmp_path, monkeypatch):
+    how = dict(sampler="ancestral", nfe=4, seed=2, batch=2)
+    whole = evaluation.draw_set(model, "vp", tmp_path / "one", 7, shard=3, **how)
+    assert whole.shape == (7, 1, 8, 8) and whole.dtype == torch.uint8
+    drawn, plain = [], evaluation.sample
+
+    def counted(model, process, n, first=0, **how):
+        drawn.append((first, n))
+        return plain(model, process, n, first=first, **how)
+
+    monkeypatch.setattr(evaluation, "sample", counted)
+    (tmp_path / "one" / "0000003.npy").unlink()  # killed before this one
+    again = evaluation.draw_set(model, "vp", tmp_path / "one", 7, shard=3, **how)
+    assert torch.equal(again, whole) and drawn == [(3, 3)]
+    drawn.clear()
+    more = evaluation.draw_set(model, "vp", tmp_path / "one", 9, shard=3, **how)
+    assert drawn == [(6, 3)]  # the last one had a single picture
+    assert (more[:7].int() - whole.int()).abs().max() <= 1 and len(more) == 9
+
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    drawn.clear()
+    monkeypatch.setattr(training, "ranks", lambda: (1, 2))
+    with pytest.raises(FileNotFoundError):  # the other's shards are not there yet
+        evaluation.draw_set(model, "vp", tmp_path / "two", 7, shard=3, **how)
+    assert drawn == [(3, 3)]
+    monkeypatch.setattr(training, "ranks", lambda: (0, 2))
+    shared = evaluation.draw_set(model, "vp", tmp_path / "two", 7, shard=3, **how)
+    assert torch.equal(shared, whole) and drawn == [(3, 3), (0, 3), (6, 1)]
+
+
+def test_equivalent_work_is_weighted_by_evaluations(sde, evaluation, unet):
+    model = unet.build("digits", encoder=8, decoders=(8, 8, 8), boundaries=unet.PUBLISHED)
+    count, share = evaluation.stage_shares(model, "vp", "dpm-solver-3", 20)
+    assert count == 20 and share == {0: 11 / 20, 1: 2 / 20, 2: 7 / 20}
+    count, share = evaluation.stage_shares(model, "vp", "rk45", 20)
+    assert count > 20 and sum(share.values()) == pytest.approx(1)
+
+
+def test_another_run_may_serve_a_stage(sde, unet, training, evaluation, tmp_path, monkeypatch):
+    model = unet.randomize(unet.build("digits", encoder=8, decoders=(8, 8, 8), attention=()))
+    other = unet.randomize(unet.build("digits_unified", encoder=8, decoders=(8,)), seed=1)
+    runs = {"same": model, "other": other, "edm": other, "large": unet.build("mnist_unified")}
+    process = lambda name: {"process": "edm" if name == "edm" else "vp"}  # noqa: E731
+    monkeypatch.setattr(training, "load_model", lambda name: (runs[name], process(name)))
+    draw = lambda model: evaluation.sample(model, "vp", 2, "ddim", 8)  # noqa: E731
+    plain = draw(model)
+    assert torch.equal(draw(evaluation.hybrid(model, "vp", "1=same")), plain)
+    mixed = evaluation.hybrid(model, "vp", "0=same,2=other")
+    assert not torch.equal(draw(mixed), plain)
+    x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.9)
+    assert torch.equal(mixed(x, t, stage=2), other(x, t))
+    assert torch.equal(mixed(x, t, stage=1), model.branch(x, t, 1))
+    for text in ("3=same", "x=same", "1", "1=edm", "1=large"):
+        with pytest.raises(sde.BadInput):
+            evaluation.hybrid(model, "vp", text)
 
 
 def test_sampling_walks_through_the_stages_from_noise_to_image(evaluation, model):
@@ -213,7 +273,12 @@ def test_impossible_sampling(sde, evaluation, model, change, sentence):
 def measured(sde, evaluation):
     pixels, labels = sde.load_images("digits")
     classifier, accuracy = evaluation.train_classifier(pixels, labels, steps=150)
-    return pixels, classifier, accuracy, evaluation.register(classifier)
+    return (
+        pixels,
+        classifier,
+        accuracy,
+        evaluation.register(lambda x: classifier.body(x.float() / 255), 64),
+    )
 
 
 def test_the_classifier_knows_digits(measured):
@@ -282,9 +347,86 @@ def test_missing_inception_weights_are_one_sentence(sde, evaluation, monkeypatch
 
     monkeypatch.setattr("torch_fidelity.calculate_metrics", offline)
     pictures = torch.rand(20, 3, 32, 32)
-    with pytest.raises(sde.BadInput, match="weights of inception-v3-compat cannot be had"):
+    with pytest.raises(sde.BadInput, match="Inception's weights cannot be had"):
         evaluation.evaluate(pictures, pictures, "inception-v3-compat")
     assert evaluation.pick_extractor("cifar10", None, None) == (
         "inception-v3-compat",
-        "Inception: FID",
+        "Inception features",
     )
+    assert evaluation.distance_name("inception-v3-compat", 50_000) == "FID ↓"
+    assert evaluation.distance_name("inception-v3-compat", 5_000) == "FID-5k ↓"
+    assert evaluation.distance_name("own-3", 50_000) == "Fréchet distance ↓"
+
+
+def test_features_of_ones_own(sde, evaluation, tmp_path):
+    class Means(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean(3).flatten(1)
+
+    path, pictures = str(tmp_path / "means.pt"), torch.randint(0, 256, (40, 3, 4, 4)).byte()
+    torch.jit.script(Means()).save(path)
+    name, said = evaluation.pick_extractor("cifar10", pictures, None, path)
+    assert said == "features of means.pt"
+    found = evaluation.evaluate(pictures[:20] / 255, pictures[20:] / 255, name)
+    assert found["frechet"] > 0 and "inception_score" not in found
+    (tmp_path / "torn.pt").write_bytes(b"nothing")
+    with pytest.raises(sde.BadInput, match=r"torn\.pt is no TorchScript file"):
+        evaluation.own_features(str(tmp_path / "torn.pt"), pictures[:4])
+
+
+def test_a_reference_of_another_size_is_refused(sde, evaluation, tmp_path):
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    assert evaluation.read_reference(tmp_path, 32).shape == (3, 3, 32, 32)
+    Image.new("RGB", (32, 30)).save(tmp_path / "3.png")
+    with pytest.raises(sde.BadInput, match=r"3\.png has 32×30 pixels, the samples 32×32"):
+        evaluation.read_reference(tmp_path, 32)
+
+
+def test_every_solver_can_be_compared(evaluation, model, measured, monkeypatch):
+    _, _, _, extractor = measured
+    monkeypatch.setattr(evaluation, "SAMPLERS", {"heun": evaluation.heun, "ddim": evaluation.ddim})
+    rows = evaluation.compare_solvers(
+        model, "vp", torch.rand(20, 1, 8, 8), extractor, batch=9, budgets=(4, 5)
+    )
+    assert [(name, nfe) for name, nfe, _, _ in rows] == [
+        *(("heun", 3), ("heun", 5)),
+        *(("ddim", 4), ("ddim", 5)),
+    ]
+
+
+def test_pfgm_noise_is_student_s_and_tends_to_a_gaussian(sde):
+    x, D = torch.empty(40_000, 1, 1, 2, dtype=torch.float64), 5.0
+    generator = torch.Generator().manual_seed(0)
+    noise = sde.fresh_noise(x, generator, sde.PFGM.with_D(D)).flatten(1)
+    # Student's t in N = 2 dimensions: P(|noise|^2 / D > q) = (1 + q)^(-D / 2), exactly
+    for q in (0.1, 0.5, 2.0):
+        share = (noise.square().sum(1) / D > q).double().mean().item()
+        assert share == pytest.approx((1 + q) ** (-D / 2), abs=0.01)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    gauss = sde.fresh_noise(x, generators[0])
+    far = sde.fresh_noise(x, generators[1], sde.PFGM.with_D(1e8))
+    torch.testing.assert_close(far, gauss, rtol=1e-3, atol=1e-6)
+    with pytest.raises(sde.BadInput, match="D above 0"):
+        sde.PFGM.with_D(0)
+
+
+@pytest.mark.parametrize("D", [1.0, 64.0])
+def test_pfgm_is_sampled_by_heun(sde, evaluation, D):
+    """With the exact denoiser of Student noise the samples are data points, equally often."""
+    kernel, points = sde.PFGM.with_D(D), torch.tensor([-1.0, 0.2, 1.0])
+
+    def eps(x, t):
+        away, sigma = x.flatten(1) - points, t[:, None]
+        w = torch.softmax(-(D + 1) / 2 * torch.log1p(away**2 / (D * sigma**2)), 1)
+        return ((w * away).sum(1, keepdim=True) / sigma).reshape(x.shape)
+
+    generator = torch.Generator().manual_seed(0)
+    start = 80 * sde.fresh_noise(torch.empty(3000, 1, 1, 1).double(), generator, kernel)
+    *_, x = evaluation.heun(eps, kernel, start, 79)
+    gap, nearest = (x.flatten(1) - points).abs().min(1)
+    assert (gap < 0.02).double().mean() > 0.97
+    share = nearest.bincount(minlength=3) / 3000
+    assert share.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
