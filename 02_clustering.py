@@ -344,8 +344,9 @@ if __name__ == "__main__":
     print(f"t1 = {ours[0]:.4f} ± {errors[0]:.4f}, t2 = {ours[1]:.4f} ± {errors[1]:.4f}")
 
 # %% [markdown]
-# Is it unbiased? Fifty runs with a tenth of the samples must scatter around the cuts above, by as
-# much as they say.
+# Is it unbiased? Fifty runs with a tenth of the samples must scatter around the cuts above, by no
+# more than they say. (They say more than that: their estimate does not know that the times within a
+# cell are stratified.)
 
 # %%
 if __name__ == "__main__" and len(images) < 5000:

@@ -484,13 +484,13 @@ def solver_errors(name, kernel, steps_list):
 if __name__ == "__main__":
     steps_list = [10, 20, 40, 80, 160]
     plt.figure(figsize=(8, 3.6))
-    for kind, order in ORDER.items():
+    for i, (kind, order) in enumerate(ORDER.items()):
         errors = solver_errors(kind, sde.VP, steps_list)
         slope = math.log2(errors[-2] / errors[-1])
         print(f"{kind:18s} measured order {slope:.2f}, claimed {order}")
         assert abs(slope - order) < 0.35
         style = {1: ":", 2: "--", 3: "-"}[order]
-        plt.loglog(steps_list, errors, style, marker="o", ms=3, label=kind)
+        plt.loglog(steps_list, errors, style, marker="o", ms=3, label=kind, color=plt.cm.tab20(i))
     plt.gca().set(xlabel="steps", ylabel="largest error", title="A mixture with a known answer")
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     sde.show("figures/05_orders.png")
@@ -642,7 +642,10 @@ if __name__ == "__main__":
     how = dict(sampler=sampler, nfe=nfe, seed=seed, batch=batch, progress=True)
     drawn = draw_set(model, process, folder, samples, **how).float() / 255
     seconds = time.perf_counter() - begin
-    if training.ranks()[0] > 0:
+    rank, world = training.ranks()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
         sys.exit()  # the first process measures
     print(f"{samples} pictures in {seconds:.1f} s on {sde.device()}: {samples / seconds:.0f}/s")
 
@@ -906,7 +909,9 @@ def pick_extractor(dataset, images, labels, features=""):
         return "inception-v3-compat", "Inception features"
     classifier, accuracy = train_classifier(images, labels)
     body = lambda x: classifier.body(x.float() / 255)  # noqa: E731
-    return register(body, 64), f"features of a digit classifier, {accuracy:.1%} right on unseen"
+    return register(
+        body, 64
+    ), f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
 
 
 def distance_name(extractor, n):
@@ -988,12 +993,19 @@ if __name__ == "__main__" and compare:
     print(f"{'sampler':20s}  NFE   distance     time")
     rows = compare_solvers(model, process, half, extractor, seed, batch)
     plt.figure(figsize=(8, 4))
-    for kind in SAMPLERS:
+    for i, kind in enumerate(SAMPLERS):
         points = [(n, distance) for name_, n, distance, _ in rows if name_ == kind]
-        plt.loglog(*zip(*points, strict=True), marker="o", ms=4, label=kind)
+        color = plt.cm.tab20(i % 20)
+        if len(points) == 1:  # as many evaluations as it takes
+            label = f"{kind}, {points[0][0]} evaluations"
+            plt.axhline(points[0][1], color=color, ls="--", lw=1, label=label)
+        else:
+            plt.loglog(*zip(*points, strict=True), marker="o", ms=4, label=kind, color=color)
     floor = table["real / real"]["frechet"]
     plt.axhline(floor, color="gray", ls=":", label="real / real")
     plt.gca().set(xlabel="evaluations", ylabel="Fréchet distance")
+    plt.minorticks_off()
+    plt.xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncol=2)
     sde.show(run / "solvers.png")
     with sde.replacing(run / "solvers.json") as aside:
