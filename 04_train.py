@@ -692,13 +692,8 @@ def fit(
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
     options.update(stages=settings.get("stages", "uniform"), workers=workers, bad=bad)
     loop, begin = train(state, images, steps, **options), time.perf_counter()
-    bar = tqdm(
-        *(None, None, steps * batch),
-        initial=state["step"] * batch,
-        unit="img",
-        unit_scale=True,
-        disable=not first,
-    )
+    done = dict(total=steps * batch, initial=state["step"] * batch)
+    bar = tqdm(**done, unit="img", unit_scale=True, disable=not first)
     try:
         for step, losses in loop:
             bar.update(batch)

@@ -538,8 +538,7 @@ def sample(
         k = int(model.stage(t[:1]))  # all pictures of a batch are at one time
         if calls is not None:
             calls.append(k)
-        with training.half_precision(where):
-            return training.predict_noise(model, x, t, process, stage=k).to(x.dtype)
+        return training.predict_noise(model, x, t, process, stage=k)
 
     done = []
     parts = torch.arange(first, first + n).split(batch)

@@ -104,8 +104,9 @@ def test_train_sample_and_resume_from_the_shell(tmp_path):
     first = run(script("04_train"), *common, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     run_folder = tmp_path / "runs" / "r"
-    left = sorted(path.name for path in run_folder.iterdir())
-    assert left == ["checkpoint.pt", "denoised.png", "loss.png", "metrics.jsonl", "settings.json"]
+    left = {path.name for path in run_folder.iterdir()}
+    pictures = {"denoised.png", "loss.png", "progress.png", "samples"}
+    assert left == {"checkpoint.pt", "metrics.jsonl", "settings.json"} | pictures
     contradiction = run(script("04_train"), *common, "--seed", "9", "--resume", cwd=tmp_path)
     assert contradiction.returncode == 2
     assert "runs/r was trained with seed = 0, not 9" in contradiction.stderr
