@@ -13,25 +13,14 @@ import argparse
 import importlib
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from stopwatch import GPU, machine, seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
-GPU = torch.cuda.is_available()
-
-
-def seconds(work):
-    if GPU:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def medians(rounds, **works):
@@ -69,8 +58,7 @@ def main():
         loss.backward()
         model.zero_grad()
 
-    where = torch.cuda.get_device_name() if GPU else "CPU"
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {dtype}")
+    print(f"{machine()}, {dtype}")
     print(f"{args.network}, stage 0, batch {args.batch}: {true / 1e9:.0f} GFLOP forward")
     found = medians(args.rounds, forward=forward, both=both, product=lambda: a @ a)
     peak = 2 * 4096**3 / found["product"]

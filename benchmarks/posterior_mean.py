@@ -12,24 +12,14 @@ import argparse
 import importlib
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from stopwatch import machine, seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sde = importlib.import_module("01_sde_and_denoiser")
 CHUNK = 1000
-
-
-def seconds(work):
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main():
@@ -53,8 +43,7 @@ def main():
             w @ part
 
     flops = 4 * args.batch * N * n
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine())
     for sigma in (1e-3, 0.1, 0.5, 1.0, 2.5, 7.4, 152.0):
         x = images[: args.batch] + sigma * torch.randn_like(images[: args.batch])
         denoise = lambda x=x, s=sigma: sde.posterior_mean(x, s, sde.EDM, images, CHUNK)  # noqa: E731

@@ -11,10 +11,10 @@ import argparse
 import importlib
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from stopwatch import machine, seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sde = importlib.import_module("01_sde_and_denoiser")
@@ -37,17 +37,16 @@ def main():
     names, how = (args.multistage, args.unified), dict(sampler="dpm-solver-3", nfe=args.nfe)
     models = [unet.build(name).to(device, memory_format=form).eval() for name in names]
 
-    def seconds(model, n):
-        begin = time.perf_counter()
-        evaluation.sample(model, "vp", n, batch=n, **how)  # ends on the CPU: it has waited
-        return time.perf_counter() - begin
+    def draw(model):
+        evaluation.sample(model, "vp", args.batch, batch=args.batch, **how)
 
     for model in models:
-        seconds(model, args.batch)
-    turns = [[seconds(model, args.batch) for model in models] for _ in range(args.rounds)]
+        draw(model)  # warm up
+    turns = [
+        [seconds(lambda model=model: draw(model)) for model in models] for _ in range(args.rounds)
+    ]
     times = [statistics.median(turn) for turn in zip(*turns, strict=True)]
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.nfe} NFE")
+    print(f"{machine()}, {args.nfe} NFE")
     work = []
     for name, model, spent in zip(names, models, times, strict=True):
         _, share = evaluation.stage_shares(model, "vp", **how)

@@ -12,10 +12,10 @@ import argparse
 import importlib
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
+from stopwatch import machine, now
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sde = importlib.import_module("01_sde_and_denoiser")
@@ -39,11 +39,6 @@ def main():
     shape = (2000, model.channels, model.size, model.size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     inside = clipping = 0.0
-
-    def now():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def watched(work, clips=False):
         def run(*args, **kw):
@@ -72,9 +67,8 @@ def main():
             more = shares[-1] + clipping / whole
             print(f"{whole:.2f} s, of which outside {shares[-1]:.1%} (or {more:.1%})")
     rate = args.batch * args.steps / whole
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
-        f"{where}, {torch.get_num_threads()} threads, {args.network}, batch {args.batch}: "
+        f"{machine()}, {args.network}, batch {args.batch}: "
         f"{statistics.median(shares):.1%} outside (median), {rate:.0f} pictures/s"
     )
 
