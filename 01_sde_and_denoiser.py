@@ -591,6 +591,12 @@ def fresh_noise(x, generator=None, kernel=VP):
     return noise.to(x.device)
 
 
+def start_noise(x, generator, kernel):
+    """Draw what sampling starts from: noise like x (B, C, H, W) of the level at t_max."""
+    level = kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)
+    return fresh_noise(x, generator, kernel) * level.to(x)
+
+
 # %% [markdown]
 # Do the formulas satisfy eq. (2)? Integrate $f$ and $g$ numerically and compare. And is `time` the
 # inverse of the log-SNR?

@@ -115,6 +115,13 @@ def loss_weight(t, process):
     return torch.ones_like(t) if process == "vp" else (t**2 + SIGMA_DATA**2) / SIGMA_DATA**2
 
 
+def weighted_error(model, x0, eps, t, process, **stage):
+    """Compare predicted noise with eps as Eq. 4 does, averaged over a picture's entries: (B,)."""
+    xt = sde.perturb(x0, eps, t, kernel_of(process))
+    error = (predict_noise(model, xt, t, process, **stage).float() - eps) ** 2
+    return loss_weight(t, process) * error.flatten(1).mean(1)  # Eq. 4
+
+
 # %% [markdown]
 # ## Which times?
 #
@@ -322,12 +329,10 @@ def train(
         t, eps, turn, k, share = (v.chunk(world)[rank] for v in (t, eps, turn, k, share))
         if flip:
             x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
-        xt = sde.perturb(x0, eps, t, kernel)
         one = {"stage": int(k[0])} if stages == "uniform" else {}
         with half_precision(device):
-            predicted = predict_noise(state["forward"], xt, t, process, **one)
-        error = loss_weight(t, process) * ((predicted.float() - eps) ** 2).flatten(1).mean(1)
-        # Eq. 4; the processes' gradients are averaged, their losses shall be summed
+            error = weighted_error(state["forward"], x0, eps, t, process, **one)
+        # the processes' gradients are averaged, their losses shall be summed
         loss = world * (share.to(error) * error).sum()
 
         if step % 50 == 0 and not torch.isfinite(loss):
@@ -430,15 +435,20 @@ def network_of(settings):
     return unet.build(settings["network"], **kind)
 
 
-def load_model(folder):
-    """Load the averaged network of a run: (model in eval mode on the device, its settings).
+def averaged_model(content):
+    """Build the averaged network of a checkpoint's content, in eval mode on the device.
 
     With early stopping each stage has the weights of its best look at held-out pictures.
     """
-    content = load(folder)
     model = network_of(content["settings"])
     model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
-    return model.to(sde.device()).eval(), content["settings"]
+    return model.to(sde.device()).eval()
+
+
+def load_model(folder):
+    """Load the averaged network of a run: (model in eval mode on the device, its settings)."""
+    content = load(folder)
+    return averaged_model(content), content["settings"]
 
 
 # %% [markdown]
@@ -597,8 +607,7 @@ def draw_grid(state, process, path, decode=None, n=32, nfe=25):
 
     model, kernel, device = state["ema"], kernel_of(process), state["generator"].device
     x = torch.empty(n, model.channels, model.size, model.size)
-    x = sde.fresh_noise(x, torch.Generator().manual_seed(1), kernel).to(device)
-    x = x * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).float().to(device)
+    x = sde.start_noise(x, torch.Generator().manual_seed(1), kernel).to(device)
     eps = lambda x, t: predict_noise(model, x, t, process)  # noqa: E731
     *_, x = sde.probability_flow(eps, kernel, x, nfe)
     with sde.replacing(path) as aside:
@@ -621,9 +630,7 @@ def look(state, held_out, process, patience):
             x0, stage = network_space(part), torch.full((len(part),), k, device=device)
             t = draw_times(edges, process, stage, generator)
             eps = sde.fresh_noise(x0, generator, kernel_of(process))
-            xt = sde.perturb(x0, eps, t, kernel_of(process))
-            error = (predict_noise(model, xt, t, process, stage=k) - eps) ** 2
-            total += float((loss_weight(t, process) * error.flatten(1).mean(1)).sum())
+            total += float(weighted_error(model, x0, eps, t, process, stage=k).sum())
         found[k] = total / len(held_out)
         if found[k] < stopping["best"][k]:
             stopping["best"][k], stopping["waited"][k] = found[k], 0

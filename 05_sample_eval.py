@@ -132,6 +132,14 @@ def ddim(eps, kernel, x, nfe, generator=None, eta=0.0, grid="log-snr"):
         yield unscale(kernel, z, sigma_next)
 
 
+def posterior_step(eps, kernel, z, sigma, sigma_next, generator):
+    """Draw z at sigma_next from q(z' | z, z_0) at the predicted z_0: one step of DDPM."""
+    z_0 = z - sigma.to(z) * noise_at(eps, kernel, z, sigma)
+    keep = (sigma_next / sigma) ** 2
+    spread = sigma_next * (1 - keep).sqrt()
+    return keep.to(z) * z + (1 - keep).to(z) * z_0 + spread.to(z) * sde.fresh_noise(z, generator)
+
+
 def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
     """Sample as DDPM does, from the posterior q(x' | x, x_0) at the predicted x_0.
 
@@ -139,10 +147,7 @@ def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
     """
     z, sigmas = levels(kernel, x, time_grid(kernel, nfe, grid))
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
-        z_0 = z - sigma.to(z) * noise_at(eps, kernel, z, sigma)
-        keep = (sigma_next / sigma) ** 2
-        spread = sigma_next * (1 - keep).sqrt()
-        z = keep.to(z) * z + (1 - keep).to(z) * z_0 + spread.to(z) * sde.fresh_noise(z, generator)
+        z = posterior_step(eps, kernel, z, sigma, sigma_next, generator)
         yield unscale(kernel, z, sigma_next)
 
 
@@ -178,10 +183,7 @@ def predictor_corrector(eps, kernel, x, nfe, generator=None, snr=0.16, grid="tim
         raise BadInput(f"nfe = {nfe}: predictor-corrector takes two evaluations a step, give 2n")
     z, sigmas = levels(kernel, x, time_grid(kernel, nfe // 2, grid))
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
-        z_0 = z - sigma.to(z) * noise_at(eps, kernel, z, sigma)
-        keep = (sigma_next / sigma) ** 2
-        spread = sigma_next * (1 - keep).sqrt()
-        z = keep.to(z) * z + (1 - keep).to(z) * z_0 + spread.to(z) * sde.fresh_noise(z, generator)
+        z = posterior_step(eps, kernel, z, sigma, sigma_next, generator)
         score = -noise_at(eps, kernel, z, sigma_next) / sigma_next.to(z)
         noise = sde.fresh_noise(z, generator)
         length = [v.flatten(1).norm(dim=1).mean() for v in (noise, score)]
@@ -498,14 +500,26 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Drawing
 #
-# `sample` hands the solver a function of $(x,t)$ and never says "stage": the network looks at $t$
-# and runs the one decoder in charge. Below, the same run also counts who worked.
+# `sample` hands the solver a function of $(x,t)$, so the solver never hears of stages: the function
+# asks the network which stage $t$ lies in, and runs the one decoder in charge.
 
 
 # %%
 def to_pictures(x):
     """Map network space [-1, 1] to pictures in [0, 1]."""
     return ((x + 1) / 2).clamp(0, 1)
+
+
+def noise_function(model, process, calls=None):
+    """Return eps(x, t) of a network; calls: a list that gets the stage of each evaluation."""
+
+    def eps(x, t):
+        k = int(model.stage(t[:1]))  # all pictures of a batch are at one time
+        if calls is not None:
+            calls.append(k)
+        return training.predict_noise(model, x, t, process, stage=k)
+
+    return eps
 
 
 @torch.no_grad()
@@ -533,20 +547,12 @@ def sample(
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
-
-    def eps(x, t):
-        k = int(model.stage(t[:1]))  # all pictures of a batch are at one time
-        if calls is not None:
-            calls.append(k)
-        return training.predict_noise(model, x, t, process, stage=k)
-
-    done = []
+    eps, done = noise_function(model, process, calls), []
     parts = torch.arange(first, first + n).split(batch)
     for part in tqdm(parts, "sampling", disable=not progress, leave=False):
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
         x_T = torch.empty(len(part), model.channels, model.size, model.size, device=where)
-        x_T = sde.fresh_noise(x_T, dice, kernel)
-        x_T = x_T * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).to(x_T)
+        x_T = sde.start_noise(x_T, dice, kernel)
         *_, x = SAMPLERS[sampler](eps, kernel, x_T, nfe, dice)
         done.append(x.cpu())
     return torch.cat(done)
@@ -630,8 +636,9 @@ def hybrid(model, process, text):
 if __name__ == "__main__":
     training.join()
     run = Path(out) / name
-    model, settings = training.load_model(run)
-    process, made = settings["process"], training.load(run)["step"]
+    content = training.load(run)
+    model, settings, made = training.averaged_model(content), content["settings"], content["step"]
+    process = settings["process"]
     folder = run / "sets" / f"step{made}-{sampler}-{nfe}-seed{seed}"
     if model_for_stage:
         model = hybrid(model, process, model_for_stage)
@@ -669,14 +676,9 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-
-    def eps(x, t):
-        return training.predict_noise(model, x, t, process, stage=int(model.stage(t[:1])))
-
-    kernel = training.kernel_of(process)
+    eps, kernel = noise_function(model, process), training.kernel_of(process)
     dice = torch.Generator().manual_seed(seed)
-    start = sde.fresh_noise(torch.empty(3, *drawn.shape[1:]), dice, kernel)
-    start = start * (kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)).float()
+    start = sde.start_noise(torch.empty(3, *drawn.shape[1:]), dice, kernel)
     with torch.no_grad():
         states = [start, *ddim(eps, kernel, start.to(sde.device()), 15)]
     strip = torch.stack([state.cpu() for state in states], 1).flatten(0, 1)  # (3 * 16, C, H, W)
