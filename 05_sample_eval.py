@@ -524,6 +524,28 @@ def noise_function(model, process, calls=None):
     return eps
 
 
+def solver_of(sampler, grid=""):
+    """Return a solver of SAMPLERS, with a grid of `time_grid` in place of its own.
+
+    Raises BadInput for an unknown sampler, or a grid where it has none to choose.
+    """
+    if sampler not in SAMPLERS:
+        raise BadInput(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
+    if not grid:
+        return SAMPLERS[sampler]
+    if "grid" not in inspect.signature(SAMPLERS[sampler]).parameters:
+        raise BadInput(f"sampler {sampler!r} has a grid of its own: leave out grid = {grid!r}")
+    return partial(SAMPLERS[sampler], grid=grid)
+
+
+def try_solver(sampler, kernel, nfe, grid=""):
+    """Raise BadInput where a sampler cannot work so, before hours are spent on what comes first."""
+    if nfe < 1:
+        raise BadInput(f"nfe = {nfe} must be 1 or more")
+    x = torch.ones(1, 1, 1, 1)
+    list(solver_of(sampler, grid)(mixture_noise(kernel), kernel, x, nfe, torch.Generator()))
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -543,15 +565,10 @@ def sample(
     Returns (n, C, H, W) in the network's space [-1, 1], on the CPU. Every picture has random
     numbers of its own, so the set does not depend on how it is divided into batches, calls or
     processes (but for rounding). calls: a list that gets, for each evaluation of the network, its
-    stage. grid: of `time_grid`, in place of the sampler's own. Raises BadInput for an unknown
-    sampler, a grid that it has not, or an impossible number of evaluations.
+    stage. sampler, grid: as in `solver_of`. Raises BadInput as that does, and for an impossible
+    number of evaluations.
     """
-    if sampler not in SAMPLERS:
-        raise BadInput(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
-    solver = SAMPLERS[sampler]
-    if grid and "grid" not in inspect.signature(solver).parameters:
-        raise BadInput(f"sampler {sampler!r} has a grid of its own: leave out grid = {grid!r}")
-    solver = partial(solver, grid=grid) if grid else solver
+    solver = solver_of(sampler, grid)
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device

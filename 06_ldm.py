@@ -215,7 +215,7 @@ class Autoencoder(nn.Module):
 # Small autoencoders for the small data sets, and the published layout for faces.
 
 # %%
-SMALL = dict(kind="kl", channels=1, code=2, width=32, mults=(1, 2), blocks=1, entries=256)
+SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, entries=256)
 VQ_F4 = dict(kind="vq", channels=3, code=3, width=128, mults=(1, 2, 4), blocks=2, entries=8192)
 AUTOENCODERS = {
     "digits": SMALL,
@@ -307,7 +307,9 @@ def reconstruct(model, x, generator, beta=0.25):
     h = model.encoder(x)
     if model.kind == "kl":
         mean, log_var = h.chunk(2, dim=1)
-        noise = torch.randn(mean.shape, generator=generator, device=x.device)
+        (rank, world), (b, *shape) = training.ranks(), mean.shape
+        noise = torch.randn(world * b, *shape, generator=generator, device=x.device)
+        noise = noise.chunk(world)[rank]  # of the whole batch, so that processes do not share it
         kl = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
         return model.decoder(mean + noise * torch.exp(log_var / 2)), kl, dict(kl=kl.detach())
     rounded, e, index = model.codebook(h)
@@ -536,10 +538,10 @@ NO_JUDGES = dict(perceptual=0.0, adversarial=0.0)
 LATENT_CELEBA = dict(code_steps=300_000, code_batch=8, code_lr=4e-5, **JUDGES)
 LATENT_CELEBA |= dict(steps=500_000, batch=48, lr=9.6e-5, warmup=1)
 RECIPES = {
-    "digits": dict(code_steps=300, code_batch=128, code_lr=2e-3, **NO_JUDGES)
+    "digits": dict(code_steps=600, code_batch=64, code_lr=2e-3, **NO_JUDGES)
     | dict(steps=400, batch=128, lr=2e-3, warmup=100),
-    "mnist": dict(code_steps=2000, code_batch=128, code_lr=2e-3, **NO_JUDGES)
-    | dict(steps=3000, batch=128, lr=2e-3, warmup=300),
+    "mnist": dict(code_steps=800, code_batch=64, code_lr=2e-3, **NO_JUDGES)
+    | dict(steps=1500, batch=64, lr=2e-3, warmup=100),
     "cifar10": dict(code_steps=20_000, code_batch=64, code_lr=5e-4, **JUDGES)
     | dict(steps=100_000, batch=128, lr=5e-4, warmup=1000),
     "celeba": LATENT_CELEBA,
@@ -573,6 +575,7 @@ if __name__ == "__main__":
     if dataset not in RECIPES:
         raise BadInput(f"unknown dataset {dataset!r}: take {', '.join(RECIPES)}")
     training.check_settings(arch, "ldm", stages, 0, steps, batch, lr, ema, save_every)
+    evaluation.try_solver(sampler, sde.LDM, nfe, grid)
     if code_steps < 0 or code_lr < 0:
         raise BadInput(f"code_steps = {code_steps} and code_lr = {code_lr} must not be negative")
     recipe, shape = RECIPES[dataset], SHAPES.get(dataset, (3, size, size))
@@ -600,20 +603,18 @@ if __name__ == "__main__":
 
 
 # %%
-def kept_bytes(run):
+def kept_bytes(run, model):
     """Count the bytes that autograd keeps for the backward pass of `run()`, without parameters."""
-    kept = {}
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def keep(tensor):
-        if not tensor.is_leaf or not tensor.requires_grad:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes(), storage  # held, so that no address is reused
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no address is used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = run()
-    del out
-    return sum(size for size, _ in kept.values())
+        run()
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
 def product_rate(n=2048):
@@ -658,7 +659,7 @@ def estimate(autoencoder, model, settings, shape, devices):
     x = torch.empty(part, *z.shape[1:], device="meta")
     t = torch.empty(part, device="meta")
     fixed = 20 * costs["total"]["parameters"]  # weights, gradients, Adam's two, the average
-    moving = max(kept_bytes(lambda k=k: model(x, t, stage=k)) for k in range(len(stages)))
+    moving = max(kept_bytes(lambda k=k: model(x, t, stage=k), model) for k in range(len(stages)))
     print(
         f"memory a device, float32: {fixed / 2**30:.3g} GiB for weights, gradients, Adam and the "
         f"average, {moving / 2**30:.3g} GiB for the activations of {part} latents (about half in bfloat16)"
@@ -725,8 +726,9 @@ if __name__ == "__main__" and not dry_run:
     if world > 1:
         dist.barrier()
     autoencoder = load_first_stage(file)
-    logged = training.read_metrics(run, "autoencoder.jsonl") if ready is None else [{}]
-    training.say(f"{count(autoencoder):,} parameters; last step: {logged[-1]}")
+    training.say(f"{count(autoencoder):,} parameters")
+    if (run / "autoencoder.jsonl").exists():
+        training.say(f"last step: {training.read_metrics(run, 'autoencoder.jsonl')[-1]}")
 
 # %% [markdown]
 # ## Latents
@@ -807,6 +809,8 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
     if world > 1:
         dist.barrier()
     if "scale" not in known:
+        # release: VQ latents as they are (KL's: divided by their standard deviation); here: both
+        # divided, because the kernel's noise levels are meant for data of unit variance.
         known["scale"] = 1 / spread(folder)
         if rank == 0:
             with sde.replacing(note) as aside:
@@ -825,7 +829,7 @@ def spread(folder):
     for z in shards(folder):
         n, total = n + z.size, total + z.sum(dtype=np.float64)
         square += float((z.astype(np.float64) ** 2).sum())
-    return (square / n - (total / n) ** 2) ** 0.5
+    return float((square / n - (total / n) ** 2) ** 0.5)
 
 
 class Latents:
@@ -867,10 +871,10 @@ if __name__ == "__main__" and not dry_run:
 if __name__ == "__main__" and not dry_run and rank == 0:
     first = cut_out(pixels, 0, 16, workers)
     z = encode(autoencoder, first) * scale
-    back = decode(autoencoder, z, scale)
+    returned = decode(autoencoder, z, scale)
     low, high = z.amin((0, 2, 3), keepdim=True), z.amax((0, 2, 3), keepdim=True)
     bright = (z - low) / (high - low)
-    rows = [first.cpu() / 255, back, *bright.split(1, dim=1)]
+    rows = [first.cpu() / 255, returned, *bright.split(1, dim=1)]
     shape_of = lambda x: "×".join(map(str, x.shape[1:]))  # noqa: E731
     titles = [f"pictures, {shape_of(first)}", "what comes back"]
     titles += [
