@@ -364,8 +364,9 @@ def train_autoencoder(
     """Train an autoencoder for `steps` steps in all, yielding (step, {name: number}) after each.
 
     state: from `new_autoencoder_state`, changed in place; images: uint8 (N, C, H, W) or
-    `PictureFiles`; pull: its weight in the loss, 1e-4 for KL and 1 for VQ; lpips: from `load_lpips`;
-    perceptual, adversarial: weights of the two judges. Source: Rombach et al. 2022, Appendix G.
+    `PictureFiles`; pull: its weight in the loss, by default 1e-4 for KL and 1 for VQ; lpips: from
+    `load_lpips`; perceptual, adversarial: weights of the two judges; read: more arguments of step
+    04's `pictures_of_steps`. Source: Rombach et al. 2022, Appendix G.
     """
     model, critic, generator, seed = (state[k] for k in ("model", "critic", "generator", "seed"))
     pull = {"kl": 1e-4, "vq": 1.0}[model.kind] if pull is None else pull
@@ -482,7 +483,10 @@ def layout(tensors):
 
 
 def from_release(state):
-    """Build an autoencoder from the state dict of LDM's first stage. Raises BadInput as `layout`."""
+    """Build an autoencoder from the state dict of LDM's first stage.
+
+    Raises BadInput as `layout`.
+    """
     tensors = {name.removeprefix("first_stage_model."): v for name, v in state.items()}
     parts = ("encoder.", "quant_conv.", "post_quant_conv.", "decoder.")
     named = [(n, v) for part in parts for n, v in tensors.items() if n.startswith(part)]
@@ -768,7 +772,7 @@ def decode(model, z, scale):
 
 
 def cut_out(images, first, last, workers):
-    """Return pictures first to last - 1 of a tensor or of `PictureFiles`, without the unreadable."""
+    """Return pictures first to last - 1 of a tensor, or the readable ones of `PictureFiles`."""
     if torch.is_tensor(images):
         return images[first:last]
     chosen = torch.utils.data.Subset(images, range(first, min(last, len(images))))
@@ -1086,9 +1090,8 @@ if __name__ == "__main__" and not dry_run:
         extractor, named = evaluation.pick_extractor(dataset, few, labels)
     rebuilt = back(encode(autoencoder, other_half) * scale)
     error = F.mse_loss(rebuilt, other_half / 255)
-    print(
-        f"squared error of a reconstruction: {error:.5f} a pixel; pixels vary by {(half / 255).var():.4f}"
-    )
+    print(f"squared error of a reconstruction: {error:.5f} a pixel", end="; ")
+    print(f"pixels vary by {(half / 255).var():.4f}")
     columns = {f"{arch} / real": drawn, "unified / real": drawn_unified}
     columns.update({"rebuilt / real": rebuilt, "real / real": other_half})
     columns = {title: x for title, x in columns.items() if x is not None}
