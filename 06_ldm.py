@@ -74,9 +74,7 @@ name = ""  # name of the run; empty: dataset-latent, and the arch where it is no
 out = "runs"  # the folder that holds the runs
 save_every = 1000  # steps between checkpoints
 sample_every = 0  # steps between grids of samples; 0: a fifth of the steps
-memory = (
-    4.0  # GiB of pictures or latents to hold on the device; larger sets are read while training
-)
+memory = 4.0  # GiB of pictures or latents to hold on the device; a larger set is read in training
 workers = 4  # processes that read them then
 compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on with that run: train what is missing, then draw

@@ -289,7 +289,7 @@ def test_the_classifier_knows_digits(measured):
 
 def test_metrics_rank_real_noisy_and_noise(evaluation, measured):
     pixels, _, _, extractor = measured
-    half, other = evaluation.real_halves(pixels, 400)
+    half, other = (part / 255 for part in evaluation.real_halves(pixels, 400))
     sets = [other, (other + 0.3 * torch.randn_like(other)).clamp(0, 1), torch.rand_like(other)]
     found = [evaluation.evaluate(images, half, extractor) for images in sets]
     assert found[0]["frechet"] < found[1]["frechet"] < found[2]["frechet"]
@@ -298,11 +298,13 @@ def test_metrics_rank_real_noisy_and_noise(evaluation, measured):
     assert found[0]["recall"] > 0.7 > 0.3 > found[2]["recall"]
     assert found[0]["samples"] == 400
     assert not any("fid" in key for key in found[0])  # the name belongs to Inception
+    as_bytes = evaluation.evaluate((sets[1] * 255).round().to(torch.uint8), half, extractor)
+    assert as_bytes == found[1]
 
 
 def test_frechet_distance_equals_its_formula(evaluation, measured):
     pixels, classifier, _, extractor = measured
-    half, other = evaluation.real_halves(pixels, 300)
+    half, other = (part / 255 for part in evaluation.real_halves(pixels, 300))
     noisy = (other + 0.3 * torch.randn_like(other)).clamp(0, 1)
     stats = []
     for images in (noisy, half):
