@@ -538,12 +538,21 @@ def solver_of(sampler, grid=""):
     return partial(SAMPLERS[sampler], grid=grid)
 
 
-def try_solver(sampler, kernel, nfe, grid=""):
-    """Raise BadInput where a sampler cannot work so, before hours are spent on what comes first."""
+def times_asked(sampler, kernel, nfe, grid=""):
+    """List the times at which a sampler evaluates the noise, found on the mixture: floats.
+
+    Raises BadInput where it cannot work so: worth a try before hours go into what comes first.
+    """
     if nfe < 1:
         raise BadInput(f"nfe = {nfe} must be 1 or more")
-    x = torch.ones(1, 1, 1, 1)
-    list(solver_of(sampler, grid)(mixture_noise(kernel), kernel, x, nfe, torch.Generator()))
+    times, exact = [], mixture_noise(kernel)
+
+    def eps(x, t):
+        times.append(float(t[0]))
+        return exact(x, t)
+
+    list(solver_of(sampler, grid)(eps, kernel, torch.ones(1, 1, 1, 1), nfe, torch.Generator()))
+    return times
 
 
 @torch.no_grad()

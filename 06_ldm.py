@@ -577,7 +577,7 @@ if __name__ == "__main__":
     if dataset not in RECIPES:
         raise BadInput(f"unknown dataset {dataset!r}: take {', '.join(RECIPES)}")
     training.check_settings(arch, "ldm", stages, 0, steps, batch, lr, ema, save_every)
-    evaluation.try_solver(sampler, sde.LDM, nfe, grid)
+    times = evaluation.times_asked(sampler, sde.LDM, nfe, grid)
     if code_steps < 0 or code_lr < 0:
         raise BadInput(f"code_steps = {code_steps} and code_lr = {code_lr} must not be negative")
     recipe, shape = RECIPES[dataset], SHAPES.get(dataset, (3, size, size))
@@ -633,8 +633,11 @@ def product_rate(n=2048):
     return 2 * n**3 / min(seconds)
 
 
-def estimate(autoencoder, model, settings, shape, devices):
-    """Print what a run takes: parameters, GFLOPs, memory a device and time. Both on `meta`."""
+def estimate(autoencoder, model, settings, shape, devices, times):
+    """Print what a run takes: parameters, GFLOPs, memory a device and time.
+
+    autoencoder, model: on `meta`; times: those at which a sampler evaluates the model.
+    """
     x = torch.empty(1, *shape, device="meta")
     z, (steps, batch) = autoencoder.encode(x), (settings["steps"], settings["batch"])
     work = lambda row: f"{row['gflops']:.4g} GFLOPs (true: {row['true_gflops']:.4g})"  # noqa: E731
@@ -652,6 +655,11 @@ def estimate(autoencoder, model, settings, shape, devices):
     print(f"network {settings['network']}: {million(costs['total']['parameters'])}")
     for k, row in enumerate(stages):
         print(f"  stage {k}: {million(row['parameters'])}, {work(row)}")
+    stage = np.searchsorted(settings["boundaries"], times, side="right")
+    calls = np.bincount(stage, minlength=len(stages))
+    drawing = sum(n * row["gflops"] for n, row in zip(calls, stages, strict=True)) / len(times)
+    print(f"{len(times)} evaluations a latent, by stage: {', '.join(map(str, calls))};", end=" ")
+    print(f"{drawing:.4g} GFLOPs each on average")
     x, t = torch.empty(batch // devices, *z.shape[1:], device="meta"), torch.empty(1, device="meta")
     t = t.expand(len(x))
     fixed = 20 * costs["total"]["parameters"]  # weights, gradients, Adam's two, the average
@@ -674,7 +682,7 @@ def estimate(autoencoder, model, settings, shape, devices):
 
 
 if __name__ == "__main__" and dry_run:
-    estimate(blank, network_blank, asked, shape, int(os.environ.get("WORLD_SIZE", 1)))
+    estimate(blank, network_blank, asked, shape, int(os.environ.get("WORLD_SIZE", 1)), times)
 
 # %% [markdown]
 # ## The autoencoder

@@ -327,6 +327,19 @@ def test_precision_and_recall_are_not_swapped(evaluation, measured):
     assert found["precision"] == 1.0 and found["recall"] < 0.5
 
 
+def test_a_grid_can_be_chosen(sde, unet, evaluation):
+    model = unet.randomize(unet.build("digits"))
+    draw = lambda **how: evaluation.sample(model, "vp", 2, "ddim", 4, seed=3, **how)  # noqa: E731
+    assert torch.equal(draw(), draw(grid="log-snr"))
+    assert not torch.equal(draw(), draw(grid="time"))
+    times = evaluation.times_asked("ddim", sde.VP, 4, "time")
+    assert times == pytest.approx(sde.VP.t_max - (1 - 1e-3) / 4 * np.arange(4))
+    with pytest.raises(sde.BadInput, match="'heun' has a grid of its own"):
+        evaluation.times_asked("heun", sde.VP, 3, "time")
+    with pytest.raises(sde.BadInput, match="give 2n"):
+        evaluation.times_asked("predictor-corrector", sde.VP, 3)
+
+
 def test_halves_are_disjoint_and_bounded(sde, evaluation, measured):
     pixels = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1)
     a, b = evaluation.real_halves(pixels, 50)

@@ -408,6 +408,7 @@ def test_dry_run_of_the_published_configuration(root, tmp_path):
         "latents 3×64×64",
         "network table6_4: 493.8 million parameters",
         "stage 0: 316 million parameters, 105.8 GFLOPs",
+        "20 evaluations a latent, by stage: 8, 4, 8; 76.21 GFLOPs",  # Table 6: 76.19
         "500,000 steps of 48",
     ):
         assert line in done.stdout
