@@ -822,6 +822,22 @@ def wrap(state, compile):
     state["forward"] = torch.compile(model) if compile else model
 
 
+def prepare(settings, content=None, compile=False):
+    """Build what a run's settings describe: a state ready to train.
+
+    content: of the checkpoint to go on from.
+    """
+    torch.manual_seed(settings["seed"])  # the initial weights
+    model = network_of(settings).to(sde.device())
+    if sde.device().type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    state = new_state(model, settings["lr"], settings["seed"])
+    if content:
+        restore(state, content)
+    wrap(state, compile)
+    return state
+
+
 # %%
 if __name__ == "__main__":
     check_settings(arch, process, stages, patience, steps, batch, lr, ema, save_every)
@@ -868,14 +884,7 @@ if __name__ == "__main__":
             pixels[order[: len(pixels) // 10]],
             pixels[order[len(pixels) // 10 :]],
         )
-    torch.manual_seed(seed)  # the initial weights
-    model = network_of(asked).to(sde.device())
-    if sde.device().type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    state = new_state(model, asked["lr"], seed)
-    if resume:
-        restore(state, content)
-    wrap(state, compile)
+    state = prepare(asked, content, compile)
     if rank == 0:  # nothing is touched before everything is known to fit
         claim(run, resume)
         with sde.replacing(run / "settings.json") as aside:

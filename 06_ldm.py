@@ -967,13 +967,9 @@ def train_latents(settings, codes, run, content=None, compile=False, **options):
 
     content: of the checkpoint to go on from; options: those of step 04's `fit`.
     """
-    torch.manual_seed(settings["seed"])  # the initial weights
-    model = training.network_of(settings).to(sde.device())
-    state = training.new_state(model, settings["lr"], settings["seed"])
     if content:
         training.agree(settings, content["settings"], run)
-        training.restore(state, content)
-    training.wrap(state, compile)
+    state = training.prepare(settings, content, compile)
     if training.ranks()[0] == 0:
         with sde.replacing(run / "settings.json") as aside:
             aside.write_text(json.dumps(settings, indent=1) + "\n")
