@@ -256,7 +256,7 @@ def ran(everything):
 
 
 TABLES = dict(table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2)
-TABLES.update(table1=table1, gradients=gradients, cuts=cuts, cifar16=figure1d)
+TABLES.update(table1=table1, gradients=gradients, cuts=cuts)
 
 
 # ---- figures ---------------------------------------------------------------------------------

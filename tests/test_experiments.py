@@ -15,10 +15,11 @@ TINY = """
 title = "Tiny"
 [settings]
 dataset = "digits"
-points = [0.02, 0.05]
+points = [0.02, 0.04]
 batch = 4
 samples = 20
 nfe = 2
+held_out = 0.01
 [[runs]]
 label = "unified"
 arch = "unified"
@@ -121,9 +122,9 @@ def settle(runner, **changes):
 )
 def test_every_arm_spends_the_same_training_compute(runner, arm, monkeypatch):
     monkeypatch.setattr(runner, "measure", lambda *_: dict(frechet=0.0))
-    record = runner.train(settle(runner, points=[0.3], **arm))
+    record = runner.train(settle(runner, points=[0.15], **arm))
     (row,) = record["curve"]
-    assert 0.3 <= row["gflops"] <= 0.3 + max(record["gflops"])
+    assert 0.15 <= row["gflops"] <= 0.15 + max(record["gflops"])
     assert row["step"] * min(record["gflops"]) <= row["gflops"]
     assert row["gflops"] <= row["step"] * max(record["gflops"]) * (1 + 1e-9)
     assert (
@@ -143,7 +144,7 @@ def test_looking_changes_nothing_and_training_is_that_of_step_04(runner, trainin
     torch.manual_seed(0)
     settings = runner.settings_of(d)
     state = training.new_state(training.network_of(settings), settings["lr"], 0)
-    _, used = runner.split(runner.pictures("digits")[0], 0.1, 0)
+    _, used = runner.split(runner.pictures("digits")[0], d["held_out"], 0)
     for _ in training.train(state, used, 3, batch=4, warmup=settings["warmup"]):
         pass
     for key, weight in state["ema"].state_dict().items():
