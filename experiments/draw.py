@@ -165,18 +165,19 @@ def table4(experiment, runs):
 
 def figure2(experiment, runs):
     """Write distances and losses of networks that serve one interval only."""
-    head = ["interval", "network", *(f"{DISTANCE}, {n} iterations" for n in (150, 300, 600))]
-    head += ["held-out loss / trained loss, 600 iterations"]
+    runs = [(label.removeprefix("interval "), r) for label, r in runs if "interval" in label]
+    points = max((r["definition"]["points"] for _, records in runs for r in records), default=[])
+    head = ["interval", "network", *(f"{DISTANCE}, {n} iterations" for n in points)]
+    head += ["held-out loss", "trained loss", "held-out / trained", "seeds"]
     rows = []
     for label, records in runs:
-        if not label.startswith("interval"):
-            continue
-        interval, network = label.removeprefix("interval ").split(": ")
-        cells = [interval, network]
-        for step in (150, 300, 600):
-            cells.append(spread([moment(r, step)["frechet"] for r in records]))
-        gaps = [mean_gap(moment(r, 600)) for r in records]
-        rows.append([*cells, spread(gaps, 3)])
+        rows_at = [[moment(r, step) for r in records] for step in points]
+        cells = [spread([row["frechet"] for row in found]) for found in rows_at]
+        ends = rows_at[-1] if rows_at else []
+        for key in ("held_out", "trained"):
+            cells.append(spread([fmean(row[key].values()) for row in ends], 4))
+        cells += [spread([mean_gap(row) for row in ends], 3), len(records)]
+        rows.append([*label.split(": "), *cells])
     return table(head, rows)
 
 
@@ -326,11 +327,13 @@ def draw_intervals(everything, path):
             axes[1, column].errorbar(x, gaps.mean(0), sd, **style)
         axes[0, column].set(title=f"interval {k} alone", xscale="log", yscale="log")
         axes[1, column].axhline(1, color="gray", ls=":")
+        axes[1, column].set_title("1: no overfitting", fontsize=8, loc="right", color="gray")
         axes[1, column].set_xlabel("iterations")
         plain_ticks(axes[0, column], (150, 300, 600, 1200), (1, 2, 3, 5, 10, 20, 40))
     axes[0, 0].set_ylabel(DISTANCE)
     axes[1, 0].set_ylabel("held-out / trained loss")
-    axes[0, 1].legend(fontsize=8)
+    if axes[0, 1].has_data():
+        axes[0, 1].legend(fontsize=8)
     save(figure, path)
 
 

@@ -58,7 +58,7 @@ OWN = dict(
     nfe=20,
     samples=898,  # pictures that are drawn and compared
     solvers=[],  # pairs of sampler and evaluations
-    moments=[],  # points of a kept run whose gradients are compared; 0: the start; empty: all
+    moments=[],  # points of a kept run that are looked at; 0: its start; empty: all
 )
 SAMPLING_SEED = 1
 paths = dict(root="data", out="runs/experiments", features="", results=HERE / "results")
@@ -339,9 +339,9 @@ def serve(definition):
     d, curve = definition, []
     pixels, (k,) = pictures(d["dataset"], d["size"])[0], d["active"]
     held_out, used = split(pixels, d["of"]["held_out"], d["seed"])
-    _, *moments = kept(d["of"])
-    end = training.averaged_model(moments[-1])
-    for moment in moments:
+    weights = kept(d["of"])
+    end = training.averaged_model(weights[-1])
+    for moment in [weights[i] for i in d["moments"]] or weights[1:]:
         frame = training.network_of(settings_of({**d, "arch": "separate"})).to(sde.device())
         here = evaluation.Hybrid(frame, {k: training.averaged_model(moment)})
         here.boundaries = frame.boundaries
@@ -405,7 +405,7 @@ def compare_gradients(definition):
     separate = settings_of({**d, "arch": "separate"})["boundaries"]
     weights = kept(d["of"])
     for moment in [weights[i] for i in d["moments"]] or weights:
-        model, images = raw_model(moment), used[:1024]
+        model, images = raw_model(moment), used[:512]
         t_min, t_max = sde.VP.t_min, sde.VP.t_max
         bins = np.linspace(t_min, t_max, 11).tolist()
         row = dict(step=moment["step"], bins=alike(model, images, bins, d["process"]))
