@@ -38,16 +38,14 @@ BadInput = sde.BadInput
 # parameters of step 04, with the defaults of its cell
 STEP_04 = "dataset arch tailored network process stages boundaries batch lr ema patience seed"
 OWN = dict(
-    kind="training",  # training, served, solvers, gradients, cuts or real: see WORK below
+    kind="training",  # training, served, gradients, cuts or real: see WORK below
     label="",  # the name of the run in tables and figures
     paper=0.0,  # the distance that the paper prints for it, for the table
     seeds=[0],  # the run is repeated with each
     by="gflops",  # training is counted in "gflops" (the paper's count, see Table 2) or "steps"
     points=[],  # counts at which the averaged network is measured; training ends at the last
     held_out=0.1,  # share of the pictures that is not trained on
-    warmup=0,  # steps until the learning rate is reached; 0: the recipe of the data set
     size=0,  # side in pixels that the pictures are reduced to; 0: as they are
-    changes={},  # arguments of MultistageUNet that differ from the named network's
     decoders=[],  # channels of the decoders; empty: the network's
     clustering="",  # timestep, log-snr, gradient or algorithm-2; empty: `boundaries` as in step 04
     number=0,  # stages of algorithm-2, or pictures of a run of kind cuts
@@ -57,11 +55,10 @@ OWN = dict(
     sampler="dpm-solver-3",
     nfe=20,
     samples=898,  # pictures that are drawn and compared
-    solvers=[],  # pairs of sampler and evaluations
     moments=[],  # points of a kept run that are looked at; 0: its start; empty: all
 )
 SAMPLING_SEED = 1
-paths = dict(root="data", out="runs/experiments", features="", results=HERE / "results")
+paths = dict(root="data", out="runs/experiments", results=HERE / "results")
 
 
 # ---- what there is to do ---------------------------------------------------------------------
@@ -140,21 +137,18 @@ def pictures(dataset, size=0):
 def yardstick(dataset, size, samples):
     """Choose features and two random halves of the real pictures: (extractor, half, other)."""
     pixels, labels = pictures(dataset, size)
-    if dataset == "cifar10":
-        features = importlib.import_module("features")
-        extractor = features.resnet56(paths["features"])
-    else:
-        extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
+    extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
     return extractor, *evaluation.real_halves(pixels, samples)
 
 
-def measure(model, definition, sampler=None, nfe=None):
+def measure(model, definition):
     """Draw pictures and compare them with real ones: step 05's metrics."""
     d = definition
     extractor, half, _ = yardstick(d["dataset"], d["size"], d["samples"])
-    how = sampler or d["sampler"], nfe or d["nfe"], SAMPLING_SEED
     with torch.random.fork_rng():  # training must not notice that it is looked at
-        x = evaluation.sample(model, d["process"], d["samples"], *how)
+        x = evaluation.sample(
+            model, d["process"], d["samples"], d["sampler"], d["nfe"], SAMPLING_SEED
+        )
         return evaluation.evaluate(evaluation.to_pictures(x), half, extractor)
 
 
@@ -178,15 +172,13 @@ def settings_of(definition):
     """Decide what step 04 decides before it trains: its settings."""
     d, recipe = definition, training.RECIPES[definition["dataset"]]
     network = training.network_name(d["network"], d["dataset"], d["arch"], d["process"])
-    settings = {**d, **{key: d[key] or recipe[key] for key in ("batch", "lr", "warmup")}}
-    settings.update(network=network, flip=recipe["flip"], channels=None, size=d["size"] or None)
+    settings = {**d, **{key: d[key] or recipe[key] for key in ("batch", "lr")}}
+    settings.update({key: recipe[key] for key in ("warmup", "flip")}, network=network)
+    settings.update(channels=None, size=d["size"] or None)
     settings["decoders"] = d["decoders"] or None
     if d["tailored"]:
         multistage = training.network_name(d["network"], d["dataset"], "multistage", d["process"])
         settings["decoders"] = list(unet.NETWORKS[multistage]["decoders"])
-    if d["changes"]:
-        settings["network"] = f"{network} {fingerprint(d['changes'])}"
-        unet.NETWORKS[settings["network"]] = {**unet.NETWORKS[network], **d["changes"]}
     settings["boundaries"] = [] if d["arch"] == "unified" else cuts_of(d, network)
     if d["clustering"] == "algorithm-2" and not d["decoders"]:
         settings["decoders"] = widths(settings["boundaries"], d, network)
@@ -352,14 +344,6 @@ def serve(definition):
     return dict(boundaries=frame.boundaries.tolist(), curve=curve)
 
 
-def solve(definition):
-    """Measure a trained network with several solvers (Table 1)."""
-    d = definition
-    model = last_of(d["of"])
-    rows = [dict(sampler=s, nfe=n, **measure(model, d, s, n)) for s, n in d["solvers"]]
-    return dict(rows=rows)
-
-
 def gradient(model, images, low, high, seed, process):
     """Compute the gradient of the loss over times from low to high, flattened (P,).
 
@@ -446,7 +430,7 @@ def compare_halves(definition):
     return dict(curve=[evaluation.evaluate(other, half, extractor)])
 
 
-WORK = dict(training=train, served=serve, solvers=solve, gradients=compare_gradients)
+WORK = dict(training=train, served=serve, gradients=compare_gradients)
 WORK.update(cuts=cut, real=compare_halves)
 
 
@@ -507,11 +491,10 @@ def main(arguments=None):
     parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
     parser.add_argument("--root", default="data", help="where cifar10 and mnist lie")
     parser.add_argument("--out", default="runs/experiments", help="where weights are kept")
-    parser.add_argument("--features", default="", help="weights of a CIFAR-10 ResNet-56")
     parser.add_argument("--folder", default=str(HERE), help="the folder of the *.toml files")
     parser.add_argument("--page", default=str(HERE.parent / "RESULTS.md"), help="page of tables")
     asked = parser.parse_args(arguments)
-    paths.update(root=asked.root, out=asked.out, features=asked.features)
+    paths.update(root=asked.root, out=asked.out)
     paths["results"] = Path(asked.folder) / "results"
     experiments = read_experiments(asked.folder)
     named = [name for name in asked.only.split(",") if name]

@@ -235,23 +235,6 @@ def test_from_the_shell_an_unknown_experiment_is_a_sentence_and_status_2(tmp_pat
     assert done.stderr.startswith("run.py: error: unknown experiment 'table9': take one of table3")
 
 
-def test_resnet56_gives_64_features_and_refuses_other_files(sde, tmp_path):
-    import features
-
-    net = features.ResNet56()
-    assert sum(p.numel() for p in net.parameters()) == 853_018  # 0.85M in its paper's Table 6
-    assert net.features(torch.zeros(2, 3, 32, 32)).shape == (2, 64)
-    assert features.prepare(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).shape == (1, 3, 32, 32)
-    torch.save(
-        {"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, tmp_path / "a"
-    )
-    assert torch.equal(features.load(tmp_path / "a").linear.weight, net.linear.weight)
-    torch.save({"state_dict": {}}, tmp_path / "b")
-    for name in ("b", "missing"):
-        with pytest.raises(sde.BadInput, match="is no checkpoint of a CIFAR-10 ResNet-56"):
-            features.load(tmp_path / name)
-
-
 @pytest.fixture(scope="module")
 def committed(runner):
     """The experiments of the project with their committed results."""
