@@ -186,6 +186,18 @@ def moment(record, step):
     return min(record["curve"], key=lambda row: abs(row["step"] - step))
 
 
+def table1(experiment, runs):
+    """Write distances of solvers, for both networks."""
+    runs = [(label, r) for label, r in runs if r and r[0]["definition"]["kind"] == "solvers"]
+    if not runs:
+        return "–"
+    head, rows = ["solver", "evaluations", *(label for label, _ in runs)], []
+    for i, row in enumerate(runs[0][1][0]["rows"]):
+        found = [spread([r["rows"][i]["frechet"] for r in records]) for _, records in runs]
+        rows.append([f"`{row['sampler']}`", row["nfe"], *found])
+    return table(head, rows)
+
+
 def gradients(experiment, runs):
     """Write the cosine similarity of the stages' gradients over training."""
     records = dict(runs).get("gradients")
@@ -211,7 +223,7 @@ def cuts(experiment, runs):
             named = label.split(",")[0]
             entries = next((r["entries"] for r in records if r["cuts"]), "–")
             rows.append([named, f"{records[0]['pictures']:,}", entries, *t])
-    return table(head, rows)
+    return table(head, sorted(rows, key=lambda row: (row[0].split()[0], row[2])))
 
 
 def plain(experiment, runs):
@@ -242,7 +254,7 @@ def ran(everything):
 
 
 TABLES = dict(table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2)
-TABLES.update(gradients=gradients, cuts=cuts)
+TABLES.update(table1=table1, gradients=gradients, cuts=cuts)
 
 
 # ---- figures ---------------------------------------------------------------------------------
@@ -355,7 +367,7 @@ def draw_cuts(everything, path):
     most = {}  # (data set, entries): the most pictures that were cut
     for data, entries, n in points:
         most[data, entries] = max(n, most.get((data, entries), 0))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.6), sharey=True, layout="constrained")
     sets = sorted({data for data, _ in most})
     for (data, entries), color in zip(
         most, plt.cm.viridis(np.linspace(0, 0.9, len(most))), strict=True
@@ -368,8 +380,8 @@ def draw_cuts(everything, path):
         cut_lines(axes[1], line, f"C{i}", "os^"[i], label)
     axes[0].set(xlabel="pictures", ylabel="$t_1$ (solid), $t_2$ (dashed)", ylim=(0, 0.8))
     axes[1].set(xlabel="entries of a picture")
-    axes[0].legend(fontsize=7, loc="lower right", ncol=2)
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[1].legend(fontsize=8, loc="upper left")
     save(figure, path)
 
 

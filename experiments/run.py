@@ -38,7 +38,7 @@ BadInput = sde.BadInput
 # parameters of step 04, with the defaults of its cell
 STEP_04 = "dataset arch tailored network process stages boundaries batch lr ema patience seed"
 OWN = dict(
-    kind="training",  # training, served, gradients, cuts or real: see WORK below
+    kind="training",  # training, served, solvers, gradients, cuts or real: see WORK below
     label="",  # the name of the run in tables and figures
     paper=0.0,  # the distance that the paper prints for it, for the table
     seeds=[0],  # the run is repeated with each
@@ -55,6 +55,7 @@ OWN = dict(
     sampler="dpm-solver-3",
     nfe=20,
     samples=898,  # pictures that are drawn and compared
+    solvers=[],  # pairs of sampler and evaluations
     moments=[],  # points of a kept run that are looked at; 0: its start; empty: all
 )
 SAMPLING_SEED = 1
@@ -344,6 +345,13 @@ def serve(definition):
     return dict(boundaries=frame.boundaries.tolist(), curve=curve)
 
 
+def solve(definition):
+    """Measure a trained network with several solvers (Table 1)."""
+    d, model = definition, training.averaged_model(kept(definition["of"])[-1])
+    how = [dict(sampler=sampler, nfe=nfe) for sampler, nfe in d["solvers"]]
+    return dict(rows=[{**row, **measure(model, {**d, **row})} for row in how])
+
+
 def gradient(model, images, low, high, seed, process):
     """Compute the gradient of the loss over times from low to high, flattened (P,).
 
@@ -430,7 +438,7 @@ def compare_halves(definition):
     return dict(curve=[evaluation.evaluate(other, half, extractor)])
 
 
-WORK = dict(training=train, served=serve, gradients=compare_gradients)
+WORK = dict(training=train, served=serve, solvers=solve, gradients=compare_gradients)
 WORK.update(cuts=cut, real=compare_halves)
 
 
