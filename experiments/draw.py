@@ -186,18 +186,6 @@ def moment(record, step):
     return min(record["curve"], key=lambda row: abs(row["step"] - step))
 
 
-def table1(experiment, runs):
-    """Write distances of solvers, for both networks."""
-    runs = [(label, r) for label, r in runs if r and r[0]["definition"]["kind"] == "solvers"]
-    if not runs:
-        return "–"
-    head, rows = ["solver", "evaluations", *(label for label, _ in runs)], []
-    for i, row in enumerate(runs[0][1][0]["rows"]):
-        found = [spread([r["rows"][i]["frechet"] for r in records]) for _, records in runs]
-        rows.append([f"`{row['sampler']}`", row["nfe"], *found])
-    return table(head, rows)
-
-
 def gradients(experiment, runs):
     """Write the cosine similarity of the stages' gradients over training."""
     records = dict(runs).get("gradients")
@@ -254,7 +242,7 @@ def ran(everything):
 
 
 TABLES = dict(table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2)
-TABLES.update(table1=table1, gradients=gradients, cuts=cuts)
+TABLES.update(gradients=gradients, cuts=cuts)
 
 
 # ---- figures ---------------------------------------------------------------------------------

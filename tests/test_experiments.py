@@ -37,18 +37,23 @@ def runner():
     return run
 
 
+@pytest.fixture(scope="session")
+def work(runner):
+    return runner.work
+
+
 @pytest.fixture
 def tiny(runner, tmp_path, monkeypatch):
     """A folder with one small experiment and a page; call it to run: the labels that were run."""
     (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "page.md").write_text("before\n<!-- tiny -->\n<!-- /tiny -->\nafter\n")
-    done, complete = [], runner.complete
+    done, complete = [], runner.work.complete
 
     def watched(definition):
         done.append((definition["arch"], definition["seed"]))
         return complete(definition)
 
-    monkeypatch.setattr(runner, "complete", watched)
+    monkeypatch.setattr(runner.work, "complete", watched)
 
     def go(*more):
         done.clear()
@@ -82,19 +87,19 @@ def test_runs_what_is_missing_and_only_that(tiny):
     assert tiny() == []  # the same units under another name
 
 
-def test_an_interruption_loses_one_unit(tiny, runner, monkeypatch):
-    train = runner.WORK["training"]
+def test_an_interruption_loses_one_unit(work, tiny, monkeypatch):
+    train = work.WORK["training"]
 
     def interrupted(definition):
         if definition["arch"] == "multistage":
             raise KeyboardInterrupt
         return train(definition)
 
-    monkeypatch.setitem(runner.WORK, "training", interrupted)
+    monkeypatch.setitem(work.WORK, "training", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tiny()
     assert len(list((tiny.folder / "results").iterdir())) == 1
-    monkeypatch.setitem(runner.WORK, "training", train)
+    monkeypatch.setitem(work.WORK, "training", train)
     assert tiny() == [("multistage", 0)]
 
 
@@ -120,9 +125,9 @@ def settle(runner, **changes):
     ],
     ids=["unified", "multistage", "tailored", "four stages"],
 )
-def test_every_arm_spends_the_same_training_compute(runner, arm, monkeypatch):
-    monkeypatch.setattr(runner, "measure", lambda *_: dict(frechet=0.0))
-    record = runner.train(settle(runner, points=[0.15], **arm))
+def test_every_arm_spends_the_same_training_compute(work, runner, arm, monkeypatch):
+    monkeypatch.setattr(work, "measure", lambda *_: dict(frechet=0.0))
+    record = work.train(settle(runner, points=[0.15], **arm))
     (row,) = record["curve"]
     assert 0.15 <= row["gflops"] <= 0.15 + max(record["gflops"])
     assert row["step"] * min(record["gflops"]) <= row["gflops"]
@@ -133,53 +138,53 @@ def test_every_arm_spends_the_same_training_compute(runner, arm, monkeypatch):
     )
 
 
-def test_looking_changes_nothing_and_training_is_that_of_step_04(runner, training, tmp_path):
-    runner.paths["out"] = tmp_path
+def test_looking_changes_nothing_and_training_is_that_of_step_04(work, runner, training, tmp_path):
+    work.paths["out"] = tmp_path
     ends = []
     for points in ([3], [1, 2, 3]):
         d = settle(runner, arch="unified", keep=True, by="steps", points=points)
-        runner.train(d)
-        folder = tmp_path / runner.fingerprint(d)
+        work.train(d)
+        folder = tmp_path / work.fingerprint(d)
         ends.append(torch.load(folder / f"{len(points)}.pt", weights_only=True)["ema"])
     torch.manual_seed(0)
-    settings = runner.settings_of(d)
+    settings = work.settings_of(d)
     state = training.new_state(training.network_of(settings), settings["lr"], 0)
-    _, used = runner.split(runner.pictures("digits")[0], d["held_out"], 0)
+    _, used = work.split(work.pictures("digits")[0], d["held_out"], 0)
     for _ in training.train(state, used, 3, batch=4, warmup=settings["warmup"]):
         pass
     for key, weight in state["ema"].state_dict().items():
         assert torch.equal(weight, ends[0][key]) and torch.equal(weight, ends[1][key])
 
 
-def test_early_stopping_stops_before_the_budget_is_spent(runner, monkeypatch):
-    monkeypatch.setattr(runner, "measure", lambda *_: dict(frechet=0.0))
+def test_early_stopping_stops_before_the_budget_is_spent(work, runner, monkeypatch):
+    monkeypatch.setattr(work, "measure", lambda *_: dict(frechet=0.0))
     worse = lambda state, *_: state["active"].clear()  # noqa: E731 - as if nothing had helped
-    monkeypatch.setattr(runner.training, "look", worse)
-    monkeypatch.setattr(runner, "losses", lambda *_: {})
+    monkeypatch.setattr(work.training, "look", worse)
+    monkeypatch.setattr(work, "losses", lambda *_: {})
     d = settle(runner, arch="separate", boundaries="0.1,0.44", patience=1, points=[1.0, 2.0])
-    record = runner.train(d)
+    record = work.train(d)
     assert len(record["curve"]) == 1 and record["curve"][0]["gflops"] < 1.0
     assert d["active"] == []  # the definition, which names the result, is as it was
 
 
-def test_another_network_serves_the_other_intervals(runner, unet):
+def test_another_network_serves_the_other_intervals(work, unet):
     own = unet.randomize(unet.build("digits_separate", boundaries=(0.1, 0.44)), seed=1)
     other = unet.randomize(unet.build("digits_unified"), seed=2)
-    hybrid, x = runner.others_serve(own, [1], other), torch.randn(2, 1, 8, 8)
+    hybrid, x = work.others_serve(own, [1], other), torch.randn(2, 1, 8, 8)
     for k, t in enumerate((0.05, 0.3, 0.7)):
         expected = own if k == 1 else other
         t = torch.full((2,), t)
         assert torch.equal(hybrid(x, t, stage=k), expected(x, t))
 
 
-def test_gradients_of_one_interval_agree_and_of_opposite_losses_do_not(runner, digits, unet):
+def test_gradients_of_neighbouring_times_agree_and_follow_the_seed(work, digits, unet):
     model = unet.randomize(unet.build("digits_unified"))
     images = digits[:64] * 2 - 1
-    same = torch.tensor(runner.alike(model, images, [0.5, 0.51, 0.52], "vp"))
+    same = torch.tensor(work.alike(model, images, [0.5, 0.51, 0.52], "vp"))
     assert torch.equal(same, same.T) and same.min() > 0.9
-    g = runner.gradient(model, images, 0.2, 0.4, 0, "vp")
-    assert torch.equal(g, runner.gradient(model, images, 0.2, 0.4, 0, "vp"))
-    assert not torch.equal(g, runner.gradient(model, images, 0.2, 0.4, 1, "vp"))
+    g = work.gradient(model, images, 0.2, 0.4, 0, "vp")
+    assert torch.equal(g, work.gradient(model, images, 0.2, 0.4, 0, "vp"))
+    assert not torch.equal(g, work.gradient(model, images, 0.2, 0.4, 1, "vp"))
 
 
 def test_ratio_of_compute_at_which_another_run_is_as_good():
@@ -197,6 +202,8 @@ BROKEN = {
     "wrong type": ('label = "a"\nbatch = "many"', "batch = 'many' is no int"),
     "no label": ('arch = "unified"', "every run needs a label"),
     "unknown kind": ('label = "a"\nkind = "x"', "unknown kind 'x'"),
+    "unknown arch": ('label = "a"\narch = "x"\npoints = [1]', "unknown arch 'x'"),
+    "never measured": ('label = "a"', "needs points at which it is measured"),
     "unknown run": ('label = "a"\nof = "b"', "builds on 'b', unknown so far"),
     "no TOML": ("label", "is no TOML"),
 }
@@ -212,7 +219,7 @@ def test_a_bad_file_is_named_in_one_sentence(case, runner, sde, tmp_path):
 
 
 def test_missing_data_is_a_sentence_and_is_asked_for_only_where_needed(
-    runner, sde, tmp_path, monkeypatch, capsys
+    work, runner, sde, tmp_path, monkeypatch, capsys
 ):
     def offline(*_, download, **__):
         raise RuntimeError("no network") if not download else OSError("no network")
@@ -223,7 +230,7 @@ def test_missing_data_is_a_sentence_and_is_asked_for_only_where_needed(
     places = ["--folder", str(tmp_path), "--page", str(tmp_path / "x"), "--root", "nowhere"]
     runner.main(places)
     assert "colour: left out, it asks for CIFAR-10" in capsys.readouterr().out
-    runner.pictures.cache_clear()
+    work.pictures.cache_clear()
     with pytest.raises(sde.BadInput, match="CIFAR10 is not in nowhere"):
         runner.main([*places, "--only", "colour"])
 
@@ -240,8 +247,8 @@ def committed(runner):
     """The experiments of the project with their committed results."""
     import draw
 
-    runner.paths["results"] = ROOT / "experiments" / "results"
-    return draw.collect(runner.read_experiments(ROOT / "experiments"), runner.read_result)
+    work.paths["results"] = ROOT / "experiments" / "results"
+    return draw.collect(runner.read_experiments(ROOT / "experiments"), work.read_result)
 
 
 def test_the_page_has_the_numbers_of_the_committed_results(committed):
@@ -254,12 +261,12 @@ def test_the_page_has_the_numbers_of_the_committed_results(committed):
     assert draw.page(text.replace("±", "+"), committed) != text.replace("±", "+")
 
 
-def test_no_result_is_left_over_and_no_seed_is_dropped(committed, runner):
+def test_no_result_is_left_over_and_no_seed_is_dropped(work, committed):
     named, missing = set(), []
     for experiment, _ in committed.values():
         for label, seeds in experiment["units"]:
             for d in seeds:
-                path = runner.result_path(d)
+                path = work.result_path(d)
                 named.add(path.name)
                 if not path.is_file():
                     missing.append((label, d["seed"]))
