@@ -243,7 +243,7 @@ def test_from_the_shell_an_unknown_experiment_is_a_sentence_and_status_2(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def committed(runner):
+def committed(runner, work):
     """The experiments of the project with their committed results."""
     import draw
 
@@ -266,11 +266,11 @@ def test_no_result_is_left_over_and_no_seed_is_dropped(work, committed):
     for experiment, _ in committed.values():
         for label, seeds in experiment["units"]:
             for d in seeds:
-                path = work.result_path(d)
+                path = ROOT / "experiments" / "results" / work.result_path(d).name
                 named.add(path.name)
                 if not path.is_file():
                     missing.append((label, d["seed"]))
-    assert {path.name for path in (ROOT / "experiments" / "results").iterdir()} == named
+    assert {path.name for path in path.parent.iterdir()} == named
     assert not missing
 
 
