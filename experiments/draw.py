@@ -297,7 +297,9 @@ def plain_ticks(ax, x=None, y=None):
 def draw_intervals(everything, path):
     """Draw Figure 2, and below it held-out over trained loss."""
     _, runs = everything["figure2"]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5.4), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(
+        2, 2, figsize=(9, 5.4), sharex=True, sharey="row", layout="constrained"
+    )
     for column, k in enumerate((0, 2)):
         mine = [(label.split(": ")[1], r) for label, r in runs if label.startswith(f"interval {k}")]
         for i, (label, records) in enumerate(mine):
@@ -314,11 +316,11 @@ def draw_intervals(everything, path):
         axes[1, column].axhline(1, color="gray", ls=":")
         axes[1, column].set_title("1: no overfitting", fontsize=8, loc="right", color="gray")
         axes[1, column].set_xlabel("iterations")
-        plain_ticks(axes[0, column], (150, 300, 600, 1200), (1, 2, 3, 5, 10, 20, 40))
+        plain_ticks(axes[0, column], (150, 300, 600), (1, 1.5, 2, 2.5, 3, 4, 5))
     axes[0, 0].set_ylabel(DISTANCE)
     axes[1, 0].set_ylabel("held-out / trained loss")
-    if axes[0, 1].has_data():
-        axes[0, 1].legend(fontsize=8)
+    if axes[0, 0].has_data():
+        axes[0, 0].legend(fontsize=8, loc="upper right")
     save(figure, path)
 
 
