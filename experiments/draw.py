@@ -107,8 +107,8 @@ def figure1d(experiment, runs):
         rows.append(row)
     ratios = [reach(a, b) for a, b in zip(first, second, strict=False)]
     inverse = [reach(b, a) for a, b in zip(first, second, strict=False)]
-    lines = [f"* {other} reaches {one}'s best at {told(ratios)} of its training compute;"]
-    lines += [f"* {one} reaches {other}'s best at {told(inverse)} of its training compute."]
+    lines = [f"* {other} reaches {one}'s best {told(ratios)};"]
+    lines += [f"* {one} reaches {other}'s best {told(inverse)}."]
     return table(head, rows) + "\n\n" + "\n".join(lines)
 
 
@@ -132,8 +132,11 @@ def reach(record, other):
 
 
 def told(ratios):
-    """Write ratios seed by seed."""
-    return ", ".join("(not within the budget)" if r is None else f"{r:.2f}" for r in ratios) or "–"
+    """Write ratios of compute, seed by seed."""
+    known = [f"{ratio:.2f}" if ratio else "(not within the budget)" for ratio in ratios]
+    if not any(ratios):
+        return "with no seed within the budget"
+    return f"at {', '.join(known)} of its training compute"
 
 
 def table4(experiment, runs):
