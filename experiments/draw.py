@@ -136,7 +136,7 @@ def told(ratios):
     known = [f"{ratio:.2f}" if ratio else "(not within the budget)" for ratio in ratios]
     if not any(ratios):
         return "with no seed within the budget"
-    return f"at {', '.join(known)} of its training compute"
+    return f"at {', '.join(known)} of the other's training compute"
 
 
 def table4(experiment, runs):
