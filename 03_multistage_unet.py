@@ -49,7 +49,7 @@ sde.settings(globals(), "03_multistage_unet")
 #
 # Nothing here is special to stages: residual blocks that are told the time, self-attention on small
 # feature maps, and halving or doubling of the resolution. Each part takes `(h, emb)`, so that they
-# can stand in one list.
+# can stand in one list. (Step 06 builds an autoencoder of the same parts, which knows no time.)
 #
 # The paper builds on three networks of other papers: NCSN++ (for VP), DDPM++ (for EDM) and ADM (for
 # latent diffusion). They are the same U-Net in slightly different taste, and one set of parts
@@ -65,7 +65,7 @@ def group_norm(groups, least, eps, channels):
 
 
 class ResBlock(nn.Module):
-    """Transform (B, c_in, H, W) to (B, c_out, H, W), told the time by emb (B, e).
+    """Transform (B, c_in, H, W) to (B, c_out, H, W), told the time by emb (B, e); e = 0: no time.
 
     resample: a `Filter` that changes the resolution on the way, inside the block.
     """
@@ -73,16 +73,17 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, e, norm, dropout=0.0, scale=1.0, resample=None):
         super().__init__()
         self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(e, c_out)
+        self.time = nn.Linear(e, c_out) if e else None
         self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
         project = c_in != c_out or resample is not None
         self.skip = nn.Conv2d(c_in, c_out, 1) if project else nn.Identity()
         self.resample, self.dropout = resample or nn.Identity(), nn.Dropout(dropout)
         self.scale = scale
 
-    def forward(self, h, emb):
+    def forward(self, h, emb=None):
         new = self.conv1(self.resample(F.silu(self.norm1(h))))
-        new = new + self.time(F.silu(emb))[:, :, None, None]
+        if self.time:
+            new = new + self.time(F.silu(emb))[:, :, None, None]
         new = self.conv2(self.dropout(F.silu(self.norm2(new))))
         return (self.skip(self.resample(h)) + new) * self.scale
 
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         self.norm, self.qkv, self.out = norm(c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
         self.heads, self.scale = c // (heads or c), scale
 
-    def forward(self, h, emb):
+    def forward(self, h, emb=None):
         B, c, H, W = h.shape
         qkv = self.qkv(self.norm(h)).reshape(B, 3, self.heads, c // self.heads, H * W)
         new = F.scaled_dot_product_attention(*qkv.transpose(3, 4).unbind(1))  # (B, heads, HW, d)
@@ -105,7 +106,7 @@ class Attention(nn.Module):
 class Layers(nn.Sequential):
     """Run parts in a row that all take (h, emb)."""
 
-    def forward(self, h, emb):
+    def forward(self, h, emb=None):
         for layer in self:
             h = layer(h, emb)
         return h
@@ -136,7 +137,7 @@ class Up(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
-    def forward(self, h, emb):
+    def forward(self, h, emb=None):
         return self.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
 
 
@@ -477,12 +478,19 @@ def initialize(part):
 
 # %%
 PUBLISHED = (0.442, 0.6308)  # t_1, t_2 of the paper; step 04 puts those of the data set in place
+STEPS = (0.4425, 0.6315)  # amid two steps of LDM: 442 and 631 are the times 0.443 and 0.632
+LATENT = dict(boundaries=STEPS, time="ldm")
 
 NETWORKS = {}
 for name, small in {
     "digits": dict(channels=1, size=8, encoder=32, decoders=(48, 32, 16), attention=(4,)),
-    "digits_latent": dict(channels=2, size=4, encoder=32, decoders=(48, 32, 16), attention=(4,)),
+    "digits_latent": dict(
+        channels=2, size=4, encoder=32, decoders=(48, 32, 16), attention=(4,), **LATENT
+    ),
     "mnist": dict(channels=1, size=28, encoder=32, decoders=(48, 32, 16), mults=(1, 2, 2)),
+    "mnist_latent": dict(
+        channels=2, size=14, encoder=32, decoders=(48, 32, 16), attention=(7,), **LATENT
+    ),
     "cifar10": dict(
         channels=3,
         size=32,
@@ -493,8 +501,11 @@ for name, small in {
         attention=(16,),
         dropout=0.1,
     ),
+    "cifar10_latent": dict(
+        channels=4, size=16, encoder=64, decoders=(96, 64, 16), blocks=2, attention=(8,), **LATENT
+    ),
 }.items():
-    small = {**small, "boundaries": PUBLISHED, "add_input": True}
+    small = {"boundaries": PUBLISHED, "add_input": True, **small}
     NETWORKS[name] = small
     NETWORKS[f"{name}_unified"] = {**small, "decoders": (small["encoder"],), "boundaries": ()}
     NETWORKS[f"{name}_separate"] = {**small, "decoders": (small["encoder"],) * 3, "shared": False}
@@ -513,7 +524,6 @@ ADM |= {"time": "ldm", "norm": (32, 1, 1e-5), "attended": "every"}
 # paper: attention in every decoder; here: also the release's networks, whose later decoders have
 # none (their downsampling counter is never reset), because only these have the printed parameters.
 FIRST = dict(attended=("every", "none", "none"))
-STEPS = (0.4425, 0.6315)  # amid two steps: 442 and 631 are the times 0.443 and 0.632
 CIFAR, CELEBA = (NCSNPP, PUBLISHED), ({**ADM, **FIRST}, STEPS)
 EDM_CUTS = tuple(sde.match_snr(PUBLISHED, sde.VP, sde.EDM))
 ALONE = dict(shared=False)
@@ -906,7 +916,8 @@ def match_release(model, named):
     for name, layer in model.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.GroupNorm)):
             continue
-        pairs = 3 if name.endswith("qkv") and len(waiting) > 5 and waiting[-1][1].dim() == 2 else 1
+        apart = name.endswith("qkv") and waiting and 3 * len(waiting[-1][1]) == len(layer.weight)
+        pairs = 3 if apart else 1
         taken = [waiting.pop() for _ in range(2 * pairs) if waiting]
         if len(taken) < 2 * pairs:
             raise BadInput(f"the checkpoint ends before {name}")
@@ -930,6 +941,31 @@ def match_release(model, named):
     if waiting:
         raise BadInput(f"the checkpoint has {waiting[-1][0]}, for which there is no place")
     return found
+
+
+class Inert:
+    """Stand in for a class that a checkpoint names but nobody needs."""
+
+
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # LDM's files name it
+
+
+def read_tensors(path):
+    """Read a checkpoint of others onto the CPU, as plain tensors and never as code.
+
+    Raises BadInput where there is none, or it is damaged or holds code.
+    """
+    try:
+        with torch.serialization.safe_globals([(Inert, LIGHTNING)]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"there is no checkpoint {path}") from None
+    except Exception as error:  # a torn file fails in many ways
+        reason = str(error).split("\n")[0][:150]
+        raise BadInput(
+            f"{path} cannot be read as plain tensors ({reason}): it is damaged, or holds "
+            "pickled code; download it again, or save its tensors alone where you trust it"
+        ) from None
 
 
 def release_parameters(saved, averaged=True):
@@ -969,16 +1005,7 @@ def load_release_checkpoint(path, averaged=True):
     the averaged weights where the file has them. Only tensors are read, never code.
     Raises BadInput for anything else.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"there is no checkpoint {path}") from None
-    except Exception as error:  # a torn file fails in many ways
-        reason = str(error).split("\n")[0][:150]
-        raise BadInput(
-            f"{path} cannot be read as plain tensors ({reason}): it is damaged, or holds "
-            "pickled code; download it again, or save its tensors alone where you trust it"
-        ) from None
+    saved = read_tensors(path)
     try:
         named = release_parameters(saved, averaged)
         width = next((len(v) for _, v in named if v.dim() == 4), None)

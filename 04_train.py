@@ -16,6 +16,7 @@
 # %%
 import contextlib
 import copy
+import datetime
 import importlib
 import json
 import os
@@ -45,7 +46,7 @@ size = 32  # side in pixels that pictures of celeba and folder are brought to
 arch = "multistage"  # multistage, unified or separate
 tailored = False  # give separate networks the decoder widths of the multistage one
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
-process = "vp"  # vp (noise prediction), edm (preconditioned), pfgm or pfgm-128 (heavy tails, D)
+process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pfgm-128 (tails, D)
 stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
 steps = 0  # training steps; 0: the recipe of the data set (table below)
@@ -73,28 +74,31 @@ sde.settings(globals(), "04_train")
 #
 # $$\min_\theta\;\mathbb E\big[\,\omega(t)\,\|\epsilon_\theta(x_t,t)-\epsilon\|_2^2\,\big] \tag{4}$$
 #
-# Three processes are on offer. **vp**: the kernel of step 01, the network predicts $\epsilon$,
+# Four processes are on offer. **vp**: the kernel of step 01, the network predicts $\epsilon$,
 # $\omega=1$. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is wrapped so that
 # its input and its target have unit variance at every $\sigma$. EDM writes this for a denoiser
 # $D=c_\text{skip}x+c_\text{out}F$; in terms of the noise, $\epsilon_\theta=(x-D)/\sigma$, it is
 # linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
 # $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$. **pfgm-D** is edm with heavy-tailed noise (PFGM++; Xu et
-# al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes.
+# al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes. **ldm** is vp with
+# the schedule of latent diffusion, whose time has 1,000 steps; step 06 uses it.
 
 # %%
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
+PLAIN = ("vp", "ldm")  # the network's output is the noise, and its time runs from 0 to 1
 
 
 def kernel_of(process):
-    """Return the kernel of a process by its name: vp, edm, pfgm (D = 1) or pfgm-<D>.
+    """Return the kernel of a process by its name: vp, ldm, edm, pfgm (D = 1) or pfgm-<D>.
 
     Raises BadInput for another name.
     """
     name, _, D = process.partition("-")
-    if process in ("vp", "edm", "pfgm"):
-        return {"vp": sde.VP, "edm": sde.EDM, "pfgm": sde.PFGM}[process]
+    known = {"vp": sde.VP, "ldm": sde.LDM, "edm": sde.EDM, "pfgm": sde.PFGM}
+    if process in known:
+        return known[process]
     if name != "pfgm" or not D.replace(".", "", 1).isdigit():
-        raise BadInput(f"unknown process {process!r}: take vp, edm, pfgm or such as pfgm-128")
+        raise BadInput(f"unknown process {process!r}: take vp, ldm, edm, pfgm or such as pfgm-128")
     return sde.PFGM.with_D(float(D))
 
 
@@ -103,7 +107,7 @@ def predict_noise(model, x, t, process, **stage):
 
     stage=k tells a multistage network that all times lie in stage k.
     """
-    if process == "vp":
+    if process in PLAIN:
         return model(x, t, **stage)
     sigma, d = sde.per_image(t, x), SIGMA_DATA
     norm = (sigma**2 + d**2).sqrt()
@@ -112,7 +116,7 @@ def predict_noise(model, x, t, process, **stage):
 
 def loss_weight(t, process):
     """Return omega(t) of Eq. 4, (B,)."""
-    return torch.ones_like(t) if process == "vp" else (t**2 + SIGMA_DATA**2) / SIGMA_DATA**2
+    return torch.ones_like(t) if process in PLAIN else (t**2 + SIGMA_DATA**2) / SIGMA_DATA**2
 
 
 def weighted_error(model, x0, eps, t, process, **stage):
@@ -127,7 +131,8 @@ def weighted_error(model, x0, eps, t, process, **stage):
 #
 # The paper trains one stage a batch (`--stages uniform`). With vp a stage is drawn uniformly, then
 # every picture's $t$ uniformly inside it. So a short stage gets as many batches as a long one: with
-# `digits`, a third of the work goes into the 10% of the timeline next to the image. With edm a
+# `digits`, a third of the work goes into the 10% of the timeline next to the image. With ldm $t$ is
+# one of the thousand steps. With edm a
 # $\sigma$ drawn from EDM's log-normal distribution picks the stage, and the batch is drawn from the
 # same distribution cut to that stage.
 #
@@ -139,20 +144,25 @@ def weighted_error(model, x0, eps, t, process, **stage):
 
 # %%
 def stage_edges(model, process):
-    """Return the ends of the stages (n + 1,) float64: times (vp), or shares of EDM's log-normal.
+    """Return the ends of the stages (n + 1,) float64: times, or (edm) shares of its log-normal.
+
+    With ldm an end is the last of the thousand steps before a boundary.
 
     Source: the authors' release; edm: Karras et al. 2022, Table 1 (log sigma ~ N(-1.2, 1.2^2)).
     """
     cuts = model.boundaries.double().cpu()
     if process == "vp":
         return torch.cat([torch.tensor([sde.VP.t_min]), cuts, torch.tensor([sde.VP.t_max])])
+    if process == "ldm":  # a step on the boundary belongs to the later stage
+        before = ((1000 * cuts - 1e-3).ceil() - 1) / 1000
+        return torch.cat([torch.zeros(1), before, torch.ones(1)]).double()
     cdf = torch.special.ndtr((cuts.log() + 1.2) / 1.2)
     return torch.cat([torch.tensor([1e-6]), cdf, torch.tensor([1 - 1e-6])])
 
 
 def stage_chances(edges, process, active):
     """Return how often each stage is drawn, (n,) float64, where only some are still active."""
-    chance = torch.ones(len(edges) - 1) if process == "vp" else edges.diff()
+    chance = torch.ones(len(edges) - 1) if process in PLAIN else edges.diff()
     chance = chance.double() * torch.tensor([k in active for k in range(len(chance))])
     return chance / chance.sum()
 
@@ -161,6 +171,9 @@ def draw_times(edges, process, k, generator):
     """Draw a time inside stage k (B,) int64 for each picture: (B,) float32."""
     edges = edges.to(generator.device, torch.float32)
     u = torch.rand(len(k), generator=generator, device=generator.device)
+    if process == "ldm":  # one of the steps n[k] + 1 to n[k + 1], each equally often
+        n = (1000 * edges).round()
+        return (n[k] + 1 + (u * n.diff()[k]).floor().minimum(n.diff()[k] - 1)) / 1000
     u = edges[k] + u * (edges[k + 1] - edges[k])
     return u if process == "vp" else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
 
@@ -428,7 +441,9 @@ def network_of(settings):
     asked = ("boundaries", "channels", "size", "decoders")
     kind = {key: settings[key] for key in asked if settings.get(key) is not None}
     time = unet.NETWORKS.get(settings["network"], {}).get("time", "vp")
-    if settings["process"] != "vp":  # EDM's wrapping adds the input already
+    if settings["process"] == "ldm":
+        kind.update(time="ldm")
+    elif settings["process"] != "vp":  # EDM's wrapping adds the input already
         kind.update(time="edm", add_input=False)
     elif time != "vp":
         raise BadInput(f"network {settings['network']!r} is made for times of {time!r}, not of vp")
@@ -472,14 +487,16 @@ RECIPES = {
 PAPER_NETWORKS = {
     "vp": dict(multistage="table5_1", unified="table7_1", separate="table3_separate"),
     "edm": dict(multistage="edm", unified="edm_unified", separate="edm_separate"),
+    "ldm": dict(multistage="table6_4", unified="ldm_unified", separate="ldm_separate"),
 }
+SMALL_NETWORKS = ("digits", "mnist", "cifar10", "digits_latent", "mnist_latent", "cifar10_latent")
 
 
 def network_name(network, dataset, arch, process):
     """Name the entry of NETWORKS for what was asked: an own one, a small one or the paper's."""
     base = network or dataset
-    if base not in ("digits", "mnist", "cifar10") or (base == "cifar10" and not network):
-        return network or PAPER_NETWORKS["vp" if process == "vp" else "edm"][arch]
+    if base not in SMALL_NETWORKS or (base == "cifar10" and not network):
+        return network or PAPER_NETWORKS[process if process in PLAIN else "edm"][arch]
     return base if arch == "multistage" else f"{base}_{arch}"
 
 
@@ -545,7 +562,8 @@ def claim(folder, resume):
     """
     folder = Path(folder)
     try:
-        if (folder / "checkpoint.pt").exists() and not resume:
+        left = [name for name in ("checkpoint.pt", "autoencoder.pt") if (folder / name).exists()]
+        if left and not resume:
             n = next(n for n in range(1, 10_000) if not Path(f"{folder}.{n}").exists())
             folder.rename(f"{folder}.{n}")
             print(f"an earlier run is kept as {folder}.{n}")
@@ -667,6 +685,14 @@ def mean_losses(recent, n, device):
     return {k: (table[0, k] / table[1, k]).item() for k in range(n) if table[1, k]}
 
 
+def trim(log, step):
+    """Keep of a log, a file of JSON lines, what was written until `step`; make it if need be."""
+    old = log.read_text().splitlines() if log.is_file() else []
+    kept = [line for line in old if json.loads(line)["step"] <= step]
+    with sde.replacing(log) as aside:
+        aside.write_text("".join(f"{line}\n" for line in kept))
+
+
 def fit(
     state,
     images,
@@ -677,10 +703,12 @@ def fit(
     workers=0,
     held_out=None,
     decode=None,
+    measure=None,
 ):
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
-    held_out: pictures for early stopping; decode: turns latents into pictures for the grids.
+    held_out: pictures for early stopping; decode: turns latents into pictures for the grids;
+    measure: gives numbers on the averaged network, a dictionary, which are logged with each grid.
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
@@ -689,10 +717,7 @@ def fit(
     every, log, costs = max(1, steps // 40), folder / "metrics.jsonl", expect(state, settings)
     state.setdefault("petaflops", [0.0, 0.0])
     if first:
-        old = log.read_text().splitlines() if log.is_file() else []
-        kept = [line for line in old if json.loads(line)["step"] <= state["step"]]
-        with sde.replacing(log) as aside:
-            aside.write_text("".join(f"{line}\n" for line in kept))
+        trim(log, state["step"])
     signals = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     for kind in signals:
         signal.signal(kind, lambda *_: stop.append(True))
@@ -735,6 +760,10 @@ def fit(
                 saved = step
             if first and (step % (sample_every or -(-steps // 5)) == 0 or step == steps):
                 draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
+                if measure:
+                    row = dict(step=step, petaflops=state["petaflops"][0])
+                    with log.open("a") as lines:
+                        lines.write(json.dumps({**row, **measure(state["ema"])}) + "\n")
             if halt:
                 return False
         sde.report_unreadable(bad, len(images))
@@ -756,7 +785,9 @@ def join():
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # one process may have to wait long for another that downloads
+        patient = dict(timeout=datetime.timedelta(hours=12))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **patient)
 
 
 @contextlib.contextmanager
@@ -789,6 +820,22 @@ def wrap(state, compile):
             model, devices, broadcast_buffers=False, find_unused_parameters=unused
         )
     state["forward"] = torch.compile(model) if compile else model
+
+
+def prepare(settings, content=None, compile=False):
+    """Build what a run's settings describe: a state ready to train.
+
+    content: of the checkpoint to go on from.
+    """
+    torch.manual_seed(settings["seed"])  # the initial weights
+    model = network_of(settings).to(sde.device())
+    if sde.device().type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    state = new_state(model, settings["lr"], settings["seed"])
+    if content:
+        restore(state, content)
+    wrap(state, compile)
+    return state
 
 
 # %%
@@ -837,14 +884,7 @@ if __name__ == "__main__":
             pixels[order[: len(pixels) // 10]],
             pixels[order[len(pixels) // 10 :]],
         )
-    torch.manual_seed(seed)  # the initial weights
-    model = network_of(asked).to(sde.device())
-    if sde.device().type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    state = new_state(model, asked["lr"], seed)
-    if resume:
-        restore(state, content)
-    wrap(state, compile)
+    state = prepare(asked, content, compile)
     if rank == 0:  # nothing is touched before everything is known to fit
         claim(run, resume)
         with sde.replacing(run / "settings.json") as aside:
@@ -870,9 +910,9 @@ if __name__ == "__main__":
 
 
 # %%
-def read_metrics(folder):
-    """Read `folder`/metrics.jsonl as a list of dictionaries."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(folder, file="metrics.jsonl"):
+    """Read a run's log as a list of dictionaries."""
+    return [json.loads(line) for line in (Path(folder) / file).read_text().splitlines()]
 
 
 def draw_losses(folder):

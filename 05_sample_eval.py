@@ -15,6 +15,7 @@
 # %%
 import copy
 import importlib
+import inspect
 import json
 import math
 import os
@@ -45,6 +46,7 @@ out = "runs"  # the folder that holds the runs
 root = "data"  # where the run's data set lies or is downloaded to
 sampler = "dpm-solver-3"  # any of SAMPLERS: ddim, deis-3, dpm-solver++-2m, heun, ancestral, …
 nfe = 20  # evaluations of the network for one picture (heun: an odd number)
+grid = ""  # where the solver stops: log-snr, time or quadratic; empty: the solver's own choice
 samples = 898  # pictures to draw and to measure; at most half the data set
 batch = 300  # pictures drawn at a time
 seed = 1  # seed of the start noise
@@ -522,6 +524,37 @@ def noise_function(model, process, calls=None):
     return eps
 
 
+def solver_of(sampler, grid=""):
+    """Return a solver of SAMPLERS, with a grid of `time_grid` in place of its own.
+
+    Raises BadInput for an unknown sampler, or a grid where it has none to choose.
+    """
+    if sampler not in SAMPLERS:
+        raise BadInput(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
+    if not grid:
+        return SAMPLERS[sampler]
+    if "grid" not in inspect.signature(SAMPLERS[sampler]).parameters:
+        raise BadInput(f"sampler {sampler!r} has a grid of its own: leave out grid = {grid!r}")
+    return partial(SAMPLERS[sampler], grid=grid)
+
+
+def times_asked(sampler, kernel, nfe, grid=""):
+    """List the times at which a sampler evaluates the noise, found on the mixture: floats.
+
+    Raises BadInput where it cannot work so: worth a try before hours go into what comes first.
+    """
+    if nfe < 1:
+        raise BadInput(f"nfe = {nfe} must be 1 or more")
+    times, exact = [], mixture_noise(kernel)
+
+    def eps(x, t):
+        times.append(float(t[0]))
+        return exact(x, t)
+
+    list(solver_of(sampler, grid)(eps, kernel, torch.ones(1, 1, 1, 1), nfe, torch.Generator()))
+    return times
+
+
 @torch.no_grad()
 def sample(
     model,
@@ -534,16 +567,17 @@ def sample(
     calls=None,
     progress=False,
     first=0,
+    grid="",
 ):
     """Draw pictures first to first + n - 1 of the endless set that a seed names.
 
     Returns (n, C, H, W) in the network's space [-1, 1], on the CPU. Every picture has random
     numbers of its own, so the set does not depend on how it is divided into batches, calls or
     processes (but for rounding). calls: a list that gets, for each evaluation of the network, its
-    stage. Raises BadInput for an unknown sampler or an impossible number of evaluations.
+    stage. sampler, grid: as in `solver_of`. Raises BadInput as that does, and for an impossible
+    number of evaluations.
     """
-    if sampler not in SAMPLERS:
-        raise BadInput(f"unknown sampler {sampler!r}: take one of {', '.join(SAMPLERS)}")
+    solver = solver_of(sampler, grid)
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
@@ -553,7 +587,7 @@ def sample(
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
         x_T = torch.empty(len(part), model.channels, model.size, model.size, device=where)
         x_T = sde.start_noise(x_T, dice, kernel)
-        *_, x = SAMPLERS[sampler](eps, kernel, x_T, nfe, dice)
+        *_, x = solver(eps, kernel, x_T, nfe, dice)
         done.append(x.cpu())
     return torch.cat(done)
 
@@ -564,14 +598,17 @@ def sample(
 
 
 # %%
-def draw_set(model, process, folder, n, shard=500, **how):
-    """Draw n pictures with `sample`, kept in shards under `folder`: uint8 (n, C, H, W)."""
+def draw_set(model, process, folder, n, shard=500, decode=to_pictures, **how):
+    """Draw n pictures with `sample`, kept in shards under `folder`: uint8 (n, C, H, W).
+
+    decode: brings what the network draws to pictures in [0, 1].
+    """
     (rank, world), folder, parts = training.ranks(), Path(folder), []
     for j, first in enumerate(range(0, n, shard)):
         path, size = folder / f"{first:07}.npy", min(shard, n - first)
         have = len(np.load(path, mmap_mode="r")) if path.exists() else 0
         if have < size and j % world == rank:
-            x = to_pictures(sample(model, process, size, first=first, **how))
+            x = decode(sample(model, process, size, first=first, **how))
             with sde.replacing(path) as aside, open(aside, "wb") as file:
                 np.save(file, (x * 255).round().to(torch.uint8).numpy())
     if world > 1:
@@ -581,10 +618,10 @@ def draw_set(model, process, folder, n, shard=500, **how):
     return torch.cat(parts)
 
 
-def stage_shares(model, process, sampler, nfe):
+def stage_shares(model, process, sampler, nfe, grid=""):
     """Count which stages a sampler's evaluations fall into: (number of them, {stage: share})."""
     calls = []
-    sample(model, process, 1, sampler, nfe, calls=calls)
+    sample(model, process, 1, sampler, nfe, calls=calls, grid=grid)
     return len(calls), {k: calls.count(k) / len(calls) for k in sorted(set(calls))}
 
 
@@ -639,13 +676,15 @@ if __name__ == "__main__":
     content = training.load(run)
     model, settings, made = training.averaged_model(content), content["settings"], content["step"]
     process = settings["process"]
-    folder = run / "sets" / f"step{made}-{sampler}-{nfe}-seed{seed}"
+    if "scale" in settings:
+        raise BadInput(f"{run} draws latents, not pictures: 06_ldm.py --resume samples from it")
+    folder = run / "sets" / f"step{made}-{sampler}-{nfe}{grid and '-'}{grid}-seed{seed}"
     if model_for_stage:
         model = hybrid(model, process, model_for_stage)
         folder = folder.with_name(f"{folder.name}-{model_for_stage.replace('/', '_')}")
-    count, share = stage_shares(model, process, sampler, nfe)
+    count, share = stage_shares(model, process, sampler, nfe, grid)
     begin = time.perf_counter()
-    how = dict(sampler=sampler, nfe=nfe, seed=seed, batch=batch, progress=True)
+    how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, progress=True)
     drawn = draw_set(model, process, folder, samples, **how).float() / 255
     seconds = time.perf_counter() - begin
     rank, world = training.ranks()
@@ -815,10 +854,11 @@ def own_features(path, pictures):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Serve a tensor of pictures (N, C, H, W) in [0, 1] as torch-fidelity wants them: uint8."""
+    """Serve pictures (N, C, H, W), uint8 or in [0, 1], as torch-fidelity wants them: uint8."""
 
     def __init__(self, images):
-        self.images = (images * 255).round().to(torch.uint8)
+        whole = images.dtype == torch.uint8
+        self.images = images if whole else (images * 255).round().to(torch.uint8)
 
     def __len__(self):
         return len(self.images)
@@ -828,7 +868,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def evaluate(images, reference, extractor, weights=""):
-    """Compare two sets of pictures (N, C, H, W) in [0, 1]: a dictionary of metrics.
+    """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
     extractor: a name registered with torch-fidelity; with "inception-v3-compat" the Fréchet
     distance is FID, and the inception score is there too; weights: a file of its weights.
@@ -877,11 +917,14 @@ def evaluate(images, reference, extractor, weights=""):
 
 # %%
 def real_halves(images, n):
-    """Cut a data set (N, C, H, W) uint8 into two random sets of n pictures, floats in [0, 1]."""
+    """Cut a data set (N, C, H, W) into two random sets of n pictures.
+
+    Raises BadInput where it has fewer than 2 n.
+    """
     if n > len(images) // 2:
         raise BadInput(f"samples = {n} is more than half the data set: take {len(images) // 2}")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images[order[:n]].float() / 255, images[order[n : 2 * n]].float() / 255
+    return images[order[:n]], images[order[n : 2 * n]]
 
 
 def read_reference(folder, size):
@@ -956,7 +999,9 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     record = dict(run=str(run), step=made, sampler=sampler, nfe=count, equivalent_gflops=gflops)
-    record.update(seed=seed, weights="averaged", features=named, against=against, **table)
+    record.update(
+        grid=grid or "own", seed=seed, weights="averaged", features=named, against=against, **table
+    )
     with sde.replacing(run / "metrics.json") as aside:
         aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(f"grid: {run / 'samples.png'}\nmetrics: {run / 'metrics.json'}")

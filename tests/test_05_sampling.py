@@ -289,7 +289,7 @@ def test_the_classifier_knows_digits(measured):
 
 def test_metrics_rank_real_noisy_and_noise(evaluation, measured):
     pixels, _, _, extractor = measured
-    half, other = evaluation.real_halves(pixels, 400)
+    half, other = (part / 255 for part in evaluation.real_halves(pixels, 400))
     sets = [other, (other + 0.3 * torch.randn_like(other)).clamp(0, 1), torch.rand_like(other)]
     found = [evaluation.evaluate(images, half, extractor) for images in sets]
     assert found[0]["frechet"] < found[1]["frechet"] < found[2]["frechet"]
@@ -298,11 +298,13 @@ def test_metrics_rank_real_noisy_and_noise(evaluation, measured):
     assert found[0]["recall"] > 0.7 > 0.3 > found[2]["recall"]
     assert found[0]["samples"] == 400
     assert not any("fid" in key for key in found[0])  # the name belongs to Inception
+    as_bytes = evaluation.evaluate((sets[1] * 255).round().to(torch.uint8), half, extractor)
+    assert as_bytes == found[1]
 
 
 def test_frechet_distance_equals_its_formula(evaluation, measured):
     pixels, classifier, _, extractor = measured
-    half, other = evaluation.real_halves(pixels, 300)
+    half, other = (part / 255 for part in evaluation.real_halves(pixels, 300))
     noisy = (other + 0.3 * torch.randn_like(other)).clamp(0, 1)
     stats = []
     for images in (noisy, half):
@@ -323,6 +325,19 @@ def test_precision_and_recall_are_not_swapped(evaluation, measured):
     few = half[:12].repeat(25, 1, 1, 1)
     found = evaluation.evaluate(few, half, extractor)
     assert found["precision"] == 1.0 and found["recall"] < 0.5
+
+
+def test_a_grid_can_be_chosen(sde, unet, evaluation):
+    model = unet.randomize(unet.build("digits"))
+    draw = lambda **how: evaluation.sample(model, "vp", 2, "ddim", 4, seed=3, **how)  # noqa: E731
+    assert torch.equal(draw(), draw(grid="log-snr"))
+    assert not torch.equal(draw(), draw(grid="time"))
+    times = evaluation.times_asked("ddim", sde.VP, 4, "time")
+    assert times == pytest.approx(sde.VP.t_max - (1 - 1e-3) / 4 * np.arange(4))
+    with pytest.raises(sde.BadInput, match="'heun' has a grid of its own"):
+        evaluation.times_asked("heun", sde.VP, 3, "time")
+    with pytest.raises(sde.BadInput, match="give 2n"):
+        evaluation.times_asked("predictor-corrector", sde.VP, 3)
 
 
 def test_halves_are_disjoint_and_bounded(sde, evaluation, measured):

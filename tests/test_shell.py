@@ -65,7 +65,7 @@ WRONG = {
     "no alpha": ("02_clustering", ["--alpha", "2", "--samples", "50"], "alpha = 2.0 leaves no"),
     "unknown network": ("03_multistage_unet", ["--network", "x"], "unknown network 'x_unified'"),
     "missing run": ("05_sample_eval", ["--name", "x"], "there is no checkpoint runs/x"),
-    "no steps": ("06_ldm", ["--steps", "0"], "steps = 0 must be above 0"),
+    "negative steps": ("06_ldm", ["--steps", "-1"], "steps = -1 is negative"),
     "unwritable 06": ("06_ldm", ["--out", "file/runs"], "cannot write to file/runs"),
 }
 
