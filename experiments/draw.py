@@ -96,7 +96,8 @@ def mean_gap(row):
 
 def figure1d(experiment, runs):
     """Write the distance against training compute, and Table 2's ratio."""
-    (one, first), (other, second) = runs
+    real = [r for label, records in runs if label.startswith("real") for r in records]
+    (one, first), (other, second) = [run for run in runs if not run[0].startswith("real")]
     head = ["training GFLOPs", f"{one}: iterations", DISTANCE, f"{other}: iterations", DISTANCE]
     rows = []
     for budget in (first or second)[0]["definition"]["points"] if first or second else []:
@@ -109,6 +110,8 @@ def figure1d(experiment, runs):
     inverse = [reach(b, a) for a, b in zip(first, second, strict=False)]
     lines = [f"* {other} reaches {one}'s best {told(ratios)};"]
     lines += [f"* {one} reaches {other}'s best {told(inverse)}."]
+    if real:
+        lines += [f"* Two halves of the real pictures: {spread(each(real, 'frechet'))}."]
     return table(head, rows) + "\n\n" + "\n".join(lines)
 
 
@@ -137,6 +140,18 @@ def told(ratios):
     if not any(ratios):
         return "with no seed within the budget"
     return f"at {', '.join(known)} of the other's training compute"
+
+
+def table1(experiment, runs):
+    """Write the distances of several solvers on two trained networks."""
+    runs = [(label, records) for label, records in runs if "trained" not in label]
+    found = {label: [record["curve"] for record in records] for label, records in runs}
+    asked = next((curves[0] for curves in found.values() if curves), [])
+    rows = []
+    for i, (name, nfe) in enumerate(row["solver"] for row in asked):
+        cells = [spread([curve[i]["frechet"] for curve in curves]) for curves in found.values()]
+        rows.append([name, nfe, *cells])
+    return table(["solver", "evaluations", *(f"{DISTANCE}, {n}" for n in found)], rows)
 
 
 def table4(experiment, runs):
@@ -245,7 +260,14 @@ def ran(everything):
 
 
 TABLES = dict(table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2)
-TABLES.update(gradients=gradients, cuts=cuts)
+TABLES.update(
+    scarce=table3,
+    overfitting=figure2,
+    table1=table1,
+    cifar16=figure1d,
+    gradients=gradients,
+    cuts=cuts,
+)
 
 
 # ---- figures ---------------------------------------------------------------------------------
@@ -253,8 +275,8 @@ TABLES.update(gradients=gradients, cuts=cuts)
 
 def draw_arms(everything, path):
     """Draw every seed of Tables 3, 4 and 7 as a dot."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
-    for ax, name in zip(axes, ("table3", "table4", "table7"), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(10, 5), layout="constrained")
+    for ax, name in zip(axes.flat, ("table3", "scarce", "table4", "table7"), strict=True):
         experiment, runs = everything[name]
         arms = [run for run in runs if experiment["paper"].get(run[0]) or run[0] == "5"]
         for i, (_, records) in enumerate(arms):
@@ -273,18 +295,22 @@ def draw_arms(everything, path):
 
 def draw_curves(everything, path):
     """Draw distance against training compute, unified and multistage."""
-    experiment, runs = everything["figure1d"]
-    figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for i, (label, records) in enumerate(runs):
-        if records:
-            x, mean, sd = curve_of(records)
-            ax.errorbar(x, mean, sd, marker="o", ms=4, capsize=3, color=f"C{i}", label=label)
-    real = dict(everything["table3"][1]).get("real digits")
-    if real:
-        ax.axhline(each(real, "frechet")[0], color="gray", ls=":", label="real / real")
-    ax.set(xscale="log", yscale="log", xlabel="training GFLOPs (paper's count)", ylabel=DISTANCE)
-    plain_ticks(ax, x=(2, 5, 10, 20, 30), y=(0.5, 1, 2, 5, 10, 20))
-    ax.legend(fontsize=8)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for ax, name in zip(axes, ("figure1d", "cifar16"), strict=True):
+        experiment, runs = everything[name]
+        for i, (label, records) in enumerate(runs):
+            if records and label.startswith("real"):
+                level = each(records, "frechet")[0]
+                ax.axhline(level, color="gray", ls=":", label="two halves of the real pictures")
+            elif records:
+                x, mean, sd = curve_of(records)
+                style = dict(marker="o", ms=4, capsize=3, color=f"C{i - 1}", label=label)
+                ax.errorbar(x, mean, sd, **style)
+        title = "digits" if name == "figure1d" else experiment["title"]
+        ax.set(xscale="log", yscale="log", title=title, ylabel=DISTANCE)
+        ax.set(xlabel="training GFLOPs (paper's count)")
+        ax.legend(fontsize=8)
+    plain_ticks(axes[0], x=(5, 10, 20, 40, 80), y=(0.5, 1, 2, 5, 10))
     save(figure, path)
 
 
@@ -298,28 +324,33 @@ def plain_ticks(ax, x=None, y=None):
 
 
 def draw_intervals(everything, path):
-    """Draw Figure 2, and below it held-out over trained loss."""
-    _, runs = everything["figure2"]
-    figure, axes = plt.subplots(
-        2, 2, figsize=(9, 5.4), sharex=True, sharey="row", layout="constrained"
-    )
-    for column, k in enumerate((0, 2)):
+    """Draw Figure 2 with all pictures and with few, and below held-out over trained loss."""
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), sharey="row", layout="constrained")
+    panels = [(name, k) for name in ("figure2", "overfitting") for k in (0, 2)]
+    colors = {"width 16": "C0", "width 32": "C1", "width 48": "C2"}
+    for (top, low), (name, k) in zip(axes.T, panels, strict=True):
+        experiment, runs = everything[name]
         mine = [(label.split(": ")[1], r) for label, r in runs if label.startswith(f"interval {k}")]
-        for i, (label, records) in enumerate(mine):
+        for label, records in mine:
             if not records:
                 continue
-            style = dict(color="black", ls="--") if label == "unified" else dict(color=f"C{i - 1}")
+            style = (
+                dict(color="black", ls="--") if label == "unified" else dict(color=colors[label])
+            )
             style.update(marker="o", ms=4, capsize=3, label=label)
             x, mean, sd = curve_of(records, "step")
-            axes[0, column].errorbar(x, mean, sd, **style)
+            top.errorbar(x, mean, sd, **style)
             gaps = np.array([[mean_gap(row) for row in r["curve"]] for r in records])
             sd = gaps.std(0, ddof=1) if len(gaps) > 1 else 0
-            axes[1, column].errorbar(x, gaps.mean(0), sd, **style)
-        axes[0, column].set(title=f"interval {k} alone", xscale="log", yscale="log")
-        axes[1, column].axhline(1, color="gray", ls=":")
-        axes[1, column].set_title("1: no overfitting", fontsize=8, loc="right", color="gray")
-        axes[1, column].set_xlabel("iterations")
-        plain_ticks(axes[0, column], (150, 300, 600), (1, 1.5, 2, 2.5, 3, 4, 5))
+            low.errorbar(x, gaps.mean(0), sd, **style)
+        few = experiment["settings"].get("pictures")
+        title = f"interval {k} alone" + f", {few} pictures" * bool(few)
+        top.set(title=title, xscale="log", yscale="log")
+        low.set(xlabel="iterations", xscale="log")
+        low.axhline(1, color="gray", ls=":")
+        points = (75, 300, 1200) if few else (150, 300, 600)
+        plain_ticks(top, points, (1, 1.5, 2, 2.5, 3, 4, 5))
+        plain_ticks(low, points)
     axes[0, 0].set_ylabel(DISTANCE)
     axes[1, 0].set_ylabel("held-out / trained loss")
     if axes[0, 0].has_data():
@@ -387,9 +418,9 @@ def cut_lines(ax, line, color, marker, label):
 
 
 FIGURES = {
-    "arms": (draw_arms, ("table3", "table4", "table7")),
-    "curves": (draw_curves, ("figure1d", "table3")),
-    "intervals": (draw_intervals, ("figure2",)),
+    "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),
+    "curves": (draw_curves, ("figure1d", "cifar16")),
+    "intervals": (draw_intervals, ("figure2", "overfitting")),
     "gradients": (draw_gradients, ("gradients",)),
     "cuts": (draw_cuts, ("cuts",)),
 }

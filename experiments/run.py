@@ -2,6 +2,7 @@
 
     python experiments/run.py                  # everything, then tables and figures
     python experiments/run.py --only table3    # one experiment, or several: table3,table4
+    python experiments/run.py --seeds 0        # one seed of each; --seeds 1,2 in a second shell
     python experiments/run.py --draw           # run nothing, draw tables and figures anew
 
 A file holds `[settings]` for all of its runs and a `[[runs]]` for each; their keys are the names of
@@ -26,14 +27,17 @@ sde, training, BadInput = work.sde, work.training, work.BadInput
 # parameters of step 04, with the defaults of its cell
 STEP_04 = "dataset arch tailored network process stages boundaries batch lr ema patience seed"
 OWN = dict(
-    kind="training",  # training, served, gradients, cuts or real: see WORK in work.py
+    kind="training",  # training, served, gradients, solvers, cuts or real: see WORK in work.py
     label="",  # the name of the run in tables and figures
     paper=0.0,  # the distance that the paper prints for it, for the table
     seeds=[0],  # the run is repeated with each
     by="gflops",  # training is counted in "gflops" (the paper's count, see Table 2) or "steps"
     points=[],  # counts at which the averaged network is measured; training ends at the last
     held_out=0.1,  # share of the pictures that is not trained on
+    pictures=0,  # pictures that are trained on; 0: all that are not held out
     size=0,  # side in pixels that the pictures are reduced to; 0: as they are
+    channels=0,  # channels of the pictures; 0: the network's
+    warmup=0,  # steps until the full learning rate; 0: the recipe's
     decoders=[],  # channels of the decoders; empty: the network's
     clustering="",  # timestep, log-snr, gradient or algorithm-2; empty: `boundaries` as in step 04
     number=0,  # stages of algorithm-2, or pictures of a run of kind cuts
@@ -42,6 +46,7 @@ OWN = dict(
     keep=False,  # keep the weights at the start and at every point, for runs that build on this one
     sampler="dpm-solver-3",
     nfe=20,
+    solvers=[],  # of a run of kind solvers: pairs of a sampler and its number of evaluations
     samples=898,  # pictures that are drawn and compared
     moments=[],  # points of a kept run that are looked at; 0: its start; empty: all
 )
@@ -112,11 +117,12 @@ def define(run, seed, runs):
 # ---- running ---------------------------------------------------------------------------------
 
 
-def work_off(experiments, named=()):
+def work_off(experiments, named=(), seeds=()):
     """Run the missing units of experiments, seed by seed, with a line for each."""
     for name, experiment in experiments.items():
         todo = [(j, label, d) for label, seeds in experiment["units"] for j, d in enumerate(seeds)]
         todo = [unit for unit in todo if work.read_result(unit[2]) is None]
+        todo = [unit for unit in todo if not seeds or unit[2]["seed"] in seeds]
         asks = experiment.get("asks", "")
         if todo and asks and name not in named:
             print(f"{name}: left out, it asks for {asks}; run it with --only {name}")
@@ -141,20 +147,27 @@ def main(arguments=None):
     parser.error = lambda message: sde._exit(message)
     parser.add_argument("--only", default="", help="names of experiments, comma-separated")
     parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
+    parser.add_argument("--seeds", default="", help="run only these, comma-separated: 0,2")
     parser.add_argument("--root", default="data", help="where cifar10 and mnist lie")
+    parser.add_argument("--features", default="", help="checkpoint of a CIFAR-10 ResNet-56")
     parser.add_argument("--out", default="runs/experiments", help="where weights are kept")
     parser.add_argument("--folder", default=str(HERE), help="the folder of the *.toml files")
     parser.add_argument("--page", default=str(HERE.parent / "RESULTS.md"), help="page of tables")
     asked = parser.parse_args(arguments)
-    work.paths.update(root=asked.root, out=asked.out)
+    work.paths.update(root=asked.root, out=asked.out, features=asked.features)
     work.paths["results"] = Path(asked.folder) / "results"
     experiments = read_experiments(asked.folder)
     named = [name for name in asked.only.split(",") if name]
     for name in named:
         if name not in experiments:
             raise BadInput(f"unknown experiment {name!r}: take one of {', '.join(experiments)}")
+    try:
+        seeds = [int(seed) for seed in asked.seeds.split(",") if seed]
+    except ValueError:
+        raise BadInput(f"--seeds {asked.seeds!r} must be whole numbers such as 0,2") from None
     if not asked.draw:
-        work_off({n: e for n, e in experiments.items() if n in named or not named}, named)
+        todo = {n: e for n, e in experiments.items() if n in named or not named}
+        work_off(todo, named, seeds)
     draw.everything(experiments, work.read_result, Path(asked.folder) / "figures", Path(asked.page))
 
 

@@ -19,16 +19,17 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 sde = importlib.import_module("01_sde_and_denoiser")
 clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
 evaluation = importlib.import_module("05_sample_eval")
+features = importlib.import_module("features")
 BadInput = sde.BadInput
 
 SAMPLING_SEED = 1
-paths = dict(root="data", out="runs/experiments", results=HERE / "results")
+paths = dict(root="data", out="runs/experiments", results=HERE / "results", features="")
 
 
 # ---- results ---------------------------------------------------------------------------------
@@ -84,7 +85,10 @@ def pictures(dataset, size=0):
 def yardstick(dataset, size, samples):
     """Choose features and two random halves of the real pictures: (extractor, half, other)."""
     pixels, labels = pictures(dataset, size)
-    extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
+    if dataset == "cifar10":
+        extractor = features.resnet56(paths["features"])
+    else:
+        extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
     return extractor, *evaluation.real_halves(pixels, samples)
 
 
@@ -105,11 +109,13 @@ def losses(model, images, process, stages):
     return training.look(state, images, process, math.inf)
 
 
-def split(pixels, share, seed):
+def split(definition):
     """Hold out a share of the pictures, as step 04 does: (held out, used)."""
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-    n = int(len(pixels) * share)
-    return pixels[order[:n]].to(sde.device()), pixels[order[n:]].to(sde.device())
+    d, (pixels, _) = definition, pictures(definition["dataset"], definition["size"])
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(d["seed"]))
+    n = int(len(pixels) * d["held_out"])
+    used = pixels[order[n:]][: d["pictures"] or None]
+    return pixels[order[:n]].to(sde.device()), used.to(sde.device())
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -119,10 +125,9 @@ def settings_of(definition):
     """Decide what step 04 decides before it trains: its settings."""
     d, recipe = definition, training.RECIPES[definition["dataset"]]
     network = training.network_name(d["network"], d["dataset"], d["arch"], d["process"])
-    settings = {**d, **{key: d[key] or recipe[key] for key in ("batch", "lr")}}
-    settings.update({key: recipe[key] for key in ("warmup", "flip")}, network=network)
-    settings.update(channels=None, size=d["size"] or None)
-    settings["decoders"] = d["decoders"] or None
+    settings = {**d, **{key: d[key] or recipe[key] for key in ("batch", "lr", "warmup")}}
+    settings.update(network=network, flip=recipe["flip"])
+    settings.update({key: d[key] or None for key in ("channels", "size", "decoders")})
     if d["tailored"]:
         multistage = training.network_name(d["network"], d["dataset"], "multistage", d["process"])
         settings["decoders"] = list(unet.NETWORKS[multistage]["decoders"])
@@ -169,7 +174,7 @@ def widths(cuts, definition, network):
 def train(definition):
     """Train one network and measure it at the points asked for."""
     d, settings = definition, settings_of(definition)
-    held_out, used = split(pictures(d["dataset"], d["size"])[0], d["held_out"], d["seed"])
+    held_out, used = split(d)
     torch.manual_seed(d["seed"])  # the initial weights
     state = training.new_state(
         training.network_of(settings).to(sde.device()), settings["lr"], d["seed"]
@@ -276,8 +281,8 @@ def others_serve(model, own, other):
 def serve(definition):
     """Let every state of a unified network serve one interval, and its end the others (Fig. 2)."""
     d, curve = definition, []
-    pixels, (k,) = pictures(d["dataset"], d["size"])[0], d["active"]
-    held_out, used = split(pixels, d["of"]["held_out"], d["seed"])
+    (k,) = d["active"]
+    held_out, used = split(d["of"])
     weights = kept(d["of"])
     end = training.averaged_model(weights[-1])
     for moment in [weights[i] for i in d["moments"]] or weights[1:]:
@@ -332,7 +337,7 @@ def alike(model, images, edges, process):
 def compare_gradients(definition):
     """Compare the gradients of bins of time and of the three stages, over training."""
     d, moments = definition, []
-    _, used = split(pictures(d["dataset"], d["size"])[0], d["of"]["held_out"], d["seed"])
+    _, used = split(d["of"])
     separate = settings_of({**d, "arch": "separate"})["boundaries"]
     weights = kept(d["of"])
     for moment in [weights[i] for i in d["moments"]] or weights:
@@ -348,7 +353,7 @@ def compare_gradients(definition):
 def gradient_cuts(definition):
     """Cut the timeline by the gradients of a trained network, averaged over its points."""
     d = definition
-    _, used = split(pictures(d["dataset"], d["size"])[0], d["of"]["held_out"], d["seed"])
+    _, used = split(d["of"])
     affinities = []
     for moment in kept(d["of"])[1:]:
         model = raw_model(moment)
@@ -370,6 +375,15 @@ def cut(definition):
     return dict(cuts=found, pictures=len(images), entries=images[0].numel())
 
 
+def solve(definition):
+    """Measure every solver asked for on the network that another run ended with (Table 1)."""
+    d, model = definition, last_of(definition["of"])
+    found = [measure(model, {**d, "sampler": name, "nfe": nfe}) for name, nfe in d["solvers"]]
+    return dict(
+        curve=[{**row, "solver": which} for row, which in zip(found, d["solvers"], strict=True)]
+    )
+
+
 def compare_halves(definition):
     """Compare two random halves of the real pictures: what perfect samples would get."""
     d = definition
@@ -378,4 +392,4 @@ def compare_halves(definition):
 
 
 WORK = dict(training=train, served=serve, gradients=compare_gradients)
-WORK.update(cuts=cut, real=compare_halves)
+WORK.update(cuts=cut, real=compare_halves, solvers=solve)
