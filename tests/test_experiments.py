@@ -103,6 +103,32 @@ def test_an_interruption_loses_one_unit(work, tiny, monkeypatch):
     assert tiny() == [("multistage", 0)]
 
 
+def test_a_seed_can_be_asked_for(tiny, sde):
+    text = (tiny.folder / "tiny.toml").read_text()
+    (tiny.folder / "tiny.toml").write_text(text.replace("points", "seeds = [0, 1]\npoints", 1))
+    assert tiny("--seeds", "1") == [("unified", 1), ("multistage", 1)]
+    with pytest.raises(sde.BadInput, match="--seeds 'one' must be whole numbers"):
+        tiny("--seeds", "one")
+
+
+def test_solvers_are_compared_on_the_network_that_a_run_ended_with(tiny, capsys):
+    asked = '[["ddim", 2], ["dpm-solver-3", 3]]'
+    more = f'[[runs]]\nlabel = "solvers"\nkind = "solvers"\nof = "unified"\nsolvers = {asked}\n'
+    text = (tiny.folder / "tiny.toml").read_text().replace('[[runs]]\nlabel = "multistage"', more)
+    (tiny.folder / "tiny.toml").write_text(text.replace('boundaries = "0.1,0.44"', ""))
+    assert len(tiny()) == 2
+    (path,) = (tiny.folder / "results").glob("solvers*.json")
+    curve = json.loads(path.read_text())["curve"]
+    assert [row["solver"] for row in curve] == [["ddim", 2], ["dpm-solver-3", 3]]
+    assert curve[0]["frechet"] != curve[1]["frechet"]
+
+    path.unlink()  # and the weights: the run that is built on is trained again, to the same end
+    for weights in (tiny.folder / "out").rglob("*.pt"):
+        weights.unlink()
+    assert len(tiny()) == 2 and "training them first" in capsys.readouterr().out
+    assert json.loads(path.read_text())["curve"] == curve
+
+
 def test_drawing_alone_runs_nothing(tiny):
     assert tiny("--draw") == []
     assert "| unified | – |" in (tiny.folder / "page.md").read_text()
@@ -113,6 +139,12 @@ def settle(runner, **changes):
     run = {**tomllib.loads(TINY)["settings"], "label": "x", **changes}
     [(_, [definition])] = runner.units({"runs": [run]}, "test")
     return definition
+
+
+def test_few_pictures_are_a_part_of_those_that_are_not_held_out(work, runner):
+    few, all_ = (work.split(settle(runner, pictures=n, held_out=0.1)) for n in (10, 0))
+    assert len(few[1]) == 10 and torch.equal(few[1], all_[1][:10])
+    assert torch.equal(few[0], all_[0]) and len(all_[0]) + len(all_[1]) == 1797
 
 
 @pytest.mark.parametrize(
@@ -149,7 +181,7 @@ def test_looking_changes_nothing_and_training_is_that_of_step_04(work, runner, t
     torch.manual_seed(0)
     settings = work.settings_of(d)
     state = training.new_state(training.network_of(settings), settings["lr"], 0)
-    _, used = work.split(work.pictures("digits")[0], d["held_out"], 0)
+    _, used = work.split(d)
     for _ in training.train(state, used, 3, batch=4, warmup=settings["warmup"]):
         pass
     for key, weight in state["ema"].state_dict().items():
@@ -195,6 +227,36 @@ def test_ratio_of_compute_at_which_another_run_is_as_good():
     assert draw.reach(one, curve((1, 4.0), (4, 1.0))) == pytest.approx(0.5)  # at 2
     assert draw.reach(one, curve((1, 2.0))) == 0.25
     assert draw.reach(one, curve((1, 4.0), (8, 2.5))) is None
+
+
+def test_features_of_a_resnet56(work, evaluation, sde, tmp_path):
+    features, path = work.features, tmp_path / "resnet.th"
+    torch.manual_seed(0)
+    net = features.ResNet56().eval()
+    sizes = [p.numel() for name, p in net.named_parameters() if "conv" in name]
+    # He et al. 2016: a convolution that reads the picture, and three groups of 18, all of 3×3
+    group = lambda c, before: 9 * (before * c + 17 * c * c)  # noqa: E731
+    assert len(sizes) == 55
+    assert sum(sizes) == 9 * 3 * 16 + group(16, 16) + group(32, 16) + group(64, 32)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, path)
+
+    x = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        same = features.load(path).features(features.prepare(x))
+        assert torch.equal(same, net.features(features.prepare(x))) and same.shape == (40, 64)
+    mean = features.prepare(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)).mean((2, 3))
+    assert torch.allclose(
+        mean * torch.tensor(features.STD) + torch.tensor(features.MEAN), mean * 0 + 1
+    )
+
+    extractor = features.resnet56(path)
+    near = evaluation.evaluate(x[:20], x[20:], extractor)["frechet"]
+    assert 0 <= near < evaluation.evaluate(x[:20] // 4, x[20:], extractor)["frechet"]
+
+    path.write_bytes(b"no checkpoint")
+    for asked, sentence in ((path, "is no checkpoint of a CIFAR-10 ResNet-56"), ("", "give its")):
+        with pytest.raises(sde.BadInput, match=sentence):
+            features.resnet56(asked)
 
 
 BROKEN = {
