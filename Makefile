@@ -1,5 +1,5 @@
 # make demo: see it work (6 minutes on 2 cores after the install). make test: check that it does.
-# make experiments: run what RESULTS.md still lacks and draw it; FLAGS="--only table3" for one.
+# make -j3 experiments: run what RESULTS.md lacks, seeds side by side; FLAGS="--only table3" for one.
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -19,8 +19,10 @@ lint: .venv/ready
 notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py --update
 
-experiments: .venv/ready
-	$(BIN)/python experiments/run.py $(FLAGS)
+experiments: seed-0 seed-1 seed-2
+
+seed-%: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/run.py --seeds $* $(FLAGS)
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
