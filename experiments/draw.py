@@ -311,6 +311,7 @@ def draw_curves(everything, path):
         ax.set(xlabel="training GFLOPs (paper's count)")
         ax.legend(fontsize=8)
     plain_ticks(axes[0], x=(5, 10, 20, 40, 80), y=(0.5, 1, 2, 5, 10))
+    plain_ticks(axes[1], x=(15, 30, 60), y=(0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
     save(figure, path)
 
 
@@ -346,11 +347,11 @@ def draw_intervals(everything, path):
         few = experiment["settings"].get("pictures")
         title = f"interval {k} alone" + f", {few} pictures" * bool(few)
         top.set(title=title, xscale="log", yscale="log")
-        low.set(xlabel="iterations", xscale="log")
+        low.set(xlabel="iterations", xscale="log", yscale="log")
         low.axhline(1, color="gray", ls=":")
         points = (75, 300, 1200) if few else (150, 300, 600)
-        plain_ticks(top, points, (1, 1.5, 2, 2.5, 3, 4, 5))
-        plain_ticks(low, points)
+        plain_ticks(top, points, (1.5, 2, 3, 4, 5, 7))
+        plain_ticks(low, points, (1, 2, 5, 10))
     axes[0, 0].set_ylabel(DISTANCE)
     axes[1, 0].set_ylabel("held-out / trained loss")
     if axes[0, 0].has_data():
