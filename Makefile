@@ -1,8 +1,9 @@
 # make demo: see it work (6 minutes on 2 cores after the install). make test: check that it does.
+# make -j3 experiments: run what RESULTS.md lacks, seeds side by side; FLAGS="--only table3" for one.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint notebooks clean
+.PHONY: demo test lint notebooks experiments clean
 
 demo: .venv/ready
 	$(BIN)/python notebooks/execute.py
@@ -17,6 +18,11 @@ lint: .venv/ready
 
 notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py --update
+
+experiments: seed-0 seed-1 seed-2
+
+seed-%: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/run.py --seeds $* $(FLAGS)
 
 .venv/ready: requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

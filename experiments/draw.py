@@ -1,0 +1,471 @@
+"""Draw the tables and figures of RESULTS.md from the results of `run.py`.
+
+A table is written between `<!-- name -->` and `<!-- /name -->` in the page. Every number comes from
+a file in `results/`; a cell is the mean over seeds ± their standard deviation.
+"""
+
+import importlib
+import re
+from statistics import fmean, stdev
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+sde = importlib.import_module("01_sde_and_denoiser")
+DISTANCE = "Fréchet distance"
+
+
+# ---- small parts -----------------------------------------------------------------------------
+
+
+def spread(values, digits=2):
+    """Write numbers as mean ± standard deviation; a dash where there is none."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    text = f"{fmean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def table(head, rows):
+    """Write rows as a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def at(record, budget=None):
+    """Return the row of a curve where `budget` GFLOPs were reached, or its last."""
+    reached = [row for row in record["curve"] if budget and row["gflops"] >= budget]
+    return (reached or record["curve"][-1:])[0]
+
+
+def each(records, key, budget=None):
+    """Collect a number of the row at a budget over the seeds."""
+    return [at(record, budget)[key] for record in records]
+
+
+def numbers(values, digits=3):
+    """Write a list of numbers."""
+    return ", ".join(f"{value:.{digits}f}" for value in values) or "none"
+
+
+def printed(experiment, label):
+    """Write what the paper prints for a run."""
+    value = experiment["paper"].get(label)
+    return f"{value:.2f}" if value else "–"
+
+
+def curve_of(records, x="gflops", y="frechet"):
+    """Average curves over seeds: (x, mean, standard deviation), each (points,)."""
+    n = min(len(record["curve"]) for record in records)
+    xs, ys = (np.array([[row[key] for row in r["curve"][:n]] for r in records]) for key in (x, y))
+    return xs.mean(0), ys.mean(0), ys.std(0, ddof=1) if len(records) > 1 else 0 * ys[0]
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def table3(experiment, runs):
+    """Write Table 3: architectures at equal training compute."""
+    budget = experiment["at"]
+    head = ["", "GFLOPs an evaluation", "million parameters", "iterations", "training GFLOPs"]
+    head += [DISTANCE, "KID", "held-out / trained loss", "paper (FID)"]
+    rows = []
+    for label, records in runs:
+        if not records or records[0]["definition"]["kind"] != "training":
+            distance = [
+                f"{spread(each(records, key), n)}" for key, n in (("frechet", 2), ("kid", 3))
+            ]
+            rows.append([label, "–", "–", "–", "–", *distance, "–", "–"])
+            continue
+        first = records[0]
+        cells = [label, f"{first['equivalent_gflops']:.5f}", f"{first['parameters'] / 1e6:.2f}"]
+        cells += [spread(each(records, "step", budget), 0)]
+        cells += [spread(each(records, "gflops", budget))]
+        cells += [spread(each(records, "frechet", budget)), spread(each(records, "kid", budget), 3)]
+        gaps = [mean_gap(at(record, budget)) for record in records]
+        rows.append([*cells, spread(gaps), printed(experiment, label)])
+    return table(head, rows)
+
+
+def mean_gap(row):
+    """Return held-out over trained loss, averaged over the stages."""
+    return fmean(row["held_out"][k] / row["trained"][k] for k in row["held_out"])
+
+
+def figure1d(experiment, runs):
+    """Write the distance against training compute, and Table 2's ratio."""
+    real = [r for label, records in runs if label.startswith("real") for r in records]
+    (one, first), (other, second) = [run for run in runs if not run[0].startswith("real")]
+    head = ["training GFLOPs", f"{one}: iterations", DISTANCE, f"{other}: iterations", DISTANCE]
+    rows = []
+    for budget in (first or second)[0]["definition"]["points"] if first or second else []:
+        row = [f"{budget:.2f}"]
+        for records in (first, second):
+            row += [spread(each(records, "step", budget), 0)]
+            row += [spread(each(records, "frechet", budget))]
+        rows.append(row)
+    ratios = [reach(a, b) for a, b in zip(first, second, strict=False)]
+    inverse = [reach(b, a) for a, b in zip(first, second, strict=False)]
+    lines = [f"* {other} reaches {one}'s best {told(ratios)};"]
+    lines += [f"* {one} reaches {other}'s best {told(inverse)}."]
+    if real:
+        lines += [f"* Two halves of the real pictures: {spread(each(real, 'frechet'))}."]
+    return table(head, rows) + "\n\n" + "\n".join(lines)
+
+
+def reach(record, other):
+    """Return the share of a run's compute at which another reaches its best; None: it does not.
+
+    Between measured points the distance is taken to be straight in log-log.
+    """
+    best = min(record["curve"], key=lambda row: row["frechet"])
+    before = None
+    for row in other["curve"]:
+        if row["frechet"] <= best["frechet"]:
+            if before is None:
+                return row["gflops"] / best["gflops"]
+            x = np.log([before["gflops"], row["gflops"]])
+            y = np.log([before["frechet"], row["frechet"]])
+            share = (y[0] - np.log(best["frechet"])) / (y[0] - y[1])
+            return float(np.exp(x[0] + share * (x[1] - x[0])) / best["gflops"])
+        before = row
+    return None
+
+
+def told(ratios):
+    """Write ratios of compute, seed by seed."""
+    known = [f"{ratio:.2f}" if ratio else "(not within the budget)" for ratio in ratios]
+    if not any(ratios):
+        return "with no seed within the budget"
+    return f"at {', '.join(known)} of the other's training compute"
+
+
+def table1(experiment, runs):
+    """Write the distances of several solvers on two trained networks."""
+    runs = [(label, records) for label, records in runs if "trained" not in label]
+    found = {label: [record["curve"] for record in records] for label, records in runs}
+    asked = next((curves[0] for curves in found.values() if curves), [])
+    rows = []
+    for i, (name, nfe) in enumerate(row["solver"] for row in asked):
+        cells = [spread([curve[i]["frechet"] for curve in curves]) for curves in found.values()]
+        rows.append([name, nfe, *cells])
+    return table(["solver", "evaluations", *(f"{DISTANCE}, {n}" for n in found)], rows)
+
+
+def table4(experiment, runs):
+    """Write Table 4 or 7: cuts, widths and the distance at equal training compute."""
+    budget = experiment["at"]
+    head = ["", "cuts", "decoders", "million parameters", "GFLOPs an evaluation", "iterations"]
+    head += [DISTANCE, "KID", "paper (FID)"]
+    rows = []
+    for label, records in runs:
+        if not experiment["paper"].get(label) and label == "unified":
+            continue  # only built on
+        if not records:
+            rows.append([label, *["–"] * 8])
+            continue
+        first = records[0]
+        cuts = [
+            spread(column, 3) for column in zip(*(r["boundaries"] for r in records), strict=True)
+        ]
+        if len({tuple(record["boundaries"]) for record in records}) == 1:
+            cuts = [f"{tau:.3f}" for tau in first["boundaries"]]
+        cells = [label, ", ".join(cuts) or "none", ", ".join(map(str, first["decoders"]))]
+        cells += [f"{first['parameters'] / 1e6:.2f}"]
+        cells += [spread([r["equivalent_gflops"] for r in records[:1]], 5)]
+        cells += [spread(each(records, "step", budget), 0)]
+        cells += [spread(each(records, "frechet", budget)), spread(each(records, "kid", budget), 3)]
+        rows.append([*cells, printed(experiment, label)])
+    return table(head, rows)
+
+
+def figure2(experiment, runs):
+    """Write distances and losses of networks that serve one interval only."""
+    runs = [(label.removeprefix("interval "), r) for label, r in runs if "interval" in label]
+    points = max((r["definition"]["points"] for _, records in runs for r in records), default=[])
+    head = ["interval", "network", *(f"{DISTANCE}, {n} iterations" for n in points)]
+    head += ["held-out loss", "trained loss", "held-out / trained", "seeds"]
+    rows = []
+    for label, records in runs:
+        rows_at = [[moment(r, step) for r in records] for step in points]
+        cells = [spread([row["frechet"] for row in found]) for found in rows_at]
+        ends = rows_at[-1] if rows_at else []
+        for key in ("held_out", "trained"):
+            cells.append(spread([fmean(row[key].values()) for row in ends], 4))
+        cells += [spread([mean_gap(row) for row in ends], 3), len(records)]
+        rows.append([*label.split(": "), *cells])
+    return table(head, rows)
+
+
+def moment(record, step):
+    """Return the row of a curve at about a step."""
+    return min(record["curve"], key=lambda row: abs(row["step"] - step))
+
+
+def gradients(experiment, runs):
+    """Write the cosine similarity of the stages' gradients over training."""
+    records = dict(runs).get("gradients")
+    if not records:
+        return "–"
+    pairs = [(0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (0, 2)]
+    head = ["iterations", *(f"stage {a} and {b}" for a, b in pairs)]
+    rows = []
+    for i, row in enumerate(records[0]["moments"]):
+        found = [[record["moments"][i]["stages"][a][b] for record in records] for a, b in pairs]
+        rows.append([row["step"], *(spread(values) for values in found)])
+    return table(head, rows)
+
+
+def cuts(experiment, runs):
+    """Write Algorithm 1's cuts for sizes and numbers of pictures."""
+    head = ["data", "pictures", "entries of a picture", "$t_1$", "$t_2$"]
+    rows = []
+    for label, records in runs:
+        good = [r["cuts"] for r in records if r["cuts"]]
+        if records:
+            t = [spread([pair[k] for pair in good], 3) for k in (0, 1)]
+            named = label.split(",")[0]
+            entries = next((r["entries"] for r in records if r["cuts"]), "–")
+            rows.append([named, f"{records[0]['pictures']:,}", entries, *t])
+    return table(head, sorted(rows, key=lambda row: (row[0].split()[0], row[2])))
+
+
+def plain(experiment, runs):
+    """Write label and last distance: an experiment without a table of its own."""
+    rows = []
+    for label, records in runs:
+        rows.append([label, spread(each([r for r in records if "curve" in r], "frechet"))])
+    return table(["", DISTANCE], rows)
+
+
+def ran(everything):
+    """Write what was run: units, seeds and minutes; a shared unit counts once."""
+    rows, seen = [], set()
+    for name, (experiment, runs) in everything.items():
+        records = [record for _, found in runs for record in found]
+        new = {str(r["definition"]): r for r in records if str(r["definition"]) not in seen}
+        seen |= set(new)
+        how = sorted(
+            {f"{r['device']}, threads: {r['threads']}, torch {r['torch']}" for r in records}
+        )
+        seeds = sorted({r["definition"]["seed"] for r in records})
+        minutes = sum(r["seconds"] for r in new.values()) / 60
+        seeds = ", ".join(map(str, seeds)) or "–"
+        title = experiment.get("title", name)
+        rows.append([title, len(records), len(new), seeds, f"{minutes:.1f}", "; ".join(how)])
+    head = ["experiment", "units", "of them not shared with one above", "seeds", "minutes", "on"]
+    return table(head, rows)
+
+
+TABLES = dict(table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2)
+TABLES.update(
+    scarce=table3,
+    overfitting=figure2,
+    table1=table1,
+    cifar16=figure1d,
+    gradients=gradients,
+    cuts=cuts,
+)
+
+
+# ---- figures ---------------------------------------------------------------------------------
+
+
+def draw_arms(everything, path):
+    """Draw every seed of Tables 3, 4 and 7 as a dot."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 5), layout="constrained")
+    for ax, name in zip(axes.flat, ("table3", "scarce", "table4", "table7"), strict=True):
+        experiment, runs = everything[name]
+        arms = [run for run in runs if experiment["paper"].get(run[0]) or run[0] == "5"]
+        for i, (_, records) in enumerate(arms):
+            values = each(records, "frechet", experiment["at"])
+            ax.plot(values, [i] * len(values), "o", color="C0", ms=6, alpha=0.7)
+            if values:
+                ax.plot(fmean(values), i, "|", color="black", ms=16)
+        names = [label.replace("early stopping", "ES").split(" (")[0] for label, _ in arms]
+        if name == "table7":
+            names = [f"{n} stage{'s' * (n != '1')}" for n in names]
+        ax.set(title=experiment["title"], yticks=range(len(arms)), yticklabels=names)
+        ax.set(xlabel=DISTANCE, ylim=(len(arms) - 0.5, -0.5))
+        ax.grid(axis="x", color="0.9")
+    save(figure, path)
+
+
+def draw_curves(everything, path):
+    """Draw distance against training compute, unified and multistage."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for ax, name in zip(axes, ("figure1d", "cifar16"), strict=True):
+        experiment, runs = everything[name]
+        for i, (label, records) in enumerate(runs):
+            if records and label.startswith("real"):
+                level = each(records, "frechet")[0]
+                ax.axhline(level, color="gray", ls=":", label="two halves of the real pictures")
+            elif records:
+                x, mean, sd = curve_of(records)
+                style = dict(marker="o", ms=4, capsize=3, color=f"C{i - 1}", label=label)
+                ax.errorbar(x, mean, sd, **style)
+        title = "digits" if name == "figure1d" else experiment["title"]
+        ax.set(xscale="log", yscale="log", title=title, ylabel=DISTANCE)
+        ax.set(xlabel="training GFLOPs (paper's count)")
+        ax.legend(fontsize=8)
+    plain_ticks(axes[0], x=(5, 10, 20, 40, 80), y=(0.5, 1, 2, 5, 10))
+    plain_ticks(axes[1], x=(15, 30, 60), y=(0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
+    save(figure, path)
+
+
+def plain_ticks(ax, x=None, y=None):
+    """Label logarithmic axes with plain numbers."""
+    for axis, ticks in ((ax.xaxis, x), (ax.yaxis, y)):
+        if ticks:
+            axis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
+            axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            axis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def draw_intervals(everything, path):
+    """Draw Figure 2 with all pictures and with few, and below held-out over trained loss."""
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), sharey="row", layout="constrained")
+    panels = [(name, k) for name in ("figure2", "overfitting") for k in (0, 2)]
+    colors = {"width 16": "C0", "width 32": "C1", "width 48": "C2"}
+    for (top, low), (name, k) in zip(axes.T, panels, strict=True):
+        experiment, runs = everything[name]
+        mine = [(label.split(": ")[1], r) for label, r in runs if label.startswith(f"interval {k}")]
+        for label, records in mine:
+            if not records:
+                continue
+            style = (
+                dict(color="black", ls="--") if label == "unified" else dict(color=colors[label])
+            )
+            style.update(marker="o", ms=4, capsize=3, label=label)
+            x, mean, sd = curve_of(records, "step")
+            top.errorbar(x, mean, sd, **style)
+            gaps = np.array([[mean_gap(row) for row in r["curve"]] for r in records])
+            sd = gaps.std(0, ddof=1) if len(gaps) > 1 else 0
+            low.errorbar(x, gaps.mean(0), sd, **style)
+        few = experiment["settings"].get("pictures")
+        title = f"interval {k} alone" + f", {few} pictures" * bool(few)
+        top.set(title=title, xscale="log", yscale="log")
+        low.set(xlabel="iterations", xscale="log", yscale="log")
+        low.axhline(1, color="gray", ls=":")
+        points = (75, 300, 1200) if few else (150, 300, 600)
+        plain_ticks(top, points, (1.5, 2, 3, 4, 5, 7))
+        plain_ticks(low, points, (1, 2, 5, 10))
+    axes[0, 0].set_ylabel(DISTANCE)
+    axes[1, 0].set_ylabel("held-out / trained loss")
+    if axes[0, 0].has_data():
+        axes[0, 0].legend(fontsize=8, loc="upper right")
+    save(figure, path)
+
+
+def draw_gradients(everything, path):
+    """Draw the similarity of gradients over ten bins of time, at moments of training."""
+    records = dict(everything["gradients"][1]).get("gradients")
+    if not records:
+        return
+    moments = range(len(records[0]["moments"]))
+    how = dict(figsize=(3 * len(moments), 3.1), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(moments), **how)
+    for ax, i in zip(axes, moments, strict=True):
+        mean = np.mean([record["moments"][i]["bins"] for record in records], axis=0)
+        edges = np.linspace(0, 1, len(mean) + 1)
+        mesh = ax.pcolormesh(edges, edges, mean, vmin=-1, vmax=1, cmap="RdBu_r")
+        for tau in records[0]["boundaries"]:
+            ax.axvline(tau, color="black", lw=0.8, ls="--")
+            ax.axhline(tau, color="black", lw=0.8, ls="--")
+        ax.set(title=f"{records[0]['moments'][i]['step']:,} iterations", xlabel="t", aspect="equal")
+    axes[0].set_ylabel("t")
+    figure.colorbar(mesh, ax=axes, label="cosine similarity", shrink=0.8)
+    save(figure, path)
+
+
+def draw_cuts(everything, path):
+    """Draw t1 and t2 against the number of pictures and of entries of a picture."""
+    points = {}  # (data set, entries, pictures): the cuts of each seed
+    for label, records in everything["cuts"][1]:
+        for r in (r for r in records if r["cuts"]):
+            points.setdefault((label.split()[0], r["entries"], r["pictures"]), []).append(r["cuts"])
+    points = {key: np.mean(found, 0) for key, found in sorted(points.items())}
+    if not points:
+        return
+    most = {}  # (data set, entries): the most pictures that were cut
+    for data, entries, n in points:
+        most[data, entries] = max(n, most.get((data, entries), 0))
+    figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.6), sharey=True, layout="constrained")
+    sets = sorted({data for data, _ in most})
+    for (data, entries), color in zip(
+        most, plt.cm.viridis(np.linspace(0, 0.9, len(most))), strict=True
+    ):
+        line = [(n, cut) for (d, e, n), cut in points.items() if (d, e) == (data, entries)]
+        cut_lines(axes[0], line, color, "os^"[sets.index(data)], f"{data}, {entries:,} entries")
+    for i, data in enumerate(sets):
+        line = [(e, points[d, e, n]) for (d, e), n in most.items() if d == data]
+        label = f"{data}, {max(n for (d, _), n in most.items() if d == data):,} pictures"
+        cut_lines(axes[1], line, f"C{i}", "os^"[i], label)
+    axes[0].set(xlabel="pictures", ylabel="$t_1$ (solid), $t_2$ (dashed)", ylim=(0, 0.8))
+    axes[1].set(xlabel="entries of a picture")
+    axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[1].legend(fontsize=8, loc="upper left")
+    save(figure, path)
+
+
+def cut_lines(ax, line, color, marker, label):
+    """Plot [(x, (t1, t2))] as a solid and a dashed line."""
+    x = [x for x, _ in line]
+    ax.plot(x, [cut[0] for _, cut in line], "-", color=color, marker=marker, ms=4, label=label)
+    ax.plot(x, [cut[1] for _, cut in line], "--", color=color, marker=marker, ms=4)
+    ax.set_xscale("log")
+
+
+FIGURES = {
+    "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),
+    "curves": (draw_curves, ("figure1d", "cifar16")),
+    "intervals": (draw_intervals, ("figure2", "overfitting")),
+    "gradients": (draw_gradients, ("gradients",)),
+    "cuts": (draw_cuts, ("cuts",)),
+}
+
+
+def save(figure, path):
+    """Write a figure."""
+    with sde.replacing(path) as aside:
+        figure.savefig(aside, dpi=90, bbox_inches="tight", format="png")
+    plt.close(figure)
+
+
+# ---- the page --------------------------------------------------------------------------------
+
+
+def collect(experiments, read_result):
+    """Pair every experiment with its results: {name: (experiment, [(label, records)])}."""
+    found = {}
+    for name, experiment in experiments.items():
+        runs = []
+        for label, seeds in experiment["units"]:
+            records = [read_result(definition) for definition in seeds]
+            runs.append((label, [record for record in records if record]))
+        found[name] = experiment, runs
+    return found
+
+
+def page(text, everything):
+    """Put the tables into a page, between its markers."""
+    tables = {n: TABLES.get(n, plain)(*pair) for n, pair in everything.items()}
+    tables["ran"] = ran(everything)
+    for name, found in tables.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda m, t=found: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def everything(experiments, read_result, figures, path):
+    """Draw all figures and put all tables into the page."""
+    found = collect(experiments, read_result)
+    for name, (draw, asks) in FIGURES.items():
+        if all(ask in found for ask in asks):
+            draw(found, figures / f"{name}.png")
+    if path.is_file():
+        text = page(path.read_text(), found)
+        with sde.replacing(path) as aside:
+            aside.write_text(text)

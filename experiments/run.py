@@ -1,0 +1,176 @@
+"""Run the experiments behind RESULTS.md: of all that the `*.toml` files ask for, what is missing.
+
+    python experiments/run.py                  # everything, then tables and figures
+    python experiments/run.py --only table3    # one experiment, or several: table3,table4
+    python experiments/run.py --seeds 0        # one seed of each; --seeds 1,2 in a second shell
+    python experiments/run.py --draw           # run nothing, draw tables and figures anew
+
+A file holds `[settings]` for all of its runs and a `[[runs]]` for each; their keys are the names of
+step 04's parameters and those of OWN below. A run with one seed is a unit of work. Its result lies
+in `results/` under a fingerprint of all its settings: a changed unit is run again, an unchanged one
+never, and one that two experiments share is run once. Ctrl-C loses the unit in work, no more.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+work = importlib.import_module("work")
+draw = importlib.import_module("draw")
+sde, training, BadInput = work.sde, work.training, work.BadInput
+
+# parameters of step 04, with the defaults of its cell
+STEP_04 = "dataset arch tailored network process stages boundaries batch lr ema patience seed"
+OWN = dict(
+    kind="training",  # training, served, gradients, solvers, cuts or real: see WORK in work.py
+    label="",  # the name of the run in tables and figures
+    paper=0.0,  # the distance that the paper prints for it, for the table
+    seeds=[0],  # the run is repeated with each
+    by="gflops",  # training is counted in "gflops" (the paper's count, see Table 2) or "steps"
+    points=[],  # counts at which the averaged network is measured; training ends at the last
+    held_out=0.1,  # share of the pictures that is not trained on
+    pictures=0,  # pictures that are trained on; 0: all that are not held out
+    size=0,  # side in pixels that the pictures are reduced to; 0: as they are
+    channels=0,  # channels of the pictures; 0: the network's
+    warmup=0,  # steps until the full learning rate; 0: the recipe's
+    decoders=[],  # channels of the decoders; empty: the network's
+    clustering="",  # timestep, log-snr, gradient or algorithm-2; empty: `boundaries` as in step 04
+    number=0,  # stages of algorithm-2, or pictures of a run of kind cuts
+    active=[],  # the stages that are trained; empty: all
+    of="",  # label of the run that this one builds on
+    keep=False,  # keep the weights at the start and at every point, for runs that build on this one
+    sampler="dpm-solver-3",
+    nfe=20,
+    solvers=[],  # of a run of kind solvers: pairs of a sampler and its number of evaluations
+    samples=898,  # pictures that are drawn and compared
+    moments=[],  # points of a kept run that are looked at; 0: its start; empty: all
+)
+
+
+# ---- what there is to do ---------------------------------------------------------------------
+
+
+def read_experiments(folder):
+    """Read the experiments of a folder, in the order that they give: {name: experiment}.
+
+    An experiment is its file's content; its "units" are [(label, [a definition for each seed])].
+    """
+    found = {}
+    for path in sorted(Path(folder).glob("*.toml")):
+        try:
+            content = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise BadInput(f"{path.name} is no TOML: {error}") from None
+        paper = {run.get("label"): run.get("paper") for run in content.get("runs", [])}
+        found[path.stem] = {**content, "paper": paper, "units": list(units(content, path.name))}
+    return dict(sorted(found.items(), key=lambda item: item[1].get("order", 99)))
+
+
+def units(content, file):
+    """Yield (label, [definition for each seed]) of the runs of a file."""
+    known = {**{key: getattr(training, key) for key in STEP_04.split()}, **OWN}
+    runs = {}
+    for run in content.get("runs", []):
+        asked = {**content.get("settings", {}), **run}
+        for key in sorted(asked):
+            if key not in known or key == "seed":
+                raise BadInput(f"{file}: unknown key {key!r}: take one of {', '.join(known)}")
+            kind = type(known[key])
+            if not isinstance(asked[key], (int, float) if kind is float else kind):
+                raise BadInput(f"{file}: {key} = {asked[key]!r} is no {kind.__name__}")
+        if not asked.get("label"):
+            raise BadInput(f"{file}: every run needs a label")
+        runs[asked["label"]] = whole = {**known, **asked}
+        if whole["of"] and whole["of"] not in runs:
+            raise BadInput(f"{file}: {whole['label']!r} builds on {whole['of']!r}, unknown so far")
+        if whole["kind"] not in work.WORK:
+            raise BadInput(f"{file}: unknown kind {whole['kind']!r}: take {', '.join(work.WORK)}")
+        if whole["kind"] == "training":
+            check(whole, file)
+        yield asked["label"], [define(whole, seed, runs) for seed in whole["seeds"]]
+
+
+def check(run, file):
+    """Raise BadInput where a training cannot work, as step 04 does."""
+    keys = ("arch", "process", "stages", "patience")
+    try:
+        training.check_settings(*(run[k] for k in keys), 1, run["batch"], run["lr"], run["ema"], 1)
+    except BadInput as error:
+        raise BadInput(f"{file}: {run['label']!r}: {error}") from None
+    if not run["points"]:
+        raise BadInput(f"{file}: {run['label']!r} needs points at which it is measured")
+
+
+def define(run, seed, runs):
+    """Settle a run with one seed; what it builds on becomes part of it."""
+    unsaid = ("label", "paper", "seeds")
+    settled = {key: value for key, value in run.items() if key not in unsaid}
+    of = define(runs[run["of"]], seed, runs) if run["of"] else None
+    return {**settled, "seed": seed, "of": of}
+
+
+# ---- running ---------------------------------------------------------------------------------
+
+
+def work_off(experiments, named=(), seeds=()):
+    """Run the missing units of experiments, seed by seed, with a line for each."""
+    for name, experiment in experiments.items():
+        todo = [(j, label, d) for label, seeds in experiment["units"] for j, d in enumerate(seeds)]
+        todo = [unit for unit in todo if work.read_result(unit[2]) is None]
+        todo = [unit for unit in todo if not seeds or unit[2]["seed"] in seeds]
+        asks = experiment.get("asks", "")
+        if todo and asks and name not in named:
+            print(f"{name}: left out, it asks for {asks}; run it with --only {name}")
+            continue
+        for i, (_, label, d) in enumerate(sorted(todo, key=lambda unit: unit[0]), start=1):
+            if work.read_result(d) is not None:  # another unit needed it and has run it by now
+                continue
+            record = work.complete(d)
+            end = record["curve"][-1]["frechet"] if "curve" in record else None
+            says = f"distance {end:.2f}" if end is not None else ""
+            clock = time.strftime("%H:%M")
+            print(
+                f"{clock}  {name} {i}/{len(todo)}  {label}, seed {d['seed']}: "
+                f"{record['seconds']:.0f} s  {says}",
+                flush=True,
+            )
+
+
+def main(arguments=None):
+    """Run what is missing and draw."""
+    parser = argparse.ArgumentParser("run.py", allow_abbrev=False)
+    parser.error = lambda message: sde._exit(message)
+    parser.add_argument("--only", default="", help="names of experiments, comma-separated")
+    parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
+    parser.add_argument("--seeds", default="", help="run only these, comma-separated: 0,2")
+    parser.add_argument("--root", default="data", help="where cifar10 and mnist lie")
+    parser.add_argument("--features", default="", help="checkpoint of a CIFAR-10 ResNet-56")
+    parser.add_argument("--out", default="runs/experiments", help="where weights are kept")
+    parser.add_argument("--folder", default=str(HERE), help="the folder of the *.toml files")
+    parser.add_argument("--page", default=str(HERE.parent / "RESULTS.md"), help="page of tables")
+    asked = parser.parse_args(arguments)
+    work.paths.update(root=asked.root, out=asked.out, features=asked.features)
+    work.paths["results"] = Path(asked.folder) / "results"
+    experiments = read_experiments(asked.folder)
+    named = [name for name in asked.only.split(",") if name]
+    for name in named:
+        if name not in experiments:
+            raise BadInput(f"unknown experiment {name!r}: take one of {', '.join(experiments)}")
+    try:
+        seeds = [int(seed) for seed in asked.seeds.split(",") if seed]
+    except ValueError:
+        raise BadInput(f"--seeds {asked.seeds!r} must be whole numbers such as 0,2") from None
+    if not asked.draw:
+        todo = {n: e for n, e in experiments.items() if n in named or not named}
+        work_off(todo, named, seeds)
+    draw.everything(experiments, work.read_result, Path(asked.folder) / "figures", Path(asked.page))
+
+
+if __name__ == "__main__":
+    sys.excepthook = sde.one_sentence
+    main()

@@ -1,0 +1,395 @@
+"""Do one unit of an experiment's work with the functions of the steps, and keep its result.
+
+A unit is a *definition*: a dictionary of all settings and a seed (see run.py). `WORK` has a
+function for each kind of unit, which returns what goes into its result.
+"""
+
+import copy
+import functools
+import hashlib
+import importlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+sde = importlib.import_module("01_sde_and_denoiser")
+clustering = importlib.import_module("02_clustering")
+unet = importlib.import_module("03_multistage_unet")
+training = importlib.import_module("04_train")
+evaluation = importlib.import_module("05_sample_eval")
+features = importlib.import_module("features")
+BadInput = sde.BadInput
+
+SAMPLING_SEED = 1
+paths = dict(root="data", out="runs/experiments", results=HERE / "results", features="")
+
+
+# ---- results ---------------------------------------------------------------------------------
+
+
+def fingerprint(definition):
+    """Name a definition by its content; what is empty is left out, so new keys change nothing."""
+    said = {key: value for key, value in definition.items() if value}
+    if definition.get("of"):
+        said["of"] = fingerprint(definition["of"])
+    text = json.dumps(said, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def result_path(definition):
+    """Tell where the result of a unit lies."""
+    return Path(paths["results"]) / f"{definition['kind']}-{fingerprint(definition)}.json"
+
+
+def complete(definition):
+    """Do a unit of work and write its result."""
+    begin = time.perf_counter()
+    found = WORK[definition["kind"]](definition)
+    record = dict(definition=definition, **found, seconds=round(time.perf_counter() - begin, 1))
+    record.update(device=str(sde.device()), threads=torch.get_num_threads())
+    record["torch"] = torch.__version__
+    with sde.replacing(result_path(definition)) as aside:
+        aside.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def read_result(definition):
+    """Read the result of a unit, or None."""
+    path = result_path(definition)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+# ---- data and measures -----------------------------------------------------------------------
+
+
+@functools.cache
+def pictures(dataset, size=0):
+    """Load a data set, reduced to size × size where asked: (uint8 (N, C, H, W), labels)."""
+    pixels, labels = sde.load_images(dataset, paths["root"])
+    if size and size != pixels.shape[-1]:
+        how = dict(size=(size, size), mode="bilinear", antialias=True)
+        parts = [F.interpolate(part.float(), **how) for part in pixels.split(5000)]
+        pixels = torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
+    return pixels, labels
+
+
+@functools.cache
+def yardstick(dataset, size, samples):
+    """Choose features and two random halves of the real pictures: (extractor, half, other)."""
+    pixels, labels = pictures(dataset, size)
+    if dataset == "cifar10":
+        extractor = features.resnet56(paths["features"])
+    else:
+        extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
+    return extractor, *evaluation.real_halves(pixels, samples)
+
+
+def measure(model, definition):
+    """Draw pictures and compare them with real ones: step 05's metrics."""
+    d = definition
+    extractor, half, _ = yardstick(d["dataset"], d["size"], d["samples"])
+    with torch.random.fork_rng():  # training must not notice that it is looked at
+        x = evaluation.sample(
+            model, d["process"], d["samples"], d["sampler"], d["nfe"], SAMPLING_SEED
+        )
+        return evaluation.evaluate(evaluation.to_pictures(x), half, extractor)
+
+
+def losses(model, images, process, stages):
+    """Compute the loss of some stages on pictures, always with the same noise: {stage: loss}."""
+    state = dict(ema=model, active=list(stages), generator=torch.Generator(sde.device()))
+    return training.look(state, images, process, math.inf)
+
+
+def split(definition):
+    """Hold out a share of the pictures, as step 04 does: (held out, used)."""
+    d, (pixels, _) = definition, pictures(definition["dataset"], definition["size"])
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(d["seed"]))
+    n = int(len(pixels) * d["held_out"])
+    used = pixels[order[n:]][: d["pictures"] or None]
+    return pixels[order[:n]].to(sde.device()), used.to(sde.device())
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+def settings_of(definition):
+    """Decide what step 04 decides before it trains: its settings."""
+    d, recipe = definition, training.RECIPES[definition["dataset"]]
+    network = training.network_name(d["network"], d["dataset"], d["arch"], d["process"])
+    settings = {**d, **{key: d[key] or recipe[key] for key in ("batch", "lr", "warmup")}}
+    settings.update(network=network, flip=recipe["flip"])
+    settings.update({key: d[key] or None for key in ("channels", "size", "decoders")})
+    if d["tailored"]:
+        multistage = training.network_name(d["network"], d["dataset"], "multistage", d["process"])
+        settings["decoders"] = list(unet.NETWORKS[multistage]["decoders"])
+    settings["boundaries"] = [] if d["arch"] == "unified" else cuts_of(d, network)
+    if d["clustering"] == "algorithm-2" and not d["decoders"]:
+        settings["decoders"] = widths(settings["boundaries"], d, network)
+    return settings
+
+
+def cuts_of(definition, network):
+    """Find the inner boundaries that a definition asks for."""
+    d, (pixels, _) = definition, pictures(definition["dataset"], definition["size"])
+    if d["clustering"] == "timestep":
+        return clustering.timestep_clusters(3)
+    if d["clustering"] == "log-snr":
+        return clustering.snr_clusters(sde.VP, 3)
+    if d["clustering"] == "gradient":
+        return gradient_cuts(d)
+    if d["clustering"] == "algorithm-2":
+        return clustering.algorithm_2(pixels[:50_000].float() / 255, d["number"])
+    if d["clustering"]:
+        raise BadInput(f"unknown clustering {d['clustering']!r}")
+    return algorithm_1(d["boundaries"], d["dataset"], d["size"], d["process"], network)
+
+
+@functools.cache
+def algorithm_1(text, dataset, size, process, network):
+    """Find boundaries as step 04 does, once for all units."""
+    pixels, _ = pictures(dataset, size)
+    return training.find_boundaries(text, dataset, pixels, process, network)
+
+
+def widths(cuts, definition, network):
+    """Interpolate the three-stage network's decoders by Eq. 23, to multiples of four channels."""
+    d, edges = definition, [0.0, *cuts, 1.0]
+    three = algorithm_1("", d["dataset"], d["size"], d["process"], network)
+    wanted = [
+        unet.interpolate_parameters(pair, three, unet.NETWORKS[network]["decoders"])
+        for pair in zip(edges, edges[1:], strict=False)
+    ]
+    return [max(4, 4 * round(width / 4)) for width in wanted]
+
+
+def train(definition):
+    """Train one network and measure it at the points asked for."""
+    d, settings = definition, settings_of(definition)
+    held_out, used = split(d)
+    torch.manual_seed(d["seed"])  # the initial weights
+    state = training.new_state(
+        training.network_of(settings).to(sde.device()), settings["lr"], d["seed"]
+    )
+    state["active"] = list(d["active"]) or state["active"]
+    costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
+    every, spent = look_every(d, costs, state["active"]), [0.0, 0.0]
+    options = {k: settings[k] for k in ("process", "batch", "warmup", "ema", "flip", "stages")}
+    curve, waiting, position = [], list(d["points"]), 0
+    keep_weights(d, 0, state, settings)
+
+    def note():
+        model = training.averaged_model(checkpoint_of(state, settings))
+        if d["active"] and d["of"]:
+            model = others_serve(model, d["active"], last_of(d["of"]))
+        stages = d["active"] or range(len(costs_of_stages(costs)))
+        row = dict(step=state["step"], gflops=spent[0], true_gflops=spent[1])
+        row["held_out"] = losses(model, held_out, d["process"], stages)
+        row["trained"] = losses(model, used[: len(held_out)], d["process"], stages)
+        curve.append({**row, **measure(model, d), "active": list(state["active"])})
+        keep_weights(d, len(curve), state, settings)
+
+    for step, found in training.train(state, used, 10**9, **options):
+        for k in found:
+            spent[0] += costs[k]["gflops"] / len(found)
+            spent[1] += 3 * costs[k]["true_gflops"] * settings["batch"] / len(found)
+        if d["patience"] and step % every == 0:
+            training.look(state, held_out, d["process"], d["patience"])
+        position = step if d["by"] == "steps" else spent[0]
+        if position >= waiting[0]:
+            note()
+            waiting.pop(0)
+        if not waiting:
+            break
+    if waiting:  # early stopping has ended all stages before the budget was spent
+        note()
+    plain = training.network_of(settings)
+    _, shares = evaluation.stage_shares(
+        plain.to(sde.device()), d["process"], d["sampler"], d["nfe"]
+    )
+    stages = costs_of_stages(costs)
+    return dict(
+        boundaries=settings["boundaries"],
+        decoders=[decoder.last.in_channels for decoder in plain.decoders],
+        parameters=costs["total"]["parameters"],
+        gflops=stages,
+        equivalent_gflops=sum(share * stages[k] for k, share in shares.items()),
+        stopping=state.get("stopping", {}).get("waited"),
+        curve=curve,
+    )
+
+
+def costs_of_stages(costs):
+    """Return the GFLOPs of each stage as the paper counts them, from step 03's costs."""
+    return [row["gflops"] for k, row in costs.items() if isinstance(k, int)]
+
+
+def look_every(definition, costs, active):
+    """Return the steps between looks at held-out pictures: a fortieth, as in step 04."""
+    d = definition
+    mean = sum(costs[k]["gflops"] for k in active) / len(active)
+    return max(1, round(d["points"][-1] / (1 if d["by"] == "steps" else mean) / 40))
+
+
+def checkpoint_of(state, settings):
+    """Return what step 04's `averaged_model` reads from a checkpoint."""
+    weights = {key: state[key].state_dict() for key in ("model", "ema")}
+    return {**weights, "settings": settings, "stopping": state.get("stopping", {})}
+
+
+def keep_weights(definition, i, state, settings):
+    """Write the weights at the i-th point (0: the start), where the definition wants it."""
+    if definition["keep"]:
+        path = Path(paths["out"]) / fingerprint(definition) / f"{i}.pt"
+        with sde.replacing(path) as aside:
+            torch.save({**checkpoint_of(state, settings), "step": state["step"]}, aside)
+
+
+def kept(definition):
+    """Load the weights of a run at its start and its points; train it where they are missing."""
+    folder, n = Path(paths["out"]) / fingerprint(definition), len(definition["points"])
+    if not all((folder / f"{i}.pt").is_file() for i in range(n + 1)):
+        print("  the weights that this builds on are missing: training them first", flush=True)
+        complete(definition)
+    return [torch.load(folder / f"{i}.pt", weights_only=True) for i in range(n + 1)]
+
+
+# ---- the other kinds of work -----------------------------------------------------------------
+
+
+def last_of(definition):
+    """Load the averaged network that a run ended with."""
+    return training.averaged_model(kept(definition)[-1])
+
+
+def others_serve(model, own, other):
+    """Let `other` serve all stages of a model but its `own` (Figure 2)."""
+    others = {k: other for k in range(len(model.decoders)) if k not in own}
+    hybrid = evaluation.Hybrid(model, others).eval()
+    hybrid.boundaries = model.boundaries  # the losses ask for them
+    return hybrid
+
+
+def serve(definition):
+    """Let every state of a unified network serve one interval, and its end the others (Fig. 2)."""
+    d, curve = definition, []
+    (k,) = d["active"]
+    held_out, used = split(d["of"])
+    weights = kept(d["of"])
+    end = training.averaged_model(weights[-1])
+    for moment in [weights[i] for i in d["moments"]] or weights[1:]:
+        frame = training.network_of(settings_of({**d, "arch": "separate"})).to(sde.device())
+        here = evaluation.Hybrid(frame, {k: training.averaged_model(moment)})
+        here.boundaries = frame.boundaries
+        model = others_serve(here, [k], end)
+        row = dict(step=moment["step"], held_out=losses(model, held_out, d["process"], [k]))
+        row["trained"] = losses(model, used[: len(held_out)], d["process"], [k])
+        curve.append({**row, **measure(model, d)})
+    return dict(boundaries=frame.boundaries.tolist(), curve=curve)
+
+
+def gradient(model, images, low, high, seed, process):
+    """Compute the gradient of the loss over times from low to high, flattened (P,).
+
+    The same seed gives the same pictures, noise and places between low and high.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x0 = training.network_space(images)
+    eps = torch.randn(x0.shape, generator=generator).to(x0)
+    t = low + (high - low) * torch.rand(len(x0), generator=generator).to(x0)
+    loss = training.weighted_error(model, x0, eps, t, process).mean()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def raw_model(moment):
+    """Build the network that was being trained, not its average."""
+    model = training.network_of(moment["settings"]).to(sde.device())
+    model.load_state_dict(moment["model"])
+    return model
+
+
+def alike(model, images, edges, process):
+    """Compare gradients of intervals by their cosine: (n, n), from two independent draws.
+
+    Because rows and columns see different pictures and noise, the diagonal is not 1 but says how
+    alike two estimates of the same gradient are.
+    """
+    pairs, n = list(zip(edges, edges[1:], strict=False)), len(edges) - 1
+    half = len(images) // 2
+
+    def of_interval(t):
+        i = round(t * 2 * n) - 1
+        draw = images[:half] if i < n else images[half:]
+        return gradient(model, draw, *pairs[i % n], i // n, process)
+
+    cross = clustering.task_affinity(of_interval, 2 * n)[:n, n:]
+    return ((cross + cross.T) / 2).round(4).tolist()
+
+
+def compare_gradients(definition):
+    """Compare the gradients of bins of time and of the three stages, over training."""
+    d, moments = definition, []
+    _, used = split(d["of"])
+    separate = settings_of({**d, "arch": "separate"})["boundaries"]
+    weights = kept(d["of"])
+    for moment in [weights[i] for i in d["moments"]] or weights:
+        model, images = raw_model(moment), used[:512]
+        t_min, t_max = sde.VP.t_min, sde.VP.t_max
+        bins = np.linspace(t_min, t_max, 11).tolist()
+        row = dict(step=moment["step"], bins=alike(model, images, bins, d["process"]))
+        row["stages"] = alike(model, images, [t_min, *separate, t_max], d["process"])
+        moments.append(row)
+    return dict(boundaries=separate, moments=moments)
+
+
+def gradient_cuts(definition):
+    """Cut the timeline by the gradients of a trained network, averaged over its points."""
+    d = definition
+    _, used = split(d["of"])
+    affinities = []
+    for moment in kept(d["of"])[1:]:
+        model = raw_model(moment)
+        at = lambda t, model=model: gradient(model, used[:64], t, t, 0, d["process"])  # noqa: E731
+        affinities.append(clustering.task_affinity(at))
+    return clustering.gradient_clusters(np.mean(affinities, axis=0), 3)
+
+
+def cut(definition):
+    """Cut the timeline of some pictures of a data set by Algorithm 1."""
+    d = definition
+    pixels, _ = pictures(d["dataset"], d["size"])
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(d["seed"]))
+    images = pixels[order[: d["number"]]].float() / 255
+    try:
+        found = clustering.algorithm_1(images, seed=d["seed"])
+    except BadInput as error:  # some data sets have no three stages
+        return dict(cuts=None, why=str(error), pictures=len(images))
+    return dict(cuts=found, pictures=len(images), entries=images[0].numel())
+
+
+def solve(definition):
+    """Measure every solver asked for on the network that another run ended with (Table 1)."""
+    d, model = definition, last_of(definition["of"])
+    found = [measure(model, {**d, "sampler": name, "nfe": nfe}) for name, nfe in d["solvers"]]
+    return dict(
+        curve=[{**row, "solver": which} for row, which in zip(found, d["solvers"], strict=True)]
+    )
+
+
+def compare_halves(definition):
+    """Compare two random halves of the real pictures: what perfect samples would get."""
+    d = definition
+    extractor, half, other = yardstick(d["dataset"], d["size"], d["samples"])
+    return dict(curve=[evaluation.evaluate(other, half, extractor)])
+
+
+WORK = dict(training=train, served=serve, gradients=compare_gradients)
+WORK.update(cuts=cut, real=compare_halves, solvers=solve)

@@ -1,0 +1,350 @@
+"""The experiments' runner: what it runs, what it never runs twice, and the page it draws."""
+
+import json
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+TINY = """
+title = "Tiny"
+[settings]
+dataset = "digits"
+points = [0.02, 0.04]
+batch = 4
+samples = 20
+nfe = 2
+held_out = 0.01
+[[runs]]
+label = "unified"
+arch = "unified"
+keep = true
+[[runs]]
+label = "multistage"
+boundaries = "0.1,0.44"
+"""
+
+
+@pytest.fixture(scope="session")
+def runner():
+    import run
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def work(runner):
+    return runner.work
+
+
+@pytest.fixture
+def tiny(runner, tmp_path, monkeypatch):
+    """A folder with one small experiment and a page; call it to run: the labels that were run."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "page.md").write_text("before\n<!-- tiny -->\n<!-- /tiny -->\nafter\n")
+    done, complete = [], runner.work.complete
+
+    def watched(definition):
+        done.append((definition["arch"], definition["seed"]))
+        return complete(definition)
+
+    monkeypatch.setattr(runner.work, "complete", watched)
+
+    def go(*more):
+        done.clear()
+        places = ["--folder", tmp_path, "--out", tmp_path / "out", "--page", tmp_path / "page.md"]
+        runner.main([*map(str, places), *more])
+        return list(done)
+
+    go.folder = tmp_path
+    return go
+
+
+def test_runs_what_is_missing_and_only_that(tiny):
+    assert tiny() == [("unified", 0), ("multistage", 0)]
+    results = sorted((tiny.folder / "results").glob("*.json"))
+    assert len(results) == 2
+    page = (tiny.folder / "page.md").read_text()
+    ends = [json.loads(path.read_text())["curve"][-1]["frechet"] for path in results]
+    assert all(f"{end:.2f}" in page for end in ends)
+    assert page.startswith("before\n") and page.endswith("after\n")
+
+    before = [path.read_bytes() for path in results]
+    assert tiny() == []
+    assert before == [path.read_bytes() for path in results]
+
+    text = (tiny.folder / "tiny.toml").read_text()
+    text = text.replace('boundaries = "0.1,0.44"', 'boundaries = "0.1,0.5"')
+    (tiny.folder / "tiny.toml").write_text(text.replace("points", "seeds = [0, 1]\npoints"))
+    # unified with seed 0 is unchanged
+    assert sorted(tiny()) == [("multistage", 0), ("multistage", 1), ("unified", 1)]
+    (tiny.folder / "twin.toml").write_text(text.replace('"Tiny"', '"Twin"'))
+    assert tiny() == []  # the same units under another name
+
+
+def test_an_interruption_loses_one_unit(work, tiny, monkeypatch):
+    train = work.WORK["training"]
+
+    def interrupted(definition):
+        if definition["arch"] == "multistage":
+            raise KeyboardInterrupt
+        return train(definition)
+
+    monkeypatch.setitem(work.WORK, "training", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny()
+    assert len(list((tiny.folder / "results").iterdir())) == 1
+    monkeypatch.setitem(work.WORK, "training", train)
+    assert tiny() == [("multistage", 0)]
+
+
+def test_a_seed_can_be_asked_for(tiny, sde):
+    text = (tiny.folder / "tiny.toml").read_text()
+    (tiny.folder / "tiny.toml").write_text(text.replace("points", "seeds = [0, 1]\npoints", 1))
+    assert tiny("--seeds", "1") == [("unified", 1), ("multistage", 1)]
+    with pytest.raises(sde.BadInput, match="--seeds 'one' must be whole numbers"):
+        tiny("--seeds", "one")
+
+
+def test_solvers_are_compared_on_the_network_that_a_run_ended_with(tiny, capsys):
+    asked = '[["ddim", 2], ["dpm-solver-3", 3]]'
+    more = f'[[runs]]\nlabel = "solvers"\nkind = "solvers"\nof = "unified"\nsolvers = {asked}\n'
+    text = (tiny.folder / "tiny.toml").read_text().replace('[[runs]]\nlabel = "multistage"', more)
+    (tiny.folder / "tiny.toml").write_text(text.replace('boundaries = "0.1,0.44"', ""))
+    assert len(tiny()) == 2
+    (path,) = (tiny.folder / "results").glob("solvers*.json")
+    curve = json.loads(path.read_text())["curve"]
+    assert [row["solver"] for row in curve] == [["ddim", 2], ["dpm-solver-3", 3]]
+    assert curve[0]["frechet"] != curve[1]["frechet"]
+
+    path.unlink()  # and the weights: the run that is built on is trained again, to the same end
+    for weights in (tiny.folder / "out").rglob("*.pt"):
+        weights.unlink()
+    assert len(tiny()) == 2 and "training them first" in capsys.readouterr().out
+    assert json.loads(path.read_text())["curve"] == curve
+
+
+def test_drawing_alone_runs_nothing(tiny):
+    assert tiny("--draw") == []
+    assert "| unified | – |" in (tiny.folder / "page.md").read_text()
+
+
+def settle(runner, **changes):
+    """Make a definition as a file would."""
+    run = {**tomllib.loads(TINY)["settings"], "label": "x", **changes}
+    [(_, [definition])] = runner.units({"runs": [run]}, "test")
+    return definition
+
+
+def test_few_pictures_are_a_part_of_those_that_are_not_held_out(work, runner):
+    few, all_ = (work.split(settle(runner, pictures=n, held_out=0.1)) for n in (10, 0))
+    assert len(few[1]) == 10 and torch.equal(few[1], all_[1][:10])
+    assert torch.equal(few[0], all_[0]) and len(all_[0]) + len(all_[1]) == 1797
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        dict(arch="unified"),
+        dict(boundaries="0.1,0.44"),
+        dict(arch="separate", tailored=True, boundaries="0.1,0.44"),
+        dict(clustering="algorithm-2", number=4),
+    ],
+    ids=["unified", "multistage", "tailored", "four stages"],
+)
+def test_every_arm_spends_the_same_training_compute(work, runner, arm, monkeypatch):
+    monkeypatch.setattr(work, "measure", lambda *_: dict(frechet=0.0))
+    record = work.train(settle(runner, points=[0.15], **arm))
+    (row,) = record["curve"]
+    assert 0.15 <= row["gflops"] <= 0.15 + max(record["gflops"])
+    assert row["step"] * min(record["gflops"]) <= row["gflops"]
+    assert row["gflops"] <= row["step"] * max(record["gflops"]) * (1 + 1e-9)
+    assert (
+        record["decoders"]
+        == {1: [32], 3: [48, 32, 16], 4: [40, 28, 16, 16]}[len(record["decoders"])]
+    )
+
+
+def test_looking_changes_nothing_and_training_is_that_of_step_04(work, runner, training, tmp_path):
+    work.paths["out"] = tmp_path
+    ends = []
+    for points in ([3], [1, 2, 3]):
+        d = settle(runner, arch="unified", keep=True, by="steps", points=points)
+        work.train(d)
+        folder = tmp_path / work.fingerprint(d)
+        ends.append(torch.load(folder / f"{len(points)}.pt", weights_only=True)["ema"])
+    torch.manual_seed(0)
+    settings = work.settings_of(d)
+    state = training.new_state(training.network_of(settings), settings["lr"], 0)
+    _, used = work.split(d)
+    for _ in training.train(state, used, 3, batch=4, warmup=settings["warmup"]):
+        pass
+    for key, weight in state["ema"].state_dict().items():
+        assert torch.equal(weight, ends[0][key]) and torch.equal(weight, ends[1][key])
+
+
+def test_early_stopping_stops_before_the_budget_is_spent(work, runner, monkeypatch):
+    monkeypatch.setattr(work, "measure", lambda *_: dict(frechet=0.0))
+    worse = lambda state, *_: state["active"].clear()  # noqa: E731 - as if nothing had helped
+    monkeypatch.setattr(work.training, "look", worse)
+    monkeypatch.setattr(work, "losses", lambda *_: {})
+    d = settle(runner, arch="separate", boundaries="0.1,0.44", patience=1, points=[1.0, 2.0])
+    record = work.train(d)
+    assert len(record["curve"]) == 1 and record["curve"][0]["gflops"] < 1.0
+    assert d["active"] == []  # the definition, which names the result, is as it was
+
+
+def test_another_network_serves_the_other_intervals(work, unet):
+    own = unet.randomize(unet.build("digits_separate", boundaries=(0.1, 0.44)), seed=1)
+    other = unet.randomize(unet.build("digits_unified"), seed=2)
+    hybrid, x = work.others_serve(own, [1], other), torch.randn(2, 1, 8, 8)
+    for k, t in enumerate((0.05, 0.3, 0.7)):
+        expected = own if k == 1 else other
+        t = torch.full((2,), t)
+        assert torch.equal(hybrid(x, t, stage=k), expected(x, t))
+
+
+def test_gradients_of_neighbouring_times_agree_and_follow_the_seed(work, digits, unet):
+    model = unet.randomize(unet.build("digits_unified"))
+    images = digits[:64] * 2 - 1
+    same = torch.tensor(work.alike(model, images, [0.5, 0.51, 0.52], "vp"))
+    assert torch.equal(same, same.T) and same.min() > 0.9
+    g = work.gradient(model, images, 0.2, 0.4, 0, "vp")
+    assert torch.equal(g, work.gradient(model, images, 0.2, 0.4, 0, "vp"))
+    assert not torch.equal(g, work.gradient(model, images, 0.2, 0.4, 1, "vp"))
+
+
+def test_ratio_of_compute_at_which_another_run_is_as_good():
+    import draw
+
+    curve = lambda *pairs: dict(curve=[dict(gflops=g, frechet=f) for g, f in pairs])  # noqa: E731
+    one = curve((1, 8.0), (2, 4.0), (4, 2.0), (8, 3.0))  # best at 4
+    assert draw.reach(one, curve((1, 4.0), (4, 1.0))) == pytest.approx(0.5)  # at 2
+    assert draw.reach(one, curve((1, 2.0))) == 0.25
+    assert draw.reach(one, curve((1, 4.0), (8, 2.5))) is None
+
+
+def test_features_of_a_resnet56(work, evaluation, sde, tmp_path):
+    features, path = work.features, tmp_path / "resnet.th"
+    torch.manual_seed(0)
+    net = features.ResNet56().eval()
+    sizes = [p.numel() for name, p in net.named_parameters() if "conv" in name]
+    # He et al. 2016: a convolution that reads the picture, and three groups of 18, all of 3×3
+    group = lambda c, before: 9 * (before * c + 17 * c * c)  # noqa: E731
+    assert len(sizes) == 55
+    assert sum(sizes) == 9 * 3 * 16 + group(16, 16) + group(32, 16) + group(64, 32)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, path)
+
+    x = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        same = features.load(path).features(features.prepare(x))
+        assert torch.equal(same, net.features(features.prepare(x))) and same.shape == (40, 64)
+    mean = features.prepare(torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)).mean((2, 3))
+    assert torch.allclose(
+        mean * torch.tensor(features.STD) + torch.tensor(features.MEAN), mean * 0 + 1
+    )
+
+    extractor = features.resnet56(path)
+    near = evaluation.evaluate(x[:20], x[20:], extractor)["frechet"]
+    assert 0 <= near < evaluation.evaluate(x[:20] // 4, x[20:], extractor)["frechet"]
+
+    path.write_bytes(b"no checkpoint")
+    for asked, sentence in ((path, "is no checkpoint of a CIFAR-10 ResNet-56"), ("", "give its")):
+        with pytest.raises(sde.BadInput, match=sentence):
+            features.resnet56(asked)
+
+
+BROKEN = {
+    "unknown key": ('label = "a"\nstpes = 3', "unknown key 'stpes'"),
+    "wrong type": ('label = "a"\nbatch = "many"', "batch = 'many' is no int"),
+    "no label": ('arch = "unified"', "every run needs a label"),
+    "unknown kind": ('label = "a"\nkind = "x"', "unknown kind 'x'"),
+    "unknown arch": ('label = "a"\narch = "x"\npoints = [1]', "unknown arch 'x'"),
+    "never measured": ('label = "a"', "needs points at which it is measured"),
+    "unknown run": ('label = "a"\nof = "b"', "builds on 'b', unknown so far"),
+    "no TOML": ("label", "is no TOML"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_bad_file_is_named_in_one_sentence(case, runner, sde, tmp_path):
+    lines, sentence = BROKEN[case]
+    (tmp_path / "bad.toml").write_text(f"[[runs]]\n{lines}\n")
+    with pytest.raises(sde.BadInput, match=sentence) as error:
+        runner.read_experiments(tmp_path)
+    assert str(error.value).startswith("bad.toml")
+
+
+def test_missing_data_is_a_sentence_and_is_asked_for_only_where_needed(
+    work, runner, sde, tmp_path, monkeypatch, capsys
+):
+    def offline(*_, download, **__):
+        raise RuntimeError("no network") if not download else OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", offline)
+    text = 'asks = "CIFAR-10"\n[[runs]]\nlabel = "a"\nkind = "cuts"\ndataset = "cifar10"\n'
+    (tmp_path / "colour.toml").write_text(text)
+    places = ["--folder", str(tmp_path), "--page", str(tmp_path / "x"), "--root", "nowhere"]
+    runner.main(places)
+    assert "colour: left out, it asks for CIFAR-10" in capsys.readouterr().out
+    work.pictures.cache_clear()
+    with pytest.raises(sde.BadInput, match="CIFAR10 is not in nowhere"):
+        runner.main([*places, "--only", "colour"])
+
+
+def test_from_the_shell_an_unknown_experiment_is_a_sentence_and_status_2(tmp_path):
+    command = [sys.executable, str(ROOT / "experiments" / "run.py"), "--only", "table9"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("run.py: error: unknown experiment 'table9': take one of table3")
+
+
+@pytest.fixture(scope="module")
+def committed(runner, work):
+    """The experiments of the project with their committed results."""
+    import draw
+
+    work.paths["results"] = ROOT / "experiments" / "results"
+    return draw.collect(runner.read_experiments(ROOT / "experiments"), work.read_result)
+
+
+def test_the_page_has_the_numbers_of_the_committed_results(committed):
+    import draw
+
+    text = (ROOT / "RESULTS.md").read_text()
+    for name in [*committed, "ran"]:
+        assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+    assert draw.page(text, committed) == text
+    assert draw.page(text.replace("±", "+"), committed) != text.replace("±", "+")
+
+
+def test_no_result_is_left_over_and_no_seed_is_dropped(work, committed):
+    named, missing = set(), []
+    for experiment, _ in committed.values():
+        for label, seeds in experiment["units"]:
+            for d in seeds:
+                path = ROOT / "experiments" / "results" / work.result_path(d).name
+                named.add(path.name)
+                if not path.is_file():
+                    missing.append((label, d["seed"]))
+    assert {path.name for path in path.parent.iterdir()} == named
+    assert not missing
+
+
+def test_committed_arms_were_trained_alike(committed):
+    for name in ("table3", "table4", "table7"):
+        experiment, runs = committed[name]
+        budget, recipes = experiment["at"], set()
+        for label, records in runs:
+            for record in (r for r in records if r["definition"]["kind"] == "training"):
+                d = record["definition"]
+                recipes.add(json.dumps([d[k] for k in ("batch", "lr", "ema", "held_out", "nfe")]))
+                rows = [row for row in record["curve"] if row["gflops"] >= budget]
+                stopped = d["patience"] and not record["curve"][-1]["active"]
+                assert stopped or rows[0]["gflops"] <= budget + max(record["gflops"]), label
+        assert len(recipes) == 1
