@@ -224,11 +224,14 @@ def _worth(pilot, alpha):
         t_1, t_2 = cut(pilot, alpha)
     except BadInput:
         t_1, t_2 = pilot.edges[-1], pilot.edges[0]
-    margin = 0.03 * (pilot.edges[-1] - pilot.edges[0])
+    least = 0.03 * (pilot.edges[-1] - pilot.edges[0])
+    # The cells left out keep their two samples, so no cut may fall there if the pilot was unlucky.
+    errors = standard_errors(pilot, [t_1, t_2], alpha)
+    margin_1, margin_2 = (max(2 * error, least) for error in errors)
     weight = 0
     for v, S, tau, used in (
-        (v0, pilot.S0, t_1, centre < t_1 + margin),
-        (v1, pilot.S1, t_2, centre > t_2 - margin),
+        (v0, pilot.S0, t_1, centre < t_1 + margin_1),
+        (v1, pilot.S1, t_2, centre > t_2 - margin_2),
     ):
         # a little more than was seen, because two samples miss what is rare
         scatter = np.sqrt(v + 0.002) * used

@@ -394,11 +394,12 @@ def draw_cuts(everything, path):
         most[data, entries] = max(n, most.get((data, entries), 0))
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 3.6), sharey=True, layout="constrained")
     sets = sorted({data for data, _ in most})
-    for (data, entries), color in zip(
-        most, plt.cm.viridis(np.linspace(0, 0.9, len(most))), strict=True
-    ):
+    for data, entries in most:
         line = [(n, cut) for (d, e, n), cut in points.items() if (d, e) == (data, entries)]
-        cut_lines(axes[0], line, color, "os^"[sets.index(data)], f"{data}, {entries:,} entries")
+        i, sizes = sets.index(data), [e for d, e in most if d == data]
+        shade = 0.4 + 0.5 * (sizes.index(entries) + 1) / len(sizes)  # larger pictures are darker
+        color = (plt.cm.Blues, plt.cm.Oranges, plt.cm.Greens)[i](shade)
+        cut_lines(axes[0], line, color, "os^"[i], f"{data}, {entries:,} entries")
     for i, data in enumerate(sets):
         line = [(e, points[d, e, n]) for (d, e), n in most.items() if d == data]
         label = f"{data}, {max(n for (d, _), n in most.items() if d == data):,} pictures"

@@ -70,6 +70,28 @@ def test_samples_go_where_they_tell(clustering, digits):
     assert (spread**2).sum() < 0.7 * (uniform**2).sum()
 
 
+def test_an_unlucky_pilot_does_no_harm(clustering, digits):
+    """Where its two samples a cell put t_1 too early, the cells at the true t_1 are sampled too."""
+    edges = np.linspace(0, 1, 101)
+    centre = (edges[1:] + edges[:-1]) / 2
+    S0 = np.clip(1.3 - 2 * centre, 0, 1)
+    none = np.zeros(100)
+    tight = clustering.Curves(edges, S0, S0[::-1], none, none)
+    loose = clustering.Curves(edges, S0, S0[::-1], none + 0.08, none)
+    t_1, t_2 = clustering.cut(tight, 0.9)
+    error, _ = clustering.standard_errors(loose, [t_1, t_2], 0.9)
+    assert error > 0.02
+    sampled = centre[(clustering._worth(loose, 0.9) > 0) & (centre < (t_1 + t_2) / 2)]
+    assert abs(sampled[-1] - (t_1 + 2 * error)) < 0.01
+    sampled = centre[(clustering._worth(tight, 0.9) > 0) & (centre < (t_1 + t_2) / 2)]
+    assert abs(sampled[-1] - (t_1 + 0.03)) < 0.01
+    cuts = []
+    for seed in range(10):  # the same pictures in other orders: other luck
+        order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
+        cuts.append(clustering.algorithm_1(digits[order], seed=seed))
+    assert np.std(cuts, 0).max() < 0.002
+
+
 @pytest.mark.parametrize("reference", ["mean", "literal"])
 def test_guesses_change_the_scatter_and_not_the_mean(sde, clustering, reference):
     """Five guessed draws a sample: the same expectation as full comparisons, less variance."""
