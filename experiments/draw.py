@@ -97,49 +97,62 @@ def mean_gap(row):
 def figure1d(experiment, runs):
     """Write the distance against training compute, and Table 2's ratio."""
     real = [r for label, records in runs if label.startswith("real") for r in records]
-    (one, first), (other, second) = [run for run in runs if not run[0].startswith("real")]
-    head = ["training GFLOPs", f"{one}: iterations", DISTANCE, f"{other}: iterations", DISTANCE]
-    rows = []
-    for budget in (first or second)[0]["definition"]["points"] if first or second else []:
+    arms = [(label, records) for label, records in runs if not label.startswith("real")]
+    head, rows = ["training GFLOPs"], []
+    for label, _ in arms:
+        head += [f"{label}: iterations", DISTANCE]
+    points = max((r["definition"]["points"] for _, found in arms for r in found), default=[])
+    for budget in points:
         row = [f"{budget:.2f}"]
-        for records in (first, second):
+        for _, records in arms:
             row += [spread(each(records, "step", budget), 0)]
             row += [spread(each(records, "frechet", budget))]
         rows.append(row)
-    ratios = [reach(a, b) for a, b in zip(first, second, strict=False)]
-    inverse = [reach(b, a) for a, b in zip(first, second, strict=False)]
-    lines = [f"* {other} reaches {one}'s best {told(ratios)};"]
-    lines += [f"* {one} reaches {other}'s best {told(inverse)}."]
+    (one, first), *others = arms
+    ratios = []
+    for label, records in others:
+        for who, theirs, whose, best in (
+            (label, records, one, first),
+            (one, first, label, records),
+        ):
+            pairs = list(zip(best, theirs, strict=False))
+            cells = [told([reach(a, b, cost) for a, b in pairs]) for cost in COSTS.values()]
+            ratios.append([f"{who} reaches {whose}'s best", *cells])
+    text = table(head, rows) + "\n\n" + table(["share of the other's training", *COSTS], ratios)
     if real:
-        lines += [f"* Two halves of the real pictures: {spread(each(real, 'frechet'))}."]
-    return table(head, rows) + "\n\n" + "\n".join(lines)
+        text += f"\n\nTwo halves of the real pictures: {spread(each(real, 'frechet'))}."
+    return text
 
 
-def reach(record, other):
-    """Return the share of a run's compute at which another reaches its best; None: it does not.
+COSTS = {  # of a training up to a row of its curve
+    "by GFLOPs spent": lambda record, row: row["gflops"],
+    "by the paper's count": lambda record, row: row["step"] * record["equivalent_gflops"],
+    "by iterations": lambda record, row: row["step"],
+}
+
+
+def reach(record, other, cost=COSTS["by GFLOPs spent"]):
+    """Return the share of a run's cost at which another reaches its best; None: it does not.
 
     Between measured points the distance is taken to be straight in log-log.
     """
     best = min(record["curve"], key=lambda row: row["frechet"])
-    before = None
+    before, full = None, cost(record, best)
     for row in other["curve"]:
         if row["frechet"] <= best["frechet"]:
             if before is None:
-                return row["gflops"] / best["gflops"]
-            x = np.log([before["gflops"], row["gflops"]])
+                return cost(other, row) / full
+            x = np.log([cost(other, before), cost(other, row)])
             y = np.log([before["frechet"], row["frechet"]])
             share = (y[0] - np.log(best["frechet"])) / (y[0] - y[1])
-            return float(np.exp(x[0] + share * (x[1] - x[0])) / best["gflops"])
+            return float(np.exp(x[0] + share * (x[1] - x[0])) / full)
         before = row
     return None
 
 
 def told(ratios):
-    """Write ratios of compute, seed by seed."""
-    known = [f"{ratio:.2f}" if ratio else "(not within the budget)" for ratio in ratios]
-    if not any(ratios):
-        return "with no seed within the budget"
-    return f"at {', '.join(known)} of the other's training compute"
+    """Write ratios, seed by seed."""
+    return ", ".join(f"{ratio:.2f}" if ratio else "not reached" for ratio in ratios) or "–"
 
 
 def table1(experiment, runs):
@@ -174,7 +187,8 @@ def table4(experiment, runs):
             cuts = [f"{tau:.3f}" for tau in first["boundaries"]]
         cells = [label, ", ".join(cuts) or "none", ", ".join(map(str, first["decoders"]))]
         cells += [f"{first['parameters'] / 1e6:.2f}"]
-        cells += [spread([r["equivalent_gflops"] for r in records[:1]], 5)]
+        costs = [r["equivalent_gflops"] for r in records]
+        cells += [spread(costs if max(costs) > min(costs) else costs[:1], 5)]
         cells += [spread(each(records, "step", budget), 0)]
         cells += [spread(each(records, "frechet", budget)), spread(each(records, "kid", budget), 3)]
         rows.append([*cells, printed(experiment, label)])
@@ -274,27 +288,31 @@ TABLES.update(
 
 
 def draw_arms(everything, path):
-    """Draw every seed of Tables 3, 4 and 7 as a dot."""
+    """Draw every seed of Tables 3, 4 and 7 as a dot, and what real pictures get."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 5), layout="constrained")
+    floor = dict(everything["table3"][1])["real digits"]
     for ax, name in zip(axes.flat, ("table3", "scarce", "table4", "table7"), strict=True):
         experiment, runs = everything[name]
-        arms = [run for run in runs if experiment["paper"].get(run[0]) or run[0] == "5"]
+        arms = [run for run in runs if experiment["paper"].get(run[0]) or name == "table7"]
         for i, (_, records) in enumerate(arms):
             values = each(records, "frechet", experiment["at"])
             ax.plot(values, [i] * len(values), "o", color="C0", ms=6, alpha=0.7)
             if values:
                 ax.plot(fmean(values), i, "|", color="black", ms=16)
-        names = [label.replace("early stopping", "ES").split(" (")[0] for label, _ in arms]
+        names = [label.replace("early stopping", "ES").split(" (A")[0] for label, _ in arms]
         if name == "table7":
-            names = [f"{n} stage{'s' * (n != '1')}" for n in names]
+            names = [f"stages: {name}" for name in names]
+        real = dict(runs).get("the 180 pictures themselves", floor)
+        if real:
+            ax.axvline(fmean(each(real, "frechet")), color="gray", ls=":")
         ax.set(title=experiment["title"], yticks=range(len(arms)), yticklabels=names)
-        ax.set(xlabel=DISTANCE, ylim=(len(arms) - 0.5, -0.5))
+        ax.set(xlabel=DISTANCE, ylim=(len(arms) - 0.5, -0.5), xlim=(0, None))
         ax.grid(axis="x", color="0.9")
     save(figure, path)
 
 
 def draw_curves(everything, path):
-    """Draw distance against training compute, unified and multistage."""
+    """Draw distance against training compute."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for ax, name in zip(axes, ("figure1d", "cifar16"), strict=True):
         experiment, runs = everything[name]
@@ -308,10 +326,10 @@ def draw_curves(everything, path):
                 ax.errorbar(x, mean, sd, **style)
         title = "digits" if name == "figure1d" else experiment["title"]
         ax.set(xscale="log", yscale="log", title=title, ylabel=DISTANCE)
-        ax.set(xlabel="training GFLOPs (paper's count)")
+        ax.set(xlabel="training GFLOPs")
         ax.legend(fontsize=8)
     plain_ticks(axes[0], x=(5, 10, 20, 40, 80), y=(0.5, 1, 2, 5, 10))
-    plain_ticks(axes[1], x=(15, 30, 60), y=(0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
+    plain_ticks(axes[1], x=(15, 30, 60, 120, 180), y=(0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
     save(figure, path)
 
 
@@ -326,7 +344,7 @@ def plain_ticks(ax, x=None, y=None):
 
 def draw_intervals(everything, path):
     """Draw Figure 2 with all pictures and with few, and below held-out over trained loss."""
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), sharey="row", layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), layout="constrained")
     panels = [(name, k) for name in ("figure2", "overfitting") for k in (0, 2)]
     colors = {"width 16": "C0", "width 32": "C1", "width 48": "C2"}
     for (top, low), (name, k) in zip(axes.T, panels, strict=True):
@@ -347,11 +365,17 @@ def draw_intervals(everything, path):
         few = experiment["settings"].get("pictures")
         title = f"interval {k} alone" + f", {few} pictures" * bool(few)
         top.set(title=title, xscale="log", yscale="log")
-        low.set(xlabel="iterations", xscale="log", yscale="log")
+        top.set_ylim(1.2, 8.5)
+        low.set(xlabel="iterations", xscale="log")
         low.axhline(1, color="gray", ls=":")
-        points = (75, 300, 1200) if few else (150, 300, 600)
+        points = (75, 300, 1200) if few else (150, 600)
         plain_ticks(top, points, (1.5, 2, 3, 4, 5, 7))
-        plain_ticks(low, points, (1, 2, 5, 10))
+        if few and k == 0:
+            low.set_yscale("log")
+            plain_ticks(low, points, (1, 2, 5, 10))
+        else:  # a scale of its own, because the effect is a hundredth of that panel's
+            low.set_ylim(0.97, 1.06)
+            plain_ticks(low, points)
     axes[0, 0].set_ylabel(DISTANCE)
     axes[1, 0].set_ylabel("held-out / trained loss")
     if axes[0, 0].has_data():
@@ -360,23 +384,27 @@ def draw_intervals(everything, path):
 
 
 def draw_gradients(everything, path):
-    """Draw the similarity of gradients over ten bins of time, at moments of training."""
+    """Draw the similarity of gradients over ten bins of time: a row a seed, over training."""
     records = dict(everything["gradients"][1]).get("gradients")
     if not records:
         return
-    moments = range(len(records[0]["moments"]))
-    how = dict(figsize=(3 * len(moments), 3.1), sharey=True, layout="constrained")
-    figure, axes = plt.subplots(1, len(moments), **how)
-    for ax, i in zip(axes, moments, strict=True):
-        mean = np.mean([record["moments"][i]["bins"] for record in records], axis=0)
-        edges = np.linspace(0, 1, len(mean) + 1)
-        mesh = ax.pcolormesh(edges, edges, mean, vmin=-1, vmax=1, cmap="RdBu_r")
-        for tau in records[0]["boundaries"]:
-            ax.axvline(tau, color="black", lw=0.8, ls="--")
-            ax.axhline(tau, color="black", lw=0.8, ls="--")
-        ax.set(title=f"{records[0]['moments'][i]['step']:,} iterations", xlabel="t", aspect="equal")
-    axes[0].set_ylabel("t")
-    figure.colorbar(mesh, ax=axes, label="cosine similarity", shrink=0.8)
+    shape = len(records), len(records[0]["moments"])
+    how = dict(figsize=(3 * shape[1], 2.7 * shape[0]), sharex=True, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(*shape, layout="constrained", **how)
+    for row, record in zip(axes, records, strict=True):
+        for ax, moment in zip(row, record["moments"], strict=True):
+            edges = np.linspace(0, 1, len(moment["bins"]) + 1)
+            mesh = ax.pcolormesh(edges, edges, moment["bins"], vmin=-1, vmax=1, cmap="RdBu_r")
+            for tau in record["boundaries"]:
+                ax.axvline(tau, color="black", lw=0.8, ls="--")
+                ax.axhline(tau, color="black", lw=0.8, ls="--")
+            ax.set_aspect("equal")
+            if row is axes[0]:
+                ax.set_title(f"{moment['step']:,} iterations")
+        row[0].set_ylabel(f"t (seed {record['definition']['seed']})")
+    for ax in axes[-1]:
+        ax.set_xlabel("t")
+    figure.colorbar(mesh, ax=axes, label="cosine similarity", shrink=0.5)
     save(figure, path)
 
 

@@ -7,8 +7,9 @@
 
 A file holds `[settings]` for all of its runs and a `[[runs]]` for each; their keys are the names of
 step 04's parameters and those of OWN below. A run with one seed is a unit of work. Its result lies
-in `results/` under a fingerprint of all its settings: a changed unit is run again, an unchanged one
-never, and one that two experiments share is run once. Ctrl-C loses the unit in work, no more.
+in `results/` under a fingerprint of all its settings, step 04's recipe and step 03's network among
+them: a changed unit is run again, an unchanged one never, and one that two experiments share is run
+once. A change of the code goes unnoticed: delete results then. Ctrl-C loses the unit in work.
 """
 
 import argparse
@@ -31,10 +32,10 @@ OWN = dict(
     label="",  # the name of the run in tables and figures
     paper=0.0,  # the distance that the paper prints for it, for the table
     seeds=[0],  # the run is repeated with each
-    by="gflops",  # training is counted in "gflops" (the paper's count, see Table 2) or "steps"
+    by="gflops",  # training is counted in "gflops" (forward, one picture a step) or in "steps"
     points=[],  # counts at which the averaged network is measured; training ends at the last
     held_out=0.1,  # share of the pictures that is not trained on
-    pictures=0,  # pictures that are trained on; 0: all that are not held out
+    pictures=0,  # pictures trained on (kind real: compared); 0: all that are not held out
     size=0,  # side in pixels that the pictures are reduced to; 0: as they are
     channels=0,  # channels of the pictures; 0: the network's
     warmup=0,  # steps until the full learning rate; 0: the recipe's
@@ -81,29 +82,48 @@ def units(content, file):
             if key not in known or key == "seed":
                 raise BadInput(f"{file}: unknown key {key!r}: take one of {', '.join(known)}")
             kind = type(known[key])
-            if not isinstance(asked[key], (int, float) if kind is float else kind):
+            right = isinstance(asked[key], (int, float) if kind is float else kind)
+            if not right or isinstance(asked[key], bool) != (kind is bool):
                 raise BadInput(f"{file}: {key} = {asked[key]!r} is no {kind.__name__}")
         if not asked.get("label"):
             raise BadInput(f"{file}: every run needs a label")
+        if asked["label"] in runs:
+            raise BadInput(f"{file}: two runs have the label {asked['label']!r}: rename one")
         runs[asked["label"]] = whole = {**known, **asked}
         if whole["of"] and whole["of"] not in runs:
             raise BadInput(f"{file}: {whole['label']!r} builds on {whole['of']!r}, unknown so far")
         if whole["kind"] not in work.WORK:
             raise BadInput(f"{file}: unknown kind {whole['kind']!r}: take {', '.join(work.WORK)}")
-        if whole["kind"] == "training":
-            check(whole, file)
+        try:
+            check(whole)
+        except BadInput as error:
+            raise BadInput(f"{file}: {whole['label']!r}: {error}") from None
         yield asked["label"], [define(whole, seed, runs) for seed in whole["seeds"]]
 
 
-def check(run, file):
-    """Raise BadInput where a training cannot work, as step 04 does."""
+def check(run):
+    """Raise BadInput where a run cannot work, before hours are spent on others."""
+    if run["dataset"] not in training.RECIPES:
+        raise BadInput(f"unknown dataset {run['dataset']!r}: take {', '.join(training.RECIPES)}")
+    for name in [run["sampler"], *(pair[0] for pair in run["solvers"])]:
+        work.evaluation.solver_of(name)
+    if run["kind"] in ("served", "gradients", "solvers") and not run["of"]:
+        raise BadInput(f"a run of kind {run['kind']} needs `of`, the run that it looks at")
+    if not set(run["active"]) <= {0, 1, 2} or (run["kind"] == "served" and len(run["active"]) != 1):
+        raise BadInput(f"active = {run['active']} must name stages of three (kind served: one)")
+    if run["kind"] != "training":
+        return
     keys = ("arch", "process", "stages", "patience")
-    try:
-        training.check_settings(*(run[k] for k in keys), 1, run["batch"], run["lr"], run["ema"], 1)
-    except BadInput as error:
-        raise BadInput(f"{file}: {run['label']!r}: {error}") from None
-    if not run["points"]:
-        raise BadInput(f"{file}: {run['label']!r} needs points at which it is measured")
+    training.check_settings(*(run[k] for k in keys), 1, run["batch"], run["lr"], run["ema"], 1)
+    if run["by"] not in ("gflops", "steps"):
+        raise BadInput(f"by = {run['by']!r} must be gflops or steps")
+    if not 0 < run["held_out"] < 1:
+        raise BadInput(f"held_out = {run['held_out']} must lie between 0 and 1")
+    points = run["points"]
+    if not points:
+        raise BadInput("it needs points at which it is measured")
+    if not all(isinstance(x, (int, float)) for x in points) or points != sorted({0, *points})[1:]:
+        raise BadInput(f"points = {points} must be numbers above 0, ascending")
 
 
 def define(run, seed, runs):

@@ -38,10 +38,21 @@ paths = dict(root="data", out="runs/experiments", results=HERE / "results", feat
 def fingerprint(definition):
     """Name a definition by its content; what is empty is left out, so new keys change nothing."""
     said = {key: value for key, value in definition.items() if value}
+    if definition["kind"] == "training":
+        said["recipe"] = recipe_of(definition)
     if definition.get("of"):
         said["of"] = fingerprint(definition["of"])
     text = json.dumps(said, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def recipe_of(definition):
+    """Look up what step 04 and step 03 decide for a training that its definition does not say."""
+    d, recipe = definition, training.RECIPES[definition["dataset"]]
+    names = [d["arch"], *["multistage"] * d["tailored"]]  # whose widths a tailored network has
+    names = [training.network_name(d["network"], d["dataset"], n, d["process"]) for n in names]
+    found = {key: d[key] or recipe[key] for key in ("batch", "lr", "warmup")}
+    return {**found, "flip": recipe["flip"], "networks": {n: unet.NETWORKS[n] for n in names}}
 
 
 def result_path(definition):
@@ -54,6 +65,8 @@ def complete(definition):
     begin = time.perf_counter()
     found = WORK[definition["kind"]](definition)
     record = dict(definition=definition, **found, seconds=round(time.perf_counter() - begin, 1))
+    if definition["kind"] == "training":
+        record["recipe"] = recipe_of(definition)
     record.update(device=str(sde.device()), threads=torch.get_num_threads())
     record["torch"] = torch.__version__
     with sde.replacing(result_path(definition)) as aside:
@@ -123,14 +136,12 @@ def split(definition):
 
 def settings_of(definition):
     """Decide what step 04 decides before it trains: its settings."""
-    d, recipe = definition, training.RECIPES[definition["dataset"]]
-    network = training.network_name(d["network"], d["dataset"], d["arch"], d["process"])
-    settings = {**d, **{key: d[key] or recipe[key] for key in ("batch", "lr", "warmup")}}
-    settings.update(network=network, flip=recipe["flip"])
-    settings.update({key: d[key] or None for key in ("channels", "size", "decoders")})
-    if d["tailored"]:
-        multistage = training.network_name(d["network"], d["dataset"], "multistage", d["process"])
-        settings["decoders"] = list(unet.NETWORKS[multistage]["decoders"])
+    d, recipe = definition, recipe_of(definition)
+    network, *multistage = recipe["networks"]
+    settings = {**d, **{key: recipe[key] for key in ("batch", "lr", "warmup", "flip")}}
+    settings.update(network=network, **{k: d[k] or None for k in ("channels", "size", "decoders")})
+    if multistage:  # of a tailored network
+        settings["decoders"] = list(unet.NETWORKS[multistage[0]]["decoders"])
     settings["boundaries"] = [] if d["arch"] == "unified" else cuts_of(d, network)
     if d["clustering"] == "algorithm-2" and not d["decoders"]:
         settings["decoders"] = widths(settings["boundaries"], d, network)
@@ -258,7 +269,8 @@ def kept(definition):
     folder, n = Path(paths["out"]) / fingerprint(definition), len(definition["points"])
     if not all((folder / f"{i}.pt").is_file() for i in range(n + 1)):
         print("  the weights that this builds on are missing: training them first", flush=True)
-        complete(definition)
+        # A result that is there stays: another machine may come to other last digits.
+        train(definition) if result_path(definition).is_file() else complete(definition)
     return [torch.load(folder / f"{i}.pt", weights_only=True) for i in range(n + 1)]
 
 
@@ -384,12 +396,15 @@ def solve(definition):
     )
 
 
-def compare_halves(definition):
-    """Compare two random halves of the real pictures: what perfect samples would get."""
+def compare_real(definition):
+    """Compare real pictures with the reference half: the other half, or those few trained on."""
     d = definition
     extractor, half, other = yardstick(d["dataset"], d["size"], d["samples"])
+    if d["pictures"]:
+        _, few = split(d)
+        other = few[torch.arange(d["samples"]) % len(few)]
     return dict(curve=[evaluation.evaluate(other, half, extractor)])
 
 
 WORK = dict(training=train, served=serve, gradients=compare_gradients)
-WORK.update(cuts=cut, real=compare_halves, solvers=solve)
+WORK.update(cuts=cut, real=compare_real, solvers=solve)
