@@ -117,7 +117,7 @@ def figure1d(experiment, runs):
         ):
             pairs = list(zip(best, theirs, strict=False))
             cells = [told([reach(a, b, cost) for a, b in pairs]) for cost in COSTS.values()]
-            ratios.append([f"{who} reaches {whose}'s best", *cells])
+            ratios.append([f"{who} as good as the best of {whose}", *cells])
     text = table(head, rows) + "\n\n" + table(["share of the other's training", *COSTS], ratios)
     if real:
         text += f"\n\nTwo halves of the real pictures: {spread(each(real, 'frechet'))}."
@@ -391,7 +391,7 @@ def draw_gradients(everything, path):
     shape = len(records), len(records[0]["moments"])
     how = dict(figsize=(3 * shape[1], 2.7 * shape[0]), sharex=True, sharey=True, squeeze=False)
     figure, axes = plt.subplots(*shape, layout="constrained", **how)
-    for row, record in zip(axes, records, strict=True):
+    for i, (row, record) in enumerate(zip(axes, records, strict=True)):
         for ax, moment in zip(row, record["moments"], strict=True):
             edges = np.linspace(0, 1, len(moment["bins"]) + 1)
             mesh = ax.pcolormesh(edges, edges, moment["bins"], vmin=-1, vmax=1, cmap="RdBu_r")
@@ -399,7 +399,7 @@ def draw_gradients(everything, path):
                 ax.axvline(tau, color="black", lw=0.8, ls="--")
                 ax.axhline(tau, color="black", lw=0.8, ls="--")
             ax.set_aspect("equal")
-            if row is axes[0]:
+            if i == 0:
                 ax.set_title(f"{moment['step']:,} iterations")
         row[0].set_ylabel(f"t (seed {record['definition']['seed']})")
     for ax in axes[-1]:

@@ -125,8 +125,11 @@ def test_solvers_are_compared_on_the_network_that_a_run_ended_with(tiny, capsys)
     path.unlink()  # and the weights: the run that is built on is trained again, to the same end
     for weights in (tiny.folder / "out").rglob("*.pt"):
         weights.unlink()
-    assert len(tiny()) == 2 and "training them first" in capsys.readouterr().out
+    (first,) = (tiny.folder / "results").glob("training*.json")
+    first.write_text(first.read_text() + " ")  # as if from another machine
+    assert len(tiny()) == 1 and "training them first" in capsys.readouterr().out
     assert json.loads(path.read_text())["curve"] == curve
+    assert first.read_text().endswith(" ")  # a result that is there stays
 
 
 def test_drawing_alone_runs_nothing(tiny):
@@ -145,6 +148,31 @@ def test_few_pictures_are_a_part_of_those_that_are_not_held_out(work, runner):
     few, all_ = (work.split(settle(runner, pictures=n, held_out=0.1)) for n in (10, 0))
     assert len(few[1]) == 10 and torch.equal(few[1], all_[1][:10])
     assert torch.equal(few[0], all_[0]) and len(all_[0]) + len(all_[1]) == 1797
+
+
+def test_a_result_is_named_by_the_recipe_too(work, runner, monkeypatch):
+    plain, own = settle(runner, batch=0), settle(runner, lr=1e-3)
+    names = work.fingerprint(plain), work.fingerprint(own)
+    recipes = {**work.training.RECIPES}
+    recipes["digits"] = {**recipes["digits"], "lr": 1e-2}
+    monkeypatch.setattr(work.training, "RECIPES", recipes)
+    assert work.fingerprint(plain) != names[0]  # its learning rate is the recipe's
+    assert work.fingerprint(own) == names[1]
+    networks = {**work.unet.NETWORKS}
+    networks["digits"] = {**networks["digits"], "encoder": 8}
+    monkeypatch.setattr(work.unet, "NETWORKS", networks)
+    assert work.fingerprint(own) != names[1]
+    solved = settle(runner, kind="cuts")
+    assert "recipe" not in str(solved) and work.fingerprint(solved)  # nothing is trained
+
+
+def test_few_real_pictures_are_farther_from_real_ones_than_half_of_all(work, runner):
+    found = [
+        work.compare_real(settle(runner, kind="real", samples=898, pictures=n, held_out=0.1))
+        for n in (0, 90)
+    ]
+    half, few = (record["curve"][0]["frechet"] for record in found)
+    assert half < few
 
 
 @pytest.mark.parametrize(
@@ -227,6 +255,13 @@ def test_ratio_of_compute_at_which_another_run_is_as_good():
     assert draw.reach(one, curve((1, 4.0), (4, 1.0))) == pytest.approx(0.5)  # at 2
     assert draw.reach(one, curve((1, 2.0))) == 0.25
     assert draw.reach(one, curve((1, 4.0), (8, 2.5))) is None
+    for record, gflops in ((one, 1.0), (other := curve((1, 2.0)), 3.0)):
+        record.update(equivalent_gflops=gflops)
+        for row in record["curve"]:
+            row["step"] = 10 * row["gflops"]
+    paper, steps = (draw.COSTS[key] for key in ("by the paper's count", "by iterations"))
+    assert draw.reach(one, other, steps) == 0.25
+    assert draw.reach(one, other, paper) == 0.75
 
 
 def test_features_of_a_resnet56(work, evaluation, sde, tmp_path):
@@ -268,6 +303,17 @@ BROKEN = {
     "never measured": ('label = "a"', "needs points at which it is measured"),
     "unknown run": ('label = "a"\nof = "b"', "builds on 'b', unknown so far"),
     "no TOML": ("label", "is no TOML"),
+    "no number": ('label = "a"\nbatch = true', "batch = True is no int"),
+    "unknown data": ('label = "a"\ndataset = "x"', "unknown dataset 'x'"),
+    "unknown sampler": ('label = "a"\nsampler = "x"', "unknown sampler 'x'"),
+    "unknown solver": ('label = "a"\nkind = "real"\nsolvers = [["x", 2]]', "unknown sampler 'x'"),
+    "unknown count": ('label = "a"\nby = "epochs"\npoints = [1]', "by = 'epochs' must be"),
+    "nothing held out": ('label = "a"\nheld_out = 0.0\npoints = [1]', "held_out = 0.0 must lie"),
+    "points in disorder": ('label = "a"\npoints = [2, 1]', "must be numbers above 0, ascending"),
+    "points of text": ('label = "a"\npoints = ["x"]', "must be numbers above 0, ascending"),
+    "unknown stage": ('label = "a"\nactive = [7]', "must name stages of three"),
+    "nothing to look at": ('label = "a"\nkind = "solvers"', "needs `of`"),
+    "twice": ('label = "a"\nkind = "real"\n[[runs]]\nlabel = "a"', "two runs have the label 'a'"),
 }
 
 
@@ -343,7 +389,8 @@ def test_committed_arms_were_trained_alike(committed):
         for label, records in runs:
             for record in (r for r in records if r["definition"]["kind"] == "training"):
                 d = record["definition"]
-                recipes.add(json.dumps([d[k] for k in ("batch", "lr", "ema", "held_out", "nfe")]))
+                recipe = [record["recipe"][k] for k in ("batch", "lr", "warmup", "flip")]
+                recipes.add(json.dumps([*recipe, *(d[k] for k in ("ema", "held_out", "nfe"))]))
                 rows = [row for row in record["curve"] if row["gflops"] >= budget]
                 stopped = d["patience"] and not record["curve"][-1]["active"]
                 assert stopped or rows[0]["gflops"] <= budget + max(record["gflops"]), label
