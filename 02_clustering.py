@@ -747,6 +747,7 @@ if __name__ == "__main__":
 #    <details><summary>Solution</summary>Fewer candidates, but closer ones. Try it: the two effects
 #    nearly cancel.</details>
 # 3. Call `similarity_matrix(..., compare="picture")` and cut it. Why does the noise end look more
-#    homogeneous? <details><summary>Solution</summary>Posterior means are compared without the
-#    factor $1/\sigma_t$ that the noise carries, so the same threshold is stricter near the image
-#    and looser near the noise, or the other way round where $\sigma_t<1$.</details>
+#    homogeneous? <details><summary>Solution</summary>Near the noise the posterior mean is the mean
+#    picture, at one time as at another, so pictures agree. The noise $(x_t/s_t-\hat y)/\sigma_t$ of
+#    two such times does not: the same distance to the mean picture is divided by another
+#    $\sigma_t$.</details>

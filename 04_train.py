@@ -424,16 +424,34 @@ def restore(state, content):
     """Put a checkpoint's content back into a fresh state."""
     for key in STATES:
         state[key].load_state_dict(content[key])
+    restore_layout(state["optimizer"])
     state.update(
         {key: content[key] for key in ("step", "active", "stopping", "petaflops") if key in content}
     )
-    state["generator"].set_state(content["generator"])
+    restore_generator(state, content)
     torch.set_rng_state(content["torch_rng"])
     if torch.cuda.is_available() and "cuda_rng" in content:
         torch.cuda.set_rng_state(content["cuda_rng"])
-    rank, world = ranks()
-    if world > 1:  # dropout differs between processes
-        torch.manual_seed(content["step"] * world + rank)
+
+
+def restore_layout(optimizer):
+    """Lay Adam's moments out in memory like their weights: fused Adam takes that for granted.
+
+    They come as they were saved, and on a GPU weights have their channels last.
+    """
+    for weight, moments in optimizer.state.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key] = torch.empty_like(weight).copy_(moments[key])
+
+
+def restore_generator(state, content):
+    """Put a generator back, or start another where the device is of another kind."""
+    saved, generator = content["generator"], state["generator"]
+    if len(saved) == len(generator.get_state()):
+        generator.set_state(saved)
+    else:
+        say("saved on another kind of device: going on with other random numbers")
+        generator.manual_seed(1_000_003 * state["seed"] + content["step"])
 
 
 def network_of(settings):
@@ -493,11 +511,20 @@ SMALL_NETWORKS = ("digits", "mnist", "cifar10", "digits_latent", "mnist_latent",
 
 
 def network_name(network, dataset, arch, process):
-    """Name the entry of NETWORKS for what was asked: an own one, a small one or the paper's."""
+    """Name the entry of NETWORKS for what was asked: an own one, a small one or the paper's.
+
+    Raises BadInput for an own one that is of another arch.
+    """
     base = network or dataset
-    if base not in SMALL_NETWORKS or (base == "cifar10" and not network):
-        return network or PAPER_NETWORKS[process if process in PLAIN else "edm"][arch]
-    return base if arch == "multistage" else f"{base}_{arch}"
+    if base in SMALL_NETWORKS and (base != "cifar10" or network):
+        return base if arch == "multistage" else f"{base}_{arch}"
+    if network in unet.NETWORKS:
+        kind = unet.NETWORKS[network]
+        own = "multistage" if kind.get("shared", True) else "separate"
+        own = "unified" if len(kind["decoders"]) == 1 else own
+        if own != arch:
+            raise BadInput(f"network {network!r} is {own}, not {arch}: give --arch {own}")
+    return network or PAPER_NETWORKS[process if process in PLAIN else "edm"][arch]
 
 
 def find_boundaries(text, dataset, images, process, network="digits"):
@@ -601,7 +628,7 @@ def expect(state, settings):
         say(f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture")
     x = torch.zeros(settings["batch"] // world, model.channels, model.size, model.size).to(device)
     t, seconds = torch.full((len(x),), 0.5, device=device), {}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for k in [*range(n), *range(n)]:  # the first round warms up
             begin = time.perf_counter()
             with half_precision(device):
@@ -664,6 +691,25 @@ def look(state, held_out, process, patience):
     return found
 
 
+@contextlib.contextmanager
+def stopping_gently():
+    """Note Ctrl-C and SIGTERM in place of dying of them: a list, empty until one comes."""
+    stop = []
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in before:
+        signal.signal(kind, lambda *_: stop.append(True))
+    try:
+        yield stop
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def halts(stop, step, device):
+    """Tell all processes alike whether one was asked to stop; several talk every tenth step."""
+    return (ranks()[1] == 1 or step % 10 == 0) and all_agree(bool(stop), device)
+
+
 def all_agree(flag, device):
     """Tell whether any process has raised its flag, to all of them alike."""
     if ranks()[1] == 1:
@@ -713,24 +759,24 @@ def fit(
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
     folder, first, device = Path(folder), ranks()[0] == 0, state["generator"].device
-    recent, stop, bad, saved, n = [], [], [], state["step"], len(state["model"].decoders)
+    recent, bad, saved, n = [], [], state["step"], len(state["model"].decoders)
     every, log, costs = max(1, steps // 40), folder / "metrics.jsonl", expect(state, settings)
     state.setdefault("petaflops", [0.0, 0.0])
     if first:
         trim(log, state["step"])
-    signals = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    for kind in signals:
-        signal.signal(kind, lambda *_: stop.append(True))
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
     options.update(stages=settings.get("stages", "uniform"), workers=workers, bad=bad)
     loop, begin = train(state, images, steps, **options), time.perf_counter()
     done = dict(total=steps * batch, initial=state["step"] * batch)
-    bar = tqdm(**done, unit="img", unit_scale=True, disable=not first)
-    try:
+    done.update(unit="img", unit_scale=True, disable=not first)
+    with stopping_gently() as stop, tqdm(**done) as bar:
         for step, losses in loop:
             bar.update(batch)
             recent.append(losses)
-            for k in losses:  # Table 2: of one picture a step; truly: of all, backward counts twice
+            # As Table 2 counts (forward, of one picture a step) and in truth (all, backward twice).
+            # paper: iterations times the average over a sampler's evaluations; here: the stages
+            # that were drawn, because they are what training costs.
+            for k in losses:
                 state["petaflops"][0] += costs[k]["gflops"] / len(losses) / 1e6
                 state["petaflops"][1] += 3 * costs[k]["true_gflops"] * batch / len(losses) / 1e6
             if step % every == 0 or step == steps:
@@ -748,7 +794,7 @@ def fit(
                 if first:
                     with log.open("a") as lines:
                         lines.write(json.dumps(row) + "\n")
-            halt = (ranks()[1] == 1 or step % 10 == 0) and all_agree(bool(stop), device)
+            halt = halts(stop, step, device)
             if step % save_every == 0 or step == steps or halt or not state["active"]:
                 if not all(torch.isfinite(loss) for loss in losses.values()):
                     raise BadInput(
@@ -767,10 +813,6 @@ def fit(
             if halt:
                 return False
         sde.report_unreadable(bad, len(images))
-    finally:
-        bar.close()
-        for kind, handler in signals.items():
-            signal.signal(kind, handler)
     return True
 
 
@@ -816,24 +858,29 @@ def wrap(state, compile):
     if several:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
         unused = len(model.decoders) > 1  # a batch of one stage leaves the other decoders alone
-        model = DistributedDataParallel(
-            model, devices, broadcast_buffers=False, find_unused_parameters=unused
-        )
+        model = DistributedDataParallel(model, devices, find_unused_parameters=unused)
     state["forward"] = torch.compile(model) if compile else model
 
 
 def prepare(settings, content=None, compile=False):
     """Build what a run's settings describe: a state ready to train.
 
-    content: of the checkpoint to go on from.
+    content: of the checkpoint to go on from. Raises BadInput where a batch is smaller than the
+    number of stages that it shall mix.
     """
     torch.manual_seed(settings["seed"])  # the initial weights
     model = network_of(settings).to(sde.device())
+    n, batch = len(model.decoders), settings["batch"]
+    if settings.get("stages") == "mixed" and batch < n:
+        raise BadInput(f"batch = {batch} cannot mix {n} stages: give {n} or more")
     if sde.device().type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     state = new_state(model, settings["lr"], settings["seed"])
     if content:
         restore(state, content)
+    rank, world = ranks()
+    if world > 1:  # dropout differs between processes
+        torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
     wrap(state, compile)
     return state
 

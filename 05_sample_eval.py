@@ -573,7 +573,8 @@ def sample(
 
     Returns (n, C, H, W) in the network's space [-1, 1], on the CPU. Every picture has random
     numbers of its own, so the set does not depend on how it is divided into batches, calls or
-    processes (but for rounding). calls: a list that gets, for each evaluation of the network, its
+    processes (but for rounding, and for the step lengths of predictor-corrector and rk45, which
+    look at the whole batch). calls: a list that gets, for each evaluation of the network, its
     stage. sampler, grid: as in `solver_of`. Raises BadInput as that does, and for an impossible
     number of evaluations.
     """
@@ -625,6 +626,12 @@ def stage_shares(model, process, sampler, nfe, grid=""):
     return len(calls), {k: calls.count(k) / len(calls) for k in sorted(set(calls))}
 
 
+def check_number(n, real):
+    """Raise BadInput where real pictures do not suffice for two sets of n."""
+    if n > len(real) // 2:
+        raise BadInput(f"samples = {n} is more than half the data set: take {len(real) // 2}")
+
+
 # %% [markdown]
 # The paper's Figure 2 asks which stage profits from a network of its own, by letting one network
 # serve some stages and another the rest. `--model_for_stage 1=runs/digits-unified` does that.
@@ -651,9 +658,10 @@ class Hybrid(nn.Module):
 def hybrid(model, process, text):
     """Read "1=RUN,2=RUN" and put the networks of these runs in charge of these stages.
 
+    Returns the network and a name for it, which tells the runs and how far they were trained.
     Raises BadInput where the text, a stage or a run does not fit.
     """
-    others = {}
+    others, names = {}, []
     for entry in text.split(","):
         k, _, folder = entry.partition("=")
         if not (k.strip().isdigit() and folder) or int(k) >= len(model.decoders):
@@ -661,12 +669,27 @@ def hybrid(model, process, text):
                 f"model_for_stage = {entry!r}: give such as 1=runs/digits-unified, with a stage "
                 f"from 0 to {len(model.decoders) - 1}"
             )
-        other, theirs = training.load_model(folder)
+        content = training.load(folder)
+        other, theirs = training.averaged_model(content), content["settings"]
         same = (other.channels, other.size) == (model.channels, model.size)
         if theirs["process"] != process or not same:
             raise BadInput(f"{folder} has another process or picture size: it cannot serve a stage")
         others[int(k)] = other
-    return Hybrid(model, others)
+        names.append(f"{k.strip()}={folder.replace('/', '_')}-step{content['step']}")
+    return Hybrid(model, others), "-".join(names)
+
+
+def stage_gflops(model):
+    """List the GFLOPs (paper's count) of one evaluation in each stage, whoever serves it."""
+    if not isinstance(model, Hybrid):
+        costs = unet.cost_of(copy.deepcopy(model).to("meta"))
+        return [costs[k]["gflops"] for k in range(len(model.decoders))]
+    found, cuts = stage_gflops(model.model), model.model.boundaries
+    for k, other in model.others.items():
+        # a time in stage k: the other network is a unified one, or is cut at the same times
+        t = 0.999 * cuts[int(k)] if int(k) < len(cuts) else 1.001 * cuts[-1]
+        found[int(k)] = stage_gflops(other)[int(other.stage(t[None]))]
+    return found
 
 
 # %%
@@ -680,14 +703,19 @@ if __name__ == "__main__":
         raise BadInput(f"{run} draws latents, not pictures: 06_ldm.py --resume samples from it")
     folder = run / "sets" / f"step{made}-{sampler}-{nfe}{grid and '-'}{grid}-seed{seed}"
     if model_for_stage:
-        model = hybrid(model, process, model_for_stage)
-        folder = folder.with_name(f"{folder.name}-{model_for_stage.replace('/', '_')}")
+        model, served = hybrid(model, process, model_for_stage)
+        folder = folder.with_name(f"{folder.name}-{served}")
+    if reference and model.channels != 3:
+        raise BadInput(f"reference {reference} is in colour, {name} draws grey: leave it out")
+    rank, world = training.ranks()
+    if rank == 0:  # what is compared with later must be there before hours go into drawing
+        pixels, labels = sde.load_images(settings["dataset"], root, settings.get("size") or 32)
+        check_number(samples, sde.picture_files("folder", reference) if reference else pixels)
     count, share = stage_shares(model, process, sampler, nfe, grid)
     begin = time.perf_counter()
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, progress=True)
     drawn = draw_set(model, process, folder, samples, **how).float() / 255
     seconds = time.perf_counter() - begin
-    rank, world = training.ranks()
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
@@ -700,8 +728,8 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    costs = unet.cost_of(copy.deepcopy(getattr(model, "model", model)).to("meta"))
-    gflops = sum(part * costs[k]["gflops"] for k, part in share.items())
+    costs = stage_gflops(model)
+    gflops = sum(part * costs[k] for k, part in share.items())
     print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
     print(f"equivalent GFLOPs (paper's count): {gflops:.4g}")
 
@@ -728,7 +756,6 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    pixels, labels = sde.load_images(settings["dataset"], root, settings.get("size") or 32)
     some, known = drawn[:16], pixels[:50_000].float() / 255
     gap, nearest = torch.cdist(some.flatten(1), known.flatten(1)).min(1)
     titles = ["samples", "the nearest training pictures"]
@@ -921,8 +948,7 @@ def real_halves(images, n):
 
     Raises BadInput where it has fewer than 2 n.
     """
-    if n > len(images) // 2:
-        raise BadInput(f"samples = {n} is more than half the data set: take {len(images) // 2}")
+    check_number(n, images)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[:n]], images[order[n : 2 * n]]
 
@@ -952,7 +978,8 @@ def pick_extractor(dataset, images, labels, features=""):
     if dataset not in ("digits", "mnist"):
         return "inception-v3-compat", "Inception features"
     classifier, accuracy = train_classifier(images, labels)
-    body = lambda x: classifier.body(x.float() / 255)  # noqa: E731
+    # it stays on the CPU, wherever torch-fidelity wants its features
+    body = lambda x: classifier.body(x.cpu().float() / 255).to(x.device)  # noqa: E731
     return register(
         body, 64
     ), f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
@@ -981,10 +1008,9 @@ def print_metrics(table, title, distance="Fréchet distance ↓"):
 
 
 if __name__ == "__main__":
-    if reference:
-        pixels, labels = read_reference(reference, model.size), None
     extractor, named = pick_extractor(settings["dataset"], pixels, labels, features)
-    half, other_half = real_halves(pixels, samples)
+    real = read_reference(reference, model.size) if reference else pixels
+    half, other_half = real_halves(real, samples)
     table = {
         "samples / real": evaluate(drawn, half, extractor, weights),
         "real / real": evaluate(other_half, half, extractor, weights),
@@ -1014,7 +1040,9 @@ if __name__ == "__main__":
 
 
 # %%
-def compare_solvers(model, process, real, extractor, seed=1, batch=300, budgets=(5, 10, 20, 50)):
+def compare_solvers(
+    model, process, real, extractor, seed=1, batch=300, budgets=(5, 10, 20, 50), weights=""
+):
     """Measure the distance of len(real) samples for each solver and budget: a list of rows.
 
     A row is (sampler, evaluations, distance, seconds); a budget that a solver cannot do is taken
@@ -1029,7 +1057,7 @@ def compare_solvers(model, process, real, extractor, seed=1, batch=300, budgets=
             calls = []
             x = sample(model, process, len(real), name, nfe, seed, batch, calls)
             seconds = time.perf_counter() - begin
-            distance = evaluate(to_pictures(x), real, extractor)["frechet"]
+            distance = evaluate(to_pictures(x), real, extractor, weights)["frechet"]
             rows.append((name, len(calls) // -(-len(real) // batch), distance, seconds))
             print(f"{rows[-1][0]:20s} {rows[-1][1]:4d} {distance:10.2f} {seconds:8.1f} s")
     return rows
@@ -1037,7 +1065,7 @@ def compare_solvers(model, process, real, extractor, seed=1, batch=300, budgets=
 
 if __name__ == "__main__" and compare:
     print(f"{'sampler':20s}  NFE   distance     time")
-    rows = compare_solvers(model, process, half, extractor, seed, batch)
+    rows = compare_solvers(model, process, half, extractor, seed, batch, weights=weights)
     plt.figure(figsize=(8, 4))
     for i, kind in enumerate(SAMPLERS):
         points = [(n, distance) for name_, n, distance, _ in rows if name_ == kind]

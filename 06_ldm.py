@@ -430,16 +430,19 @@ def save_autoencoder(state, path, finished):
 def fit_autoencoder(state, images, steps, batch, folder, save_every=1000, **how):
     """Run `train_autoencoder` and leave autoencoder.pt and autoencoder.jsonl in `folder`.
 
+    Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     Raises BadInput where the error is no longer finite.
     """
     first, log, every = training.ranks()[0] == 0, folder / "autoencoder.jsonl", max(1, steps // 40)
+    device = state["generator"].device
     if first:
         training.trim(log, state["step"])
     loop = train_autoencoder(state, images, steps, batch, **how)
     todo = dict(total=steps, initial=state["step"], desc="autoencoder", disable=not first)
-    with tqdm(**todo) as bar:
+    with training.stopping_gently() as stop, tqdm(**todo) as bar:
         for step, numbers in loop:
             bar.update()
+            halt = training.halts(stop, step, device)
             if step % every == 0 or step == steps:
                 row = {key: float(f"{float(value):.5g}") for key, value in numbers.items()}
                 if not np.isfinite(row["error"]):
@@ -448,16 +451,21 @@ def fit_autoencoder(state, images, steps, batch, folder, save_every=1000, **how)
                 if first:
                     with log.open("a") as lines:
                         lines.write(json.dumps(dict(step=step, **row)) + "\n")
-            if first and (step % save_every == 0 or step == steps):
+            if first and (step % save_every == 0 or step == steps or halt):
                 save_autoencoder(state, folder / "autoencoder.pt", step == steps)
+            if halt and step < steps:
+                return False
+    return True
 
 
 def resume_autoencoder(state, content):
     """Put what `save_autoencoder` wrote back into a fresh state."""
     for key in ("model", "critic", "optimizer", "critic_optimizer"):
         state[key].load_state_dict(content[key])
+    for key in ("optimizer", "critic_optimizer"):
+        training.restore_layout(state[key])
     state["step"] = content["step"]
-    state["generator"].set_state(content["generator"])
+    training.restore_generator(state, content)
 
 
 # %%
@@ -525,6 +533,15 @@ def load_first_stage(path):
             "autoencoder.pt of this step, or the model.ckpt of LDM's VQ-f4"
         ) from None
     return model.to(sde.device()).eval().requires_grad_(False)
+
+
+def fingerprint(model):
+    """Hash an autoencoder's weights: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        if key != "codebook.used":
+            digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # %% [markdown]
@@ -706,11 +723,14 @@ if __name__ == "__main__" and not dry_run:
     with training.one_at_a_time():
         pixels = training.open_pictures(dataset, root, size, memory)
     if rank == 0:
+        evaluation.check_number(samples, pixels)  # which are compared in the end
         training.claim(run, resume)
     if world > 1:
         dist.barrier()
 
 # %%
+GO_ON = "the same command with --resume goes on"
+
 if __name__ == "__main__" and not dry_run:
     file = run / "autoencoder.pt"
     unfinished = unet.read_tensors(file) if resume else {"step": 0}
@@ -722,8 +742,15 @@ if __name__ == "__main__" and not dry_run:
             resume_autoencoder(state, unfinished)
         how = dict(save_every=save_every, lpips=lpips, workers=workers, bad=[], **judges)
         todo = ask(code_steps, recipe, "code_steps"), recipe["code_batch"]
-        fit_autoencoder(state, pixels, *todo, run, **how)
+        if not fit_autoencoder(state, pixels, *todo, run, **how):
+            training.say(f"stopped and saved at step {state['step']} of the autoencoder: {GO_ON}")
+            sys.exit(130)
         del state
+    elif ready is not None and resume:
+        if "step" in unfinished or fingerprint(ready) != fingerprint(load_first_stage(file)):
+            raise BadInput(
+                f"{run} has another autoencoder than {first_stage}: leave one of them out"
+            )
     elif ready is not None and rank == 0:
         with sde.replacing(file) as aside:
             torch.save(dict(options=ready.options, model=ready.state_dict()), aside)
@@ -747,15 +774,6 @@ if __name__ == "__main__" and not dry_run:
 
 
 # %%
-def fingerprint(model):
-    """Hash an autoencoder's weights: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        if key != "codebook.used":
-            digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def portion(side):
     """Tell how many pictures of this side to encode or decode at a time."""
     return max(1, min(500, 2**20 // side**2))
@@ -917,7 +935,8 @@ if __name__ == "__main__" and not dry_run and rank == 0:
 
 # %%
 if __name__ == "__main__" and not dry_run and rank == 0:
-    some = codes if torch.is_tensor(codes) else torch.stack([codes[i] for i in range(2000)])
+    few = range(min(2000, len(codes)))
+    some = codes if torch.is_tensor(codes) else torch.stack([codes[i] for i in few])
     low, high = some.min(), some.max()
     small = cut_out(pixels, 0, 50_000 if torch.is_tensor(pixels) else 2000, workers)
     readings = {
@@ -951,9 +970,10 @@ def reference(images, n, workers=0):
     """Choose two random sets of n pictures, uint8, out of a tensor or of `PictureFiles`."""
     if torch.is_tensor(images):
         return [half.cpu() for half in evaluation.real_halves(images, n)]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: 2 * n]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = order[: 2 * n + n // 50 + 10]  # some more, because up to a hundredth may be unreadable
     chosen = sde.PictureFiles([images.files[i] for i in order.tolist()], images.size)
-    return evaluation.real_halves(cut_out(chosen, 0, 2 * n, workers), n)
+    return evaluation.real_halves(cut_out(chosen, 0, len(chosen), workers), n)
 
 
 def mean_gflops(model):
@@ -982,6 +1002,7 @@ if __name__ == "__main__" and not dry_run:
     back = lambda z: decode(autoencoder, z, scale)  # noqa: E731
     options = dict(save_every=save_every, sample_every=sample_every, workers=workers, decode=back)
     compare = compare and dataset in ("digits", "mnist") and arch != "unified"
+    compare = compare and network in ("", *training.SMALL_NETWORKS)  # which have unified twins
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1)
     if compare:
         pixels, labels = sde.load_images(dataset, root)
@@ -995,9 +1016,7 @@ if __name__ == "__main__" and not dry_run:
         options["measure"] = judge
     state, finished = train_latents(asked, codes, run, content, compile, **options)
     if not finished:
-        training.say(
-            f"stopped and saved at step {state['step']}: the same command with --resume goes on"
-        )
+        training.say(f"stopped and saved at step {state['step']}: {GO_ON}")
         sys.exit(130)
 
 # %%
@@ -1013,6 +1032,9 @@ if __name__ == "__main__" and not dry_run and compare:
     old = training.load(other) if old else None
     options["sample_every"] = -(-unified["steps"] // 5)
     unified_state, finished = train_latents(unified, codes, other, old, compile, **options)
+    if not finished:
+        training.say(f"stopped and saved at step {unified_state['step']} of unified: {GO_ON}")
+        sys.exit(130)
 
 # %% [markdown]
 # The claim of the paper's Table 2 in one picture: quality against training FLOPs. Both networks have

@@ -103,9 +103,9 @@ def main():
 def report(out, folder):
     """Say where the results are, and the one number that sums them up."""
     here = lambda path: path.relative_to(ROOT)  # noqa: E731
-    for name in ("digits-multistage", "digits-latent"):
+    for name, column in (("digits-multistage", "samples"), ("digits-latent", "multistage")):
         metrics = json.loads((out / name / "metrics.json").read_text())
-        ours, real = metrics["samples / real"]["frechet"], metrics["real / real"]["frechet"]
+        ours, real = (metrics[f"{key} / real"]["frechet"] for key in (column, "real"))
         print(f"{name}: Fréchet distance {ours:.2f} (real against real: {real:.2f})")
         print(f"  sample grid         {here(out / name / 'samples.png')}")
         print(f"  metrics             {here(out / name / 'metrics.json')}")

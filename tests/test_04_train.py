@@ -179,6 +179,50 @@ def test_resuming_goes_on_bit_for_bit(training, pixels, tmp_path):
     assert "0000007.png" in grids and len(grids) >= 5
 
 
+def test_a_checkpoint_from_another_kind_of_device_goes_on(training, pixels, tmp_path, capsys):
+    """As a GPU saves it: a generator's state of 16 bytes, and moments with their channels last."""
+    state = fit_run(training, settings_for(steps=4), pixels, tmp_path)
+    content = training.load(tmp_path)
+    content["generator"] = torch.zeros(16, dtype=torch.uint8)
+    for moments in content["optimizer"]["state"].values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if moments[key].dim() == 4:
+                moments[key] = moments[key].to(memory_format=torch.channels_last)
+    again = training.new_state(training.network_of(settings_for()), 1e-3, 0)
+    training.restore(again, content)
+    assert "another kind of device" in capsys.readouterr().out
+    assert not torch.equal(again["generator"].get_state(), torch.Generator().get_state())
+    theirs, ours = (list(s["optimizer"].state.items()) for s in (state, again))
+    for (_, a), (weight, b) in zip(theirs, ours, strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(a[key], b[key]) and b[key].stride() == weight.stride()
+    for s in (state, again):  # and a step of Adam is the same
+        for group in s["optimizer"].param_groups:
+            group["lr"] = 1e-2
+        for weight in s["model"].parameters():
+            weight.grad = torch.ones_like(weight)
+        s["optimizer"].step()
+    for a, b in zip(state["model"].parameters(), again["model"].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_processes_start_with_the_same_weights_and_drop_out_other_units(training, monkeypatch):
+    monkeypatch.setattr(training, "wrap", lambda *_: None)
+    drawn, weights = [], []
+    for place in ((0, 2), (1, 2), (0, 1)):
+        monkeypatch.setattr(training, "ranks", lambda place=place: place)
+        state = training.prepare(settings_for())
+        weights.append(torch.cat([p.flatten() for p in state["model"].parameters()]))
+        drawn.append(torch.rand(1).item())
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+    assert len(set(drawn)) == 3
+
+
+def test_a_batch_too_small_to_mix_all_stages_is_refused(sde, training):
+    with pytest.raises(sde.BadInput, match="batch = 2 cannot mix 3 stages: give 3 or more"):
+        training.prepare(settings_for(stages="mixed", batch=2))
+
+
 def test_ctrl_c_finishes_the_step_and_saves(training, pixels, tmp_path, monkeypatch):
     settings = settings_for(steps=50)
     state = training.new_state(training.network_of(settings), 1e-3, 0)
@@ -350,7 +394,7 @@ def test_settings_that_cannot_work(sde, training, change, sentence):
         training.check_settings(**{**good, **change})
 
 
-def test_every_recipe_has_a_network(unet, training):
+def test_every_recipe_has_a_network(sde, unet, training):
     for dataset, recipe in training.RECIPES.items():
         for arch in ("multistage", "unified", "separate"):
             for process in ("vp", "edm", "pfgm-64"):
@@ -359,6 +403,12 @@ def test_every_recipe_has_a_network(unet, training):
     assert training.network_name("", "celeba", "multistage", "vp") == "table5_1"
     assert training.network_name("cifar10", "celeba", "unified", "vp") == "cifar10_unified"
     assert training.network_name("table7_4", "cifar10", "multistage", "vp") == "table7_4"
+    for network, arch, own in (
+        *(("table5_1", "separate", "multistage"), ("table5_1", "unified", "multistage")),
+        *(("table7_1", "multistage", "unified"), ("table3_separate", "unified", "separate")),
+    ):
+        with pytest.raises(sde.BadInput, match=f"'{network}' is {own}, not {arch}: give --arch"):
+            training.network_name(network, "cifar10", arch, "vp")
 
 
 def test_a_network_for_other_times_is_refused(sde, training):

@@ -231,16 +231,23 @@ def test_equivalent_work_is_weighted_by_evaluations(sde, evaluation, unet):
     assert count > 20 and sum(share.values()) == pytest.approx(1)
 
 
-def test_another_run_may_serve_a_stage(sde, unet, training, evaluation, tmp_path, monkeypatch):
-    model = unet.randomize(unet.build("digits", encoder=8, decoders=(8, 8, 8), attention=()))
+def test_another_run_may_serve_a_stage(sde, unet, training, evaluation, monkeypatch):
+    model = unet.randomize(unet.build("digits", encoder=8, decoders=(8, 8, 16), attention=()))
     other = unet.randomize(unet.build("digits_unified", encoder=8, decoders=(8,)), seed=1)
     runs = {"same": model, "other": other, "edm": other, "large": unet.build("mnist_unified")}
     process = lambda name: {"process": "edm" if name == "edm" else "vp"}  # noqa: E731
-    monkeypatch.setattr(training, "load_model", lambda name: (runs[name], process(name)))
+    monkeypatch.setattr(
+        training, "load", lambda name: dict(settings=process(name), step=7, of=name)
+    )
+    monkeypatch.setattr(training, "averaged_model", lambda content: runs[content["of"]])
     draw = lambda model: evaluation.sample(model, "vp", 2, "ddim", 8)  # noqa: E731
     plain = draw(model)
-    assert torch.equal(draw(evaluation.hybrid(model, "vp", "1=same")), plain)
-    mixed = evaluation.hybrid(model, "vp", "0=same,2=other")
+    hybrid, named = evaluation.hybrid(model, "vp", "1=same")
+    assert torch.equal(draw(hybrid), plain) and named == "1=same-step7"
+    mixed, named = evaluation.hybrid(model, "vp", "0=same,2=other")
+    assert named == "0=same-step7-2=other-step7"
+    own, theirs = evaluation.stage_gflops(model), evaluation.stage_gflops(other)
+    assert evaluation.stage_gflops(mixed) == [own[0], own[1], theirs[0]] != own
     assert not torch.equal(draw(mixed), plain)
     x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.9)
     assert torch.equal(mixed(x, t, stage=2), other(x, t))
@@ -403,9 +410,13 @@ def test_a_reference_of_another_size_is_refused(sde, evaluation, tmp_path):
 def test_every_solver_can_be_compared(evaluation, model, measured, monkeypatch):
     _, _, _, extractor = measured
     monkeypatch.setattr(evaluation, "SAMPLERS", {"heun": evaluation.heun, "ddim": evaluation.ddim})
+    given, measure = [], evaluation.evaluate
+    watched = lambda *args: given.append(args[3]) or measure(*args)  # noqa: E731
+    monkeypatch.setattr(evaluation, "evaluate", watched)
     rows = evaluation.compare_solvers(
-        model, "vp", torch.rand(20, 1, 8, 8), extractor, batch=9, budgets=(4, 5)
+        model, "vp", torch.rand(20, 1, 8, 8), extractor, batch=9, budgets=(4, 5), weights="file"
     )
+    assert given == ["file"] * 4
     assert [(name, nfe) for name, nfe, _, _ in rows] == [
         *(("heun", 3), ("heun", 5)),
         *(("ddim", 4), ("ddim", 5)),

@@ -1,6 +1,8 @@
 """Step 06: both autoencoders, LDM's first stage, latents on disk, the model on LDM's steps."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -207,6 +209,23 @@ def test_an_interrupted_autoencoder_goes_on_bit_for_bit(ldm, unet, pixels, tmp_p
         assert torch.equal(again["model"].state_dict()[key], value), key
 
 
+def test_ctrl_c_saves_an_autoencoder_in_training(ldm, unet, pixels, tmp_path, monkeypatch):
+    plain = ldm.train_autoencoder
+
+    def interrupted(*args, **kw):
+        for item in plain(*args, **kw):
+            if item[0] == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield item
+
+    monkeypatch.setattr(ldm, "train_autoencoder", interrupted)
+    state = ldm.new_autoencoder_state(TINY, 8, 1e-3, seed=0)
+    assert ldm.fit_autoencoder(state, pixels, 6, 8, tmp_path) is False
+    assert unet.read_tensors(tmp_path / "autoencoder.pt")["step"] == 3
+    assert ldm.fit_autoencoder(state, pixels, 5, 8, tmp_path) is True
+    assert "step" not in unet.read_tensors(tmp_path / "autoencoder.pt")
+
+
 def test_the_discriminator_judges_patches_and_is_trained(ldm, pixels):
     for size, patches in ((8, 3), (16, 2), (32, 2), (256, 30)):
         with torch.device("meta"):
@@ -313,6 +332,7 @@ def test_files_are_encoded_without_the_unreadable(ldm, sde, tmp_path):
     codes = ldm.Latents(tmp_path / "latents", scale).all()
     known = sde.read_pictures(sde.PictureFiles([f for f in files.files if f.name != "005.png"], 16))
     torch.testing.assert_close(codes, scale * ldm.encode(model, known), rtol=1e-3, atol=1e-3)
+    assert [len(half) for half in ldm.reference(files, 5)] == [5, 5]  # 11 can be read
 
 
 # --------------------------------------------------------------------------- the latent model
@@ -436,6 +456,17 @@ def test_a_run_goes_on_and_draws_again(root, tmp_path, training):
     assert metrics["sampler"] == "ddim" and metrics["step"] == 6
     assert training.load(tmp_path / "runs" / "parts")["settings"]["autoencoder"] == step
 
+    # a run keeps its own autoencoder
+    own = (tmp_path / "runs" / "parts" / "autoencoder.pt").read_bytes()
+    flags_5 = (*flags, "--seed", "5", "--steps", "1", "--name", "five")
+    assert run(root, tmp_path, *flags_5).returncode == 0
+    swapped = (*flags, "--steps", "6", "--name", "parts", "--resume", "--first_stage")
+    done = run(root, tmp_path, *swapped, "runs/five/autoencoder.pt")
+    assert done.returncode == 2 and "has another autoencoder" in done.stderr
+    assert (tmp_path / "runs" / "parts" / "autoencoder.pt").read_bytes() == own
+    done = run(root, tmp_path, *swapped, "runs/parts/autoencoder.pt")
+    assert done.returncode == 0, done.stderr
+
     # the latents of one run do not serve the autoencoder of another
     stale = ("--latents", "runs/whole/latents", "--seed", "5", "--name", "new", "--steps", "1")
     done = run(root, tmp_path, *flags, *stale)
@@ -481,6 +512,7 @@ WRONG = {
     "network": (["--network", "digits_latnet"], "unknown network 'digits_latnet'"),
     "grid": (["--grid", "even"], "unknown grid 'even'"),
     "sampler": (["--sampler", "dpm"], "unknown sampler 'dpm'"),
+    "samples": (["--samples", "899"], "samples = 899 is more than half the data set: take 898"),
     "evaluations": (["--nfe", "0"], "nfe = 0 must be 1 or more"),
     "solver's grid": (["--sampler", "heun", "--nfe", "3"], "leave out grid = 'time'"),
 }

@@ -1,5 +1,6 @@
 """The steps as notebooks: papermill and nbval at small scale, and the committed ones."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -50,6 +51,15 @@ def test_papermill_runs_every_step_and_leaves_what_it_should(house):
         notebook = nbformat.read(house / "notebooks" / f"{step}.ipynb", 4)
         outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
         assert any("image/png" in o.get("data", {}) for o in outputs), f"{step} shows no figure"
+
+
+def test_the_demo_ends_with_where_its_results_are(house, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    execute = importlib.import_module("execute")
+    monkeypatch.setattr(execute, "ROOT", house)
+    execute.report(house / "runs", house / "notebooks")
+    said = capsys.readouterr().out
+    assert said.count("Fréchet distance") == 2 and "runs/digits-latent/samples.png" in said
 
 
 def test_nbval_runs_the_executed_notebooks_again(house):

@@ -113,6 +113,9 @@ def test_train_sample_and_resume_from_the_shell(tmp_path):
     more = run(script("04_train"), *common, "--resume", "--steps", "6", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     assert (run_folder / "metrics.jsonl").read_text().count('"step"') == 6
+    many = run(script("05_sample_eval"), "--name", "r", "--samples", "899", cwd=tmp_path)
+    assert many.returncode == 2 and "take 898" in many.stderr
+    assert not (run_folder / "sets").exists()  # said before anything is drawn
     few = ["--name", "r", "--samples", "20", "--nfe", "3"]
     done = run(script("05_sample_eval"), *few, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
