@@ -173,6 +173,8 @@ def test_unknown_network(unet):
 
 
 SHRUNK = dict(size=16, encoder=16, decoders=(24, 16, 8), mults=(1, 2), blocks=1, attention=(8,))
+# wide enough to tell GroupNorms of 16 groups from those of 32
+WIDE = dict(SHRUNK, size=8, encoder=80, decoders=(96, 80, 16), attention=(4,))
 
 
 def recorded(unet, golden, which):
@@ -186,31 +188,48 @@ def recorded(unet, golden, which):
     kind = {
         "dpm": {**unet.NCSNPP, **SHRUNK, "boundaries": unet.PUBLISHED},
         "edm": {**unet.DDPMPP, **SHRUNK, "boundaries": (2.5103, 7.6577)},
+        "edm_wide": {**unet.DDPMPP, **WIDE, "boundaries": (2.5103, 7.6577)},
         "ldm": {**unet.ADM, **ldm, "attended": ("every", "none", "none")},
     }[which]
     return kind, data, named
 
 
-@pytest.mark.parametrize("which", ["dpm", "edm", "ldm"])
+@pytest.mark.parametrize("which", ["dpm", "edm", "edm_wide", "ldm"])
 def test_outputs_equal_those_of_the_release(unet, training, golden, which):
     kind, data, named = recorded(unet, golden, which)
-    model = unet.MultistageUNet(**kind).eval()
-    named = unet.release_parameters({"model": dict(named)}) if which != "edm" else named
+    model, edm = unet.MultistageUNet(**kind).eval(), which.startswith("edm")
+    named = named if edm else unet.release_parameters({"model": dict(named)})
     model.load_state_dict(unet.match_release(model, named))
     x = torch.from_numpy(data["x"])
     for k in range(3):
-        t = torch.tensor(float(data[f"sigma{k}" if which == "edm" else f"t{k}"])).expand(2)
+        t = torch.tensor(float(data[f"sigma{k}" if edm else f"t{k}"])).expand(2)
         t = (t + 1) / 1000 if which == "ldm" else t  # a step of the schedule
         assert model.stage(t).tolist() == [k, k]
-        expected = torch.from_numpy(data[f"F{k}" if which == "edm" else f"y{k}"])
+        expected = torch.from_numpy(data[f"F{k}" if edm else f"y{k}"])
         with torch.no_grad():
             found = model(x, t)
             assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-            if which == "edm":
+            if f"D{k}" in data:
                 xt, s = x * t[0], t[:, None, None, None]
                 D = xt - s * training.predict_noise(model, xt, t, "edm")
                 expected = torch.from_numpy(data[f"D{k}"])
                 assert (D - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_the_edm_network_is_the_released_one(unet, evaluation, training):
+    rows, unified = unet.cost("edm"), unet.cost("edm_unified")
+    assert rows["total"]["parameters"] == 128_792_233
+    assert unified[0]["gflops"] == pytest.approx(20.69, abs=0.005)
+    assert rows[0]["gflops"] == pytest.approx(35.15, abs=0.005)
+    assert rows[2]["gflops"] == pytest.approx(7.31, abs=0.005)
+    assert rows[1] == {**unified[0], "parameters": rows[1]["parameters"]}
+    with torch.device("meta"):
+        model = unet.build("edm")
+    norms = [part for part in model.modules() if isinstance(part, torch.nn.GroupNorm)]
+    assert max(norm.num_groups for norm in norms) == 16
+    times = evaluation.times_asked("heun", training.kernel_of("edm"), 35)
+    stages = [sum(t >= cut for cut in unet.EDM_CUTS) for t in times]
+    assert [stages.count(k) for k in range(3)] == [18, 4, 13]
 
 
 def in_release_form(which, named, prefix=""):
