@@ -35,14 +35,36 @@ import importlib.metadata
 import os
 import platform
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
-ROOT = Path(__file__).parent if "__file__" in globals() else Path.cwd()
+ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
+
+
+def ready_script():
+    """Ready the process of a step that runs as a script; later steps import this one first.
+
+    A signal ends it quietly with status 130 or 143, and what waits in a `finally` is done.
+    """
+    main = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
+    if NOTEBOOK or main.parent != ROOT or not re.match(r"0\d_", main.name):
+        return  # a step that is imported as a library leaves the process as it is
+    # Two OpenMP threads that spin while they wait for each other stall as soon as another process
+    # takes one of their cores: let them sleep sooner. It counts only before torch is loaded.
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(kind) != signal.SIG_IGN:  # as a shell's background job has it
+            signal.signal(kind, lambda number, _: sys.exit(128 + number))
+
+
+SPINS = "2000"  # turns of an idle thread before it sleeps; OpenMP's own default is 300,000
+ready_script()
 
 
 # %% [markdown]
@@ -63,7 +85,7 @@ def environment():
         [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"],
         True,
     )
-    required = (ROOT / "requirements.txt").read_text()
+    required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     for name in re.findall(r"^([\w-]+)", required, re.MULTILINE):
         try:
             lines.append(f"{name} {importlib.metadata.version(name)}")
@@ -110,16 +132,23 @@ def settings(namespace, step):
     """Let the `parameters` cell of `step` be set from the shell, papermill or the cell itself.
 
     namespace: the step's `globals()`. As a script every assignment of the cell becomes a flag: its
-    value is the default and the type, its comment the help. In a notebook the values are only
-    brought to those types (papermill hands a list or a number over as it was typed).
-    An unknown flag or a value of the wrong type exits with status 2, in a notebook as `BadInput`.
+    value is the default and the type, its comment the help, which ends with a number's range. In a
+    notebook the values are only checked (papermill hands over whatever was typed).
+    An unknown name, a value of the wrong type or out of its range exits with status 2, in a
+    notebook as `BadInput`.
     """
     if namespace["__name__"] != "__main__":
         return
-    cell = (ROOT / f"{step}.py").read_text().split('# %% tags=["parameters"]\n')[1].split("# %%")[0]
+    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
+    cell = text.split('# %% tags=["parameters"]\n')[1].split("# %%")[0]
     entries = re.findall(r"^(\w+) = (.+?)  # (.+)$", cell, re.MULTILINE)
     defaults = {name: ast.literal_eval(value) for name, value, _ in entries}
-    if not NOTEBOOK:
+    if NOTEBOOK:  # papermill's own cell may hold names that no parameter has
+        injected = [source for source in namespace["In"] if source.startswith("# Parameters\n")]
+        for name in re.findall(r"^(\w+) =", "\n".join(injected), re.MULTILINE):
+            if name not in defaults:
+                raise BadInput(f"unknown parameter {name!r}: take one of {', '.join(defaults)}")
+    else:
         sys.excepthook = one_sentence
         parser = argparse.ArgumentParser(f"{step}.py", usage="%(prog)s [flags]", allow_abbrev=False)
         parser.error = lambda message: _exit(f"{message} (--help lists the flags)")
@@ -129,17 +158,39 @@ def settings(namespace, step):
             text = f"{comment} (default: {defaults[name]!r})".replace("%", "%%")
             parser.add_argument(f"--{name}", default=defaults[name], help=text, **how)
         namespace.update(vars(parser.parse_args()))
-    for name, default in defaults.items():
-        try:
-            namespace[name] = type(default)(namespace[name])
-        except ValueError:
-            raise BadInput(f"{name} = {namespace[name]!r} is no {type(default).__name__}") from None
+    for name, _, comment in entries:
+        namespace[name] = checked(name, namespace[name], type(defaults[name]), comment)
+
+
+def checked(name, value, kind, comment):
+    """Bring a parameter's value to its kind (bool, int, float or str), within its range.
+
+    comment: ends with the range of a number, as in "pictures to draw [1, 100]" or "[0, 1)".
+    Raises BadInput for a value that is of another kind, or outside.
+    """
+    wrong = BadInput(
+        f"{name} = {value!r} is no {kind.__name__}" + ": give True or False" * (kind is bool)
+    )
+    if value is None or isinstance(value, bool) != (kind is bool):
+        raise wrong
+    try:
+        found = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+    if kind is int and isinstance(value, float) and found != value:
+        raise wrong
+    limits = re.search(r"([\[(])(\S+), (\S+)([\])])$", comment)
+    if limits and kind is not str:
+        low, high = float(limits[2]), float(limits[3])
+        above = found > low if limits[1] == "(" else found >= low
+        below = found < high if limits[4] == ")" else found <= high
+        if not (above and below):  # so that nan is refused as well
+            raise BadInput(f"{name} = {found} must lie in {limits[0]}")
+    return found
 
 
 def one_sentence(kind, error, trace):
     """Report what a user can mend in one line with exit status 2; leave real bugs their trace."""
-    if issubclass(kind, KeyboardInterrupt):
-        sys.exit(130)
     if not issubclass(kind, BadInput):
         return sys.__excepthook__(kind, error, trace)
     _exit(error)
@@ -148,6 +199,24 @@ def one_sentence(kind, error, trace):
 def _exit(message):
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def check_memory(size, what):
+    """Raise BadInput where `what` needs `size` bytes or more and this machine has not as many free.
+
+    The size is a lower bound: what passes may still be too much, what is refused always is. A GPU
+    is not asked: it refuses by itself, where a CPU's operating system would kill the process.
+    """
+    import psutil
+
+    if device().type != "cpu":
+        return
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise BadInput(
+            f"{what} would take {size / 2**30:,.0f} GiB of memory or more, and "
+            f"{free / 2**30:.1f} GiB are free: take fewer, or smaller ones"
+        )
 
 
 # %% [markdown]
@@ -192,9 +261,9 @@ def show(path):
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
 root = "data"  # where the data set lies or is downloaded to
-samples = 16  # pictures drawn with the optimal denoiser
-steps = 200  # solver steps for drawing them
-seed = 0  # seed of every random number
+samples = 16  # pictures drawn with the optimal denoiser [1, 100000]
+steps = 200  # solver steps for drawing them [2, 10000]
+seed = 0  # seed of every random number [0, 4294967295]
 check = False  # print versions, device, threads, free memory and what is missing, then stop
 
 # %%
@@ -363,6 +432,8 @@ if __name__ == "__main__":
     torch.manual_seed(seed)
     pixels, labels = load_images(dataset, root)
     images = pixels[:50_000].to(device()).float() / 255  # (N, C, H, W) in [0, 1]
+    states_size = 4 * samples * (steps + 1) * images[0].numel()  # of all paths, in bytes
+    check_memory(states_size, f"samples = {samples} with steps = {steps}")
     show_images(
         [images[:16]], [f"{dataset}: the first 16 of {len(pixels):,}"], "figures/01_data.png"
     )
@@ -995,7 +1066,8 @@ if __name__ == "__main__":
             f"{name}: root mean square to the nearest training picture {rms.max():.3f} at", end=" "
         )
         print(f"worst, a pixel; the pixels themselves spread by {images.std():.2f}")
-        assert rms.max() < 0.05, "the optimal denoiser should give back training pictures"
+        # with a few steps it is the solver that misses them
+        assert rms.max() < 0.05 or steps < 50, "training pictures should come back"
 
 # %% [markdown]
 # Every sample is a training picture, up to the noise that $t_\min$ leaves. **This is why networks
@@ -1025,8 +1097,8 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     at = [int((times - t).abs().argmin()) for t in (0.9, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3)]
     at += [int((times - t).abs().argmin()) for t in (0.25, 0.2, 0.1, 0.01)]
-    films = [posterior_mean(states[at, k], times[at], VP, images) for k in range(3)]
-    title = r"$\hat y_t$ on three paths, t = " + ", ".join(f"{t:.2g}" for t in times[at].tolist())
+    films = [posterior_mean(states[at, k], times[at], VP, images) for k in range(min(3, samples))]
+    title = r"$\hat y_t$ on some paths, t = " + ", ".join(f"{t:.2g}" for t in times[at].tolist())
     show_images([torch.cat(films)], [title], "figures/01_films.png", columns=12)
 
 # %% [markdown]

@@ -18,8 +18,13 @@
 
 # %%
 import importlib
-import math
 import os
+
+if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")  # a notebook that was opened where it lies
+sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+
+import math
 from collections import namedtuple
 
 import matplotlib.pyplot as plt
@@ -28,19 +33,16 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from tqdm import tqdm
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
-    os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")
 BadInput, VP, match_snr = sde.BadInput, sde.VP, sde.match_snr
 
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
 root = "data"  # where the data set lies or is downloaded to
-samples = 5000  # K of Algorithm 1: triples of picture, noise and time
-alpha = 0.9  # the average similarity a stage must keep
-eta = 0.0078125  # 2/256: two pixels are alike when they differ by less (pixels in [0, 1])
-pairs = 300  # pictures that Algorithm 2 compares at all of its times
-seed = 0  # seed of every random number
+samples = 5000  # K of Algorithm 1: triples of picture, noise and time [50, 10000000]
+alpha = 0.9  # the average similarity a stage must keep [0, 1]
+eta = 0.0078125  # 2/256: two pixels, which lie in 0 to 1, are alike when closer than it [0, 1]
+pairs = 300  # pictures that Algorithm 2 compares at all of its times [1, 1000000]
+seed = 0  # seed of every random number [0, 4294967295]
 
 # %%
 sde.settings(globals(), "02_clustering")

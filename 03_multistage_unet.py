@@ -20,8 +20,13 @@
 
 # %%
 import importlib
-import math
 import os
+
+if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")  # a notebook that was opened where it lies
+sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+
+import math
 import sys
 from functools import partial
 
@@ -31,15 +36,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
-    os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")
 BadInput = sde.BadInput
 
 # %% tags=["parameters"]
 network = "digits"  # the data set whose three networks are compared: digits, mnist or cifar10
-table = 0  # 5, 6 or 7: print that table of the paper and stop
-seed = 0  # seed of every random number
+table = 0  # 5, 6 or 7: print that table of the paper and stop [0, 7]
+seed = 0  # seed of every random number [0, 4294967295]
 
 # %%
 sde.settings(globals(), "03_multistage_unet")
@@ -727,6 +729,23 @@ def cost_of(model):
         rows["shared"] = {**shared, "parameters": count(model.encoders)}
     rows["total"] = dict(parameters=count([model]))
     return rows
+
+
+def kept_bytes(run, model):
+    """Count the bytes that autograd keeps for the backward pass of `run()`, without parameters.
+
+    On `meta` tensors too, which hold no numbers: it tells what would not fit before it is tried.
+    """
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
 # %% tags=["nbval-check-output"]

@@ -14,12 +14,17 @@
 # `python 04_train.py --dataset celeba`.
 
 # %%
+import importlib
+import os
+
+if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")  # a notebook that was opened where it lies
+sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+
 import contextlib
 import copy
 import datetime
-import importlib
 import json
-import os
 import signal
 import sys
 import time
@@ -32,9 +37,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
-    os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs under one name are not told apart
+    fcntl = None
 clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
 BadInput = sde.BadInput
@@ -42,25 +48,25 @@ BadInput = sde.BadInput
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
 root = "data"  # where the data set lies or is downloaded to
-size = 32  # side in pixels that pictures of celeba and folder are brought to
+size = 32  # side in pixels that pictures of celeba and folder are brought to [4, 2048]
 arch = "multistage"  # multistage, unified or separate
 tailored = False  # give separate networks the decoder widths of the multistage one
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
 process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pfgm-128 (tails, D)
 stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
-steps = 0  # training steps; 0: the recipe of the data set (table below)
-batch = 0  # pictures a step, over all devices; 0: the recipe of the data set
-lr = 0.0  # Adam's learning rate; 0: the recipe of the data set
-ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n)
-patience = 0  # early stopping: looks at held-out pictures without gain; 0: no early stopping
-seed = 0  # seed of every random number
+steps = 0  # training steps; 0: the recipe of the data set (table below) [0, 1000000000]
+batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0, 1000000]
+lr = 0.0  # Adam's learning rate; 0: the recipe of the data set [0, 10]
+ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n) [0, 1)
+patience = 0  # early stopping: looks at held-out pictures without gain; 0: none [0, 1000000]
+seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-arch, and the process where it is not vp
 out = "runs"  # the folder that holds the runs
-save_every = 1000  # steps between checkpoints
-sample_every = 0  # steps between grids of samples; 0: a fifth of the steps
-memory = 4.0  # GiB of pictures to hold on the device; a larger set is read while training
-workers = 4  # processes that read pictures then
+save_every = 1000  # steps between checkpoints [1, 1000000000]
+sample_every = 0  # steps between grids of samples; 0: a fifth of the steps [0, 1000000000]
+memory = 4.0  # GiB of pictures to hold on the device; more are read in training [0, 1000000]
+workers = 4  # processes that read pictures [0, 1024]
 compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on from the checkpoint of that run
 
@@ -97,7 +103,7 @@ def kernel_of(process):
     known = {"vp": sde.VP, "ldm": sde.LDM, "edm": sde.EDM, "pfgm": sde.PFGM}
     if process in known:
         return known[process]
-    if name != "pfgm" or not D.replace(".", "", 1).isdigit():
+    if name != "pfgm" or not D.replace(".", "", 1).isdecimal():
         raise BadInput(f"unknown process {process!r}: take vp, ldm, edm, pfgm or such as pfgm-128")
     return sde.PFGM.with_D(float(D))
 
@@ -251,8 +257,10 @@ def collate(items):
 
 
 def ignore_interrupts(worker):
-    """Leave Ctrl-C to the main process."""
+    """Leave Ctrl-C to the main process, and to it alone the hold on the run's folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for folder in list(HELD):
+        release(folder)
 
 
 def ranks():
@@ -377,6 +385,14 @@ def train(
 STATES = ("model", "ema", "optimizer")
 
 
+def write_tensors(content, path):
+    """Save tensors as the file `path`. Raises OSError on a full disk, which torch says otherwise."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
+
+
 def save(state, settings, folder):
     """Write state and settings to `folder`/checkpoint.pt; the one before becomes .previous.pt.
 
@@ -392,10 +408,7 @@ def save(state, settings, folder):
         content["cuda_rng"] = torch.cuda.get_rng_state()
     path = Path(folder) / "checkpoint.pt"
     with sde.replacing(path) as aside:
-        try:
-            torch.save(content, aside)
-        except RuntimeError as error:  # torch's writer reports a full disk so
-            raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
+        write_tensors(content, aside)
         if path.exists():
             os.replace(path, path.with_name("checkpoint.previous.pt"))
 
@@ -420,18 +433,34 @@ def load(folder):
     raise BadInput(f"{paths[0]} is no readable checkpoint of 04_train.py: train anew")
 
 
+@contextlib.contextmanager
+def fitting(what):
+    """Raise BadInput where `what`, a checkpoint, lacks an entry or has one of another shape."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, (BadInput, torch.OutOfMemoryError)):
+            raise
+        last = (str(error).splitlines() or [""])[-1].strip()[:150]
+        reason = f"it has no {error}" if isinstance(error, KeyError) else last
+        raise BadInput(
+            f"{what} does not fit its run ({reason}): put an intact one in its place, such as "
+            "checkpoint.previous.pt, or train anew"
+        ) from error
+
+
 def restore(state, content):
-    """Put a checkpoint's content back into a fresh state."""
-    for key in STATES:
-        state[key].load_state_dict(content[key])
-    restore_layout(state["optimizer"])
-    state.update(
-        {key: content[key] for key in ("step", "active", "stopping", "petaflops") if key in content}
-    )
-    restore_generator(state, content)
-    torch.set_rng_state(content["torch_rng"])
-    if torch.cuda.is_available() and "cuda_rng" in content:
-        torch.cuda.set_rng_state(content["cuda_rng"])
+    """Put a checkpoint's content back into a fresh state. Raises BadInput where it does not fit."""
+    with fitting("the checkpoint"):
+        for key in STATES:
+            state[key].load_state_dict(content[key])
+        restore_layout(state["optimizer"])
+        kept = ("step", "active", "stopping", "petaflops")
+        state.update({key: content[key] for key in kept if key in content})
+        restore_generator(state, content)
+        torch.set_rng_state(content["torch_rng"])
+        if torch.cuda.is_available() and "cuda_rng" in content:
+            torch.cuda.set_rng_state(content["cuda_rng"])
 
 
 def restore_layout(optimizer):
@@ -454,6 +483,12 @@ def restore_generator(state, content):
         generator.manual_seed(1_000_003 * state["seed"] + content["step"])
 
 
+def write_settings(settings, folder):
+    """Write a run's settings to `folder`/settings.json, for people; checkpoints hold them too."""
+    with sde.replacing(Path(folder) / "settings.json") as aside:
+        aside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
 def network_of(settings):
     """Build the untrained network that a run's settings describe."""
     asked = ("boundaries", "channels", "size", "decoders")
@@ -473,8 +508,9 @@ def averaged_model(content):
 
     With early stopping each stage has the weights of its best look at held-out pictures.
     """
-    model = network_of(content["settings"])
-    model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
+    with fitting("the checkpoint"):
+        model = network_of(content["settings"])
+        model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
     return model.to(sde.device()).eval()
 
 
@@ -549,8 +585,8 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
 
 
-def check_settings(arch, process, stages, patience, steps, batch, lr, ema, save_every):
-    """Raise BadInput for a setting that cannot work."""
+def check_settings(arch, process, stages, patience):
+    """Raise BadInput for settings that are unknown or do not go together."""
     for what, value, known in (
         ("arch", arch, ("multistage", "unified", "separate")),
         ("stages", stages, ("uniform", "mixed")),
@@ -558,11 +594,6 @@ def check_settings(arch, process, stages, patience, steps, batch, lr, ema, save_
         if value not in known:
             raise BadInput(f"unknown {what} {value!r}: take {', '.join(known)}")
     kernel_of(process)
-    for key, value in dict(steps=steps, batch=batch, lr=lr, patience=patience).items():
-        if value < 0:
-            raise BadInput(f"{key} = {value} is negative: give a positive one, or 0 for the recipe")
-    if not 0 <= ema < 1 or save_every < 1:
-        raise BadInput(f"ema = {ema} must lie in [0, 1) and save_every = {save_every} above 0")
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
 
@@ -582,19 +613,51 @@ def say(*lines):
         print(*lines, sep="\n")
 
 
-def claim(folder, resume):
-    """Make the folder of a run; an earlier run of that name is kept as `folder`.1, .2, …
+HELD = {}  # the folders that this process writes into, each open and locked: {path: descriptor}
 
-    Raises BadInput where the folder cannot be made.
+
+def hold(folder):
+    """Lock a folder, until `release` or the end of this process.
+
+    Raises BadInput where another process holds it.
+    """
+    release(folder)
+    if fcntl is None:
+        return
+    HELD[Path(folder).resolve()] = place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        release(folder)
+        raise BadInput(
+            f"another process is training in {folder}: wait for it, or give this run a --name"
+        ) from None
+    except OSError:  # some network's file system knows no locks
+        pass
+
+
+def release(folder):
+    """Give back a folder that `hold` locked, if it did."""
+    if (place := HELD.pop(Path(folder).resolve(), None)) is not None:
+        os.close(place)
+
+
+def claim(folder, resume):
+    """Make the folder of a run and hold it; an earlier run of that name is kept as `folder`.1, …
+
+    Raises BadInput where the folder cannot be made, or another process writes into it.
     """
     folder = Path(folder)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
         left = [name for name in ("checkpoint.pt", "autoencoder.pt") if (folder / name).exists()]
         if left and not resume:
             n = next(n for n in range(1, 10_000) if not Path(f"{folder}.{n}").exists())
             folder.rename(f"{folder}.{n}")
             print(f"an earlier run is kept as {folder}.{n}")
-        folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            hold(folder)  # the lock on the old one went with it
     except OSError as error:
         raise BadInput(
             f"cannot write to {folder} ({error.strerror}): choose another --out"
@@ -733,10 +796,33 @@ def mean_losses(recent, n, device):
 
 def trim(log, step):
     """Keep of a log, a file of JSON lines, what was written until `step`; make it if need be."""
-    old = log.read_text().splitlines() if log.is_file() else []
-    kept = [line for line in old if json.loads(line)["step"] <= step]
+    old = read_metrics(log.parent, log.name) if log.is_file() else []
     with sde.replacing(log) as aside:
-        aside.write_text("".join(f"{line}\n" for line in kept))
+        kept = (json.dumps(row) for row in old if row["step"] <= step)
+        aside.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
+
+
+def append(row, log):
+    """Add a row, a dictionary, to a log. Raises BadInput where it cannot be written."""
+    try:
+        with log.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise BadInput(
+            f"cannot write to {log} ({error.strerror}): make room, then --resume goes on from the "
+            "last checkpoint"
+        ) from error
+
+
+def read_metrics(folder, file="metrics.jsonl"):
+    """Read a run's log as a list of dictionaries; torn rows, as of a full disk, are dropped."""
+    rows, path = [], Path(folder) / file
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            say(f"{path}: a torn row is dropped: {line[:60]}")
+    return rows
 
 
 def fit(
@@ -792,8 +878,7 @@ def fit(
                 row.update({key: float(f"{value:.6g}") for key, value in petaflops})
                 recent = []
                 if first:
-                    with log.open("a") as lines:
-                        lines.write(json.dumps(row) + "\n")
+                    append(row, log)
             halt = halts(stop, step, device)
             if step % save_every == 0 or step == steps or halt or not state["active"]:
                 if not all(torch.isfinite(loss) for loss in losses.values()):
@@ -808,8 +893,7 @@ def fit(
                 draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
                 if measure:
                     row = dict(step=step, petaflops=state["petaflops"][0])
-                    with log.open("a") as lines:
-                        lines.write(json.dumps({**row, **measure(state["ema"])}) + "\n")
+                    append({**row, **measure(state["ema"])}, log)
             if halt:
                 return False
         sde.report_unreadable(bad, len(images))
@@ -862,12 +946,24 @@ def wrap(state, compile):
     state["forward"] = torch.compile(model) if compile else model
 
 
+def check_batch(settings):
+    """Raise BadInput for a batch whose activations cannot fit into this machine's memory."""
+    with torch.device("meta"):
+        model = network_of(settings)
+        x, t = torch.empty(1, model.channels, model.size, model.size), torch.empty(1)
+    stages = range(len(model.decoders))
+    kept = max(unet.kept_bytes(lambda k=k: model(x, t, stage=k), model) for k in stages)
+    batch = settings["batch"] // ranks()[1]
+    sde.check_memory(batch * kept, f"batch = {settings['batch']}")
+
+
 def prepare(settings, content=None, compile=False):
     """Build what a run's settings describe: a state ready to train.
 
     content: of the checkpoint to go on from. Raises BadInput where a batch is smaller than the
     number of stages that it shall mix.
     """
+    check_batch(settings)
     torch.manual_seed(settings["seed"])  # the initial weights
     model = network_of(settings).to(sde.device())
     n, batch = len(model.decoders), settings["batch"]
@@ -887,7 +983,7 @@ def prepare(settings, content=None, compile=False):
 
 # %%
 if __name__ == "__main__":
-    check_settings(arch, process, stages, patience, steps, batch, lr, ema, save_every)
+    check_settings(arch, process, stages, patience)
     join()
     rank, world = ranks()
     with one_at_a_time():
@@ -934,13 +1030,13 @@ if __name__ == "__main__":
     state = prepare(asked, content, compile)
     if rank == 0:  # nothing is touched before everything is known to fit
         claim(run, resume)
-        with sde.replacing(run / "settings.json") as aside:
-            aside.write_text(json.dumps(asked, indent=1) + "\n")
+        write_settings(asked, run)
 
 # %%
 if __name__ == "__main__":
     say(f"the run lies in {run}")
     finished = fit(state, training_set, asked, run, save_every, sample_every, workers, held_out)
+    release(run)
     if world > 1:
         dist.destroy_process_group()
     if not finished and rank == 0:
@@ -957,11 +1053,6 @@ if __name__ == "__main__":
 
 
 # %%
-def read_metrics(folder, file="metrics.jsonl"):
-    """Read a run's log as a list of dictionaries."""
-    return [json.loads(line) for line in (Path(folder) / file).read_text().splitlines()]
-
-
 def draw_losses(folder):
     """Plot the training loss of each stage in `folder`/metrics.jsonl."""
     rows = read_metrics(folder)

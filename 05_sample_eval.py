@@ -13,12 +13,17 @@
 # precision and recall, each beside the value that real pictures reach.
 
 # %%
-import copy
 import importlib
+import os
+
+if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")  # a notebook that was opened where it lies
+sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+
+import copy
 import inspect
 import json
 import math
-import os
 import sys
 import time
 from functools import partial
@@ -33,9 +38,6 @@ from scipy.integrate import solve_ivp
 from torch import nn
 from tqdm import tqdm
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
-    os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
 BadInput = sde.BadInput
@@ -45,16 +47,16 @@ name = "digits-multistage"  # name of the run to sample from
 out = "runs"  # the folder that holds the runs
 root = "data"  # where the run's data set lies or is downloaded to
 sampler = "dpm-solver-3"  # any of SAMPLERS: ddim, deis-3, dpm-solver++-2m, heun, ancestral, …
-nfe = 20  # evaluations of the network for one picture (heun: an odd number)
+nfe = 20  # evaluations of the network for one picture (heun: an odd number) [1, 10000]
 grid = ""  # where the solver stops: log-snr, time or quadratic; empty: the solver's own choice
-samples = 898  # pictures to draw and to measure; at most half the data set
-batch = 300  # pictures drawn at a time
-seed = 1  # seed of the start noise
+samples = 898  # pictures to draw and measure; at most half the data set [10, 10000000]
+batch = 300  # pictures drawn at a time [1, 1000000]
+seed = 1  # seed of the start noise [0, 4294967295]
 reference = ""  # a folder of pictures to compare with; empty: the run's data set
 weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
 features = ""  # TorchScript file, uint8 (B, C, H, W) to features (B, d), in place of Inception
 compare = False  # also measure every kind of solver at 5 to 50 evaluations (minutes)
-model_for_stage = ""  # runs that serve single stages, such as 1=runs/digits-unified
+model_for_stage = ""  # runs that serve single stages: an example stands at `Hybrid` below
 
 # %%
 sde.settings(globals(), "05_sample_eval")
@@ -497,7 +499,7 @@ if __name__ == "__main__":
         plt.loglog(steps_list, errors, style, marker="o", ms=3, label=kind, color=plt.cm.tab20(i))
     plt.gca().set(xlabel="steps", ylabel="largest error", title="A mixture with a known answer")
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    sde.show("figures/05_orders.png")
+    sde.show((Path("figures") if out == "runs" else Path(out) / "figures") / "05_orders.png")
 
 # %% [markdown]
 # ## Drawing
@@ -599,16 +601,34 @@ def sample(
 
 
 # %%
+def open_shard(path, shape, kind):
+    """Open a file of arrays (n, *shape) of a numpy kind, without reading it.
+
+    Returns None where there is none, or, which is said, one that is torn or holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = np.load(path, mmap_mode="r")
+    except Exception:  # a torn file fails in many ways
+        found = np.empty(0)
+    if len(found) and found.shape[1:] == tuple(shape) and found.dtype == kind:
+        return found
+    training.say(f"{path} is torn or holds something else: it is made again")
+    return None
+
+
 def draw_set(model, process, folder, n, shard=500, decode=to_pictures, **how):
     """Draw n pictures with `sample`, kept in shards under `folder`: uint8 (n, C, H, W).
 
     decode: brings what the network draws to pictures in [0, 1].
     """
     (rank, world), folder, parts = training.ranks(), Path(folder), []
+    shape = decode(torch.zeros(1, model.channels, model.size, model.size)).shape[1:]
     for j, first in enumerate(range(0, n, shard)):
         path, size = folder / f"{first:07}.npy", min(shard, n - first)
-        have = len(np.load(path, mmap_mode="r")) if path.exists() else 0
-        if have < size and j % world == rank:
+        have = open_shard(path, shape, np.uint8) if j % world == rank else None
+        if j % world == rank and (have is None or len(have) < size):
             x = decode(sample(model, process, size, first=first, **how))
             with sde.replacing(path) as aside, open(aside, "wb") as file:
                 np.save(file, (x * 255).round().to(torch.uint8).numpy())
@@ -664,7 +684,7 @@ def hybrid(model, process, text):
     others, names = {}, []
     for entry in text.split(","):
         k, _, folder = entry.partition("=")
-        if not (k.strip().isdigit() and folder) or int(k) >= len(model.decoders):
+        if not (k.strip().isdecimal() and folder) or int(k) >= len(model.decoders):
             raise BadInput(
                 f"model_for_stage = {entry!r}: give such as 1=runs/digits-unified, with a stage "
                 f"from 0 to {len(model.decoders) - 1}"

@@ -16,11 +16,16 @@
 # configuration, and `--dry_run` says what it would take.
 
 # %%
+import importlib
+import os
+
+if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")  # a notebook that was opened where it lies
+sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+
 import copy
 import hashlib
-import importlib
 import json
-import os
 import sys
 import time
 from functools import partial
@@ -35,9 +40,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
-    os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")
 clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
@@ -47,35 +49,35 @@ BadInput = sde.BadInput
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
 root = "data"  # where the data set lies or is downloaded to
-size = 256  # side in pixels that pictures of celeba and folder are brought to
+size = 256  # side in pixels that pictures of celeba and folder are brought to [4, 2048]
 first_stage = ""  # file of a trained autoencoder, own or LDM's VQ-f4; empty: train one
 kind = ""  # autoencoder to train: kl or vq; empty: the data set's recipe
-code_steps = 0  # training steps of the autoencoder; 0: the recipe of the data set (table below)
-code_lr = 0.0  # Adam's learning rate of the autoencoder; 0: the recipe of the data set
-perceptual = -1.0  # weight of LPIPS in the autoencoder's loss; -1: the recipe
-adversarial = -1.0  # weight of a patch discriminator in the autoencoder's loss; -1: the recipe
+code_steps = 0  # training steps of the autoencoder; 0: the recipe (table below) [0, 1000000000]
+code_lr = 0.0  # Adam's learning rate of the autoencoder; 0: the recipe [0, 10]
+perceptual = -1.0  # weight of LPIPS in the autoencoder's loss; below 0: the recipe [-1, 1000]
+adversarial = -1.0  # weight of a patch discriminator in it; below 0: the recipe [-1, 1000]
 latents = ""  # folder of the latents; empty: latents/ in the run
 arch = "multistage"  # multistage, unified or separate
 network = ""  # a name of step 03's NETWORKS such as ldm; empty: the data set's recipe
 stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: LDM's steps 442 and 631
-steps = 0  # training steps of the latent model; 0: the recipe of the data set
-batch = 0  # latents a step, over all devices; 0: the recipe of the data set
-lr = 0.0  # Adam's learning rate of the latent model; 0: the recipe of the data set
-ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n)
+steps = 0  # training steps of the latent model; 0: the recipe [0, 1000000000]
+batch = 0  # latents a step, over all devices; 0: the recipe [0, 1000000]
+lr = 0.0  # Adam's learning rate of the latent model; 0: the recipe [0, 10]
+ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n) [0, 1)
 sampler = "dpm-solver++-2m"  # any of step 05's SAMPLERS, such as ddim
 grid = "time"  # where the solver stops: time, log-snr or quadratic; empty: the solver's own choice
-nfe = 20  # evaluations of the network for one latent
-samples = 898  # pictures to draw and to measure; at most half the data set
+nfe = 20  # evaluations of the network for one latent [1, 10000]
+samples = 898  # pictures to draw and measure; at most half the data set [10, 10000000]
 weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
 compare = True  # digits, mnist: also train a unified network with equal FLOPs, and draw both curves
-seed = 0  # seed of every random number
+seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-latent, and the arch where it is not multistage
 out = "runs"  # the folder that holds the runs
-save_every = 1000  # steps between checkpoints
-sample_every = 0  # steps between grids of samples; 0: a fifth of the steps
-memory = 4.0  # GiB of pictures or latents to hold on the device; a larger set is read in training
-workers = 4  # processes that read them then
+save_every = 1000  # steps between checkpoints [1, 1000000000]
+sample_every = 0  # steps between grids of samples; 0: a fifth of the steps [0, 1000000000]
+memory = 4.0  # GiB of pictures or latents held on the device; more are read later [0, 1000000]
+workers = 4  # processes that read them then [0, 1024]
 compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on with that run: train what is missing, then draw
 dry_run = False  # say what the run would take (parameters, GFLOPs, memory, time) and stop
@@ -424,7 +426,7 @@ def save_autoencoder(state, path, finished):
         }
         content.update(parts, step=state["step"], generator=state["generator"].get_state())
     with sde.replacing(path) as aside:
-        torch.save(content, aside)
+        training.write_tensors(content, aside)
 
 
 def fit_autoencoder(state, images, steps, batch, folder, save_every=1000, **how):
@@ -449,8 +451,7 @@ def fit_autoencoder(state, images, steps, batch, folder, save_every=1000, **how)
                     raise BadInput(f"the autoencoder fails at step {step}: give a lower --code_lr")
                 bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()}, refresh=False)
                 if first:
-                    with log.open("a") as lines:
-                        lines.write(json.dumps(dict(step=step, **row)) + "\n")
+                    training.append(dict(step=step, **row), log)
             if first and (step % save_every == 0 or step == steps or halt):
                 save_autoencoder(state, folder / "autoencoder.pt", step == steps)
             if halt and step < steps:
@@ -459,13 +460,23 @@ def fit_autoencoder(state, images, steps, batch, folder, save_every=1000, **how)
 
 
 def resume_autoencoder(state, content):
-    """Put what `save_autoencoder` wrote back into a fresh state."""
-    for key in ("model", "critic", "optimizer", "critic_optimizer"):
-        state[key].load_state_dict(content[key])
-    for key in ("optimizer", "critic_optimizer"):
-        training.restore_layout(state[key])
-    state["step"] = content["step"]
-    training.restore_generator(state, content)
+    """Put what `save_autoencoder` wrote back into a fresh state.
+
+    Raises BadInput where it does not fit, such as an autoencoder of another kind.
+    """
+    with training.fitting("the unfinished autoencoder.pt"):
+        for key, value in state["model"].options.items():
+            if content["options"][key] != value:
+                old = content["options"][key]
+                raise BadInput(
+                    f"the run's autoencoder was trained with {key} = {old!r}, not {value!r}"
+                )
+        for key in ("model", "critic", "optimizer", "critic_optimizer"):
+            state[key].load_state_dict(content[key])
+        for key in ("optimizer", "critic_optimizer"):
+            training.restore_layout(state[key])
+        state["step"] = content["step"]
+        training.restore_generator(state, content)
 
 
 # %%
@@ -571,7 +582,7 @@ SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 def ask(value, recipe, key):
     """Return what the user gave, or the recipe's where that is 0 (for a judge's weight: -1)."""
-    return recipe[key] if value == (-1 if key in JUDGES else 0) else value
+    return recipe[key] if (value < 0 if key in JUDGES else value == 0) else value
 
 
 def latent_network(network, dataset, arch):
@@ -593,10 +604,8 @@ def latent_boundaries(text, name, arch):
 if __name__ == "__main__":
     if dataset not in RECIPES:
         raise BadInput(f"unknown dataset {dataset!r}: take {', '.join(RECIPES)}")
-    training.check_settings(arch, "ldm", stages, 0, steps, batch, lr, ema, save_every)
+    training.check_settings(arch, "ldm", stages, 0)
     times = evaluation.times_asked(sampler, sde.LDM, nfe, grid)
-    if code_steps < 0 or code_lr < 0:
-        raise BadInput(f"code_steps = {code_steps} and code_lr = {code_lr} must not be negative")
     recipe, shape = RECIPES[dataset], SHAPES.get(dataset, (3, size, size))
     ready = load_first_stage(first_stage) if first_stage else None
     plan = ready.options if ready else AUTOENCODERS[dataset] | ({"kind": kind} if kind else {})
@@ -618,24 +627,10 @@ if __name__ == "__main__":
 #
 # Before hours of training one wants to know whether it fits. Everything can be built on the `meta`
 # device, which knows shapes but holds no numbers. Even the activations can be counted there: autograd
-# is asked what it keeps for the backward pass.
+# is asked what it keeps for the backward pass (`kept_bytes` of step 03).
 
 
 # %%
-def kept_bytes(run, model):
-    """Count the bytes that autograd keeps for the backward pass of `run()`, without parameters."""
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no address is used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-
-
 def product_rate(n=2048):
     """Measure the device's rate of a matrix product, in FLOP/s (bfloat16 on a GPU that can)."""
     where = sde.device()
@@ -680,7 +675,9 @@ def estimate(autoencoder, model, settings, shape, devices, times):
     x, t = torch.empty(batch // devices, *z.shape[1:], device="meta"), torch.empty(1, device="meta")
     t = t.expand(len(x))
     fixed = 20 * costs["total"]["parameters"]  # weights, gradients, Adam's two, the average
-    moving = max(kept_bytes(lambda k=k: model(x, t, stage=k), model) for k in range(len(stages)))
+    moving = max(
+        unet.kept_bytes(lambda k=k: model(x, t, stage=k), model) for k in range(len(stages))
+    )
     print(
         f"memory a device: {fixed / 2**30:.3g} GiB for weights, gradients, Adam, the average;",
         end=" ",
@@ -715,6 +712,11 @@ if __name__ == "__main__" and not dry_run:
         raise BadInput(
             f"batches of {asked['batch']} and {recipe['code_batch']} cannot be shared by {world}"
         )
+    training.check_batch(asked)
+    if ready is None:
+        picture = torch.empty(1, *shape, device="meta")
+        kept = unet.kept_bytes(lambda: blank.decode(blank.encode(picture)), blank)
+        sde.check_memory(recipe["code_batch"] // world * kept, f"size = {shape[1]}")
     run = Path(out) / (name or f"{dataset}-latent" + f"-{arch}" * (arch != "multistage"))
     if resume and not (run / "autoencoder.pt").exists():
         raise BadInput(f"there is nothing to resume in {run}: leave out --resume")
@@ -753,7 +755,7 @@ if __name__ == "__main__" and not dry_run:
             )
     elif ready is not None and rank == 0:
         with sde.replacing(file) as aside:
-            torch.save(dict(options=ready.options, model=ready.state_dict()), aside)
+            training.write_tensors(dict(options=ready.options, model=ready.state_dict()), aside)
     if world > 1:
         dist.barrier()
     autoencoder = load_first_stage(file)
@@ -812,7 +814,10 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
     """
     (rank, world), folder, n = training.ranks(), Path(folder), len(images)
     whose, note = dict(autoencoder=fingerprint(model), pictures=n, **about), folder / "latents.json"
-    known = json.loads(note.read_text()) if note.exists() else whose
+    try:
+        known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else whose
+    except ValueError:
+        raise BadInput(f"{note} is damaged: remove {folder}, and it is encoded anew") from None
     for key, value in whose.items():
         if known.get(key) != value:
             raise BadInput(
@@ -821,10 +826,14 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
             )
     if rank == 0 and "scale" not in known:
         with sde.replacing(note) as aside:
-            aside.write_text(json.dumps(known, indent=1) + "\n")
+            aside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    where = next(model.parameters()).device
+    picture = images.shape[1:] if torch.is_tensor(images) else (3, images.size, images.size)
+    with torch.no_grad():
+        shape = model.encode(torch.zeros(1, *picture, device=where)).shape[1:]
     for j, first in enumerate(tqdm(range(0, n, shard), "encoding", disable=rank > 0, leave=False)):
         path = folder / f"{first:08}.npy"
-        if not path.exists() and j % world == rank:
+        if j % world == rank and evaluation.open_shard(path, shape, np.float16) is None:
             z = encode(model, cut_out(images, first, first + shard, workers))
             with sde.replacing(path) as aside, open(aside, "wb") as file:
                 np.save(file, z.half().cpu().numpy())
@@ -836,7 +845,7 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
         known["scale"] = 1 / spread(folder)
         if rank == 0:
             with sde.replacing(note) as aside:
-                aside.write_text(json.dumps(known, indent=1) + "\n")
+                aside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return known["scale"]
 
 
@@ -991,9 +1000,10 @@ def train_latents(settings, codes, run, content=None, compile=False, **options):
         training.agree(settings, content["settings"], run)
     state = training.prepare(settings, content, compile)
     if training.ranks()[0] == 0:
-        with sde.replacing(run / "settings.json") as aside:
-            aside.write_text(json.dumps(settings, indent=1) + "\n")
-    return state, training.fit(state, codes, settings, run, **options)
+        training.write_settings(settings, run)
+    finished = training.fit(state, codes, settings, run, **options)
+    training.release(run)
+    return state, finished
 
 
 # %%

@@ -379,16 +379,11 @@ def test_contradictions_on_resume_are_named(sde, training):
         ({"process": "ve"}, "unknown process 've'"),
         ({"process": "pfgm-x"}, "such as pfgm-128"),
         ({"stages": "all"}, "unknown stages 'all'"),
-        ({"steps": -1}, "steps = -1"),
-        ({"lr": -0.1}, r"lr = -0\.1"),
-        ({"ema": 1.0}, r"ema = 1\.0"),
-        ({"patience": -1}, "patience = -1"),
         ({"patience": 1, "arch": "multistage"}, "--arch separate"),
     ],
 )
 def test_settings_that_cannot_work(sde, training, change, sentence):
     good = dict(arch="unified", process="vp", stages="mixed", patience=0)
-    good.update(steps=1, batch=1, lr=0.1, ema=0.9, save_every=1)
     training.check_settings(**good)
     with pytest.raises(sde.BadInput, match=sentence):
         training.check_settings(**{**good, **change})

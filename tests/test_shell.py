@@ -52,7 +52,7 @@ WRONG = {
     "unknown flag": ("04_train", ["--stpes", "3"], "unrecognized arguments: --stpes 3"),
     "abbreviated flag": ("04_train", ["--data", "digits"], "unrecognized arguments: --data"),
     "no number": ("04_train", ["--steps", "many"], "invalid int value: 'many'"),
-    "negative": ("04_train", ["--batch", "-3"], "batch = -3 is negative"),
+    "negative": ("04_train", ["--batch", "-3"], "batch = -3 must lie in [0, 1000000]"),
     "unknown arch": ("04_train", ["--arch", "u-net"], "unknown arch 'u-net'"),
     "unknown process": ("04_train", ["--process", "ve"], "unknown process 've'"),
     "unknown data set": ("04_train", ["--dataset", "imagenet"], "unknown dataset 'imagenet'"),
@@ -62,10 +62,11 @@ WRONG = {
     "one boundary": ("04_train", ["--boundaries", "0.5", "--steps", "1"], "need 2 boundaries"),
     "nothing to resume": ("04_train", ["--resume"], "there is no checkpoint runs"),
     "unwritable": ("04_train", ["--out", "file/runs"], "cannot write to file/runs"),
-    "no alpha": ("02_clustering", ["--alpha", "2", "--samples", "50"], "alpha = 2.0 leaves no"),
+    "no alpha": ("02_clustering", ["--alpha", "0", "--samples", "50"], "alpha = 0.0 leaves no"),
+    "above one": ("02_clustering", ["--alpha", "2"], "alpha = 2.0 must lie in [0, 1]"),
     "unknown network": ("03_multistage_unet", ["--network", "x"], "unknown network 'x_unified'"),
     "missing run": ("05_sample_eval", ["--name", "x"], "there is no checkpoint runs/x"),
-    "negative steps": ("06_ldm", ["--steps", "-1"], "steps = -1 is negative"),
+    "negative steps": ("06_ldm", ["--steps", "-1"], "steps = -1 must lie in [0, 1000000000]"),
     "unwritable 06": ("06_ldm", ["--out", "file/runs"], "cannot write to file/runs"),
 }
 
