@@ -46,6 +46,19 @@ ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
 
 
+SPINS = "2000"  # turns of an idle thread before it sleeps; OpenMP's own default is 300,000
+
+
+def let_threads_sleep():
+    """Let idle threads of processes that load torch from now on sleep soon, unless the user chose.
+
+    Two OpenMP threads that spin while they wait for each other stall as soon as another process
+    takes one of their cores.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
 def ready_script():
     """Ready the process of a step that runs as a script; later steps import this one first.
 
@@ -54,16 +67,12 @@ def ready_script():
     main = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
     if NOTEBOOK or main.parent != ROOT or not re.match(r"0\d_", main.name):
         return  # a step that is imported as a library leaves the process as it is
-    # Two OpenMP threads that spin while they wait for each other stall as soon as another process
-    # takes one of their cores: let them sleep sooner. It counts only before torch is loaded.
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPINS
+    let_threads_sleep()
     for kind in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(kind) != signal.SIG_IGN:  # as a shell's background job has it
             signal.signal(kind, lambda number, _: sys.exit(128 + number))
 
 
-SPINS = "2000"  # turns of an idle thread before it sleeps; OpenMP's own default is 300,000
 ready_script()
 
 

@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/python notebooks/execute.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/ready
 	$(BIN)/python -m pip install -q ruff -c constraints.txt

@@ -8,6 +8,7 @@ The scripts are the source: each becomes a notebook by jupytext and runs through
 """
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = sorted(path.stem for path in ROOT.glob("0[1-9]_*.py"))
+sys.path.insert(0, str(ROOT))
 
 
 def last_states(text):
@@ -85,6 +87,7 @@ def main():
         shutil.rmtree(out, ignore_errors=True)  # holds nothing but an earlier demo
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.pop("MPLBACKEND", None)  # a backend without windows would take the figures away
+    importlib.import_module(STEPS[0]).let_threads_sleep()  # of the kernels, which inherit it
     begin = time.perf_counter()
     for i, step in enumerate(steps, start=1):
         print(f"[{i}/{len(steps)}] {step} … ", end="", flush=True)

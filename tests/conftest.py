@@ -1,15 +1,27 @@
 """Make the numbered steps importable and hand them to the tests under short names."""
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Tests run side by side, and OpenMP threads that share cores wait for each other: one is enough.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = sorted(path.stem for path in ROOT.glob("0[1-9]_*.py"))
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the notebooks, which take longest and stay together in one process."""
+    for item in items:
+        if item.path.name == "test_notebooks.py":
+            item.add_marker(pytest.mark.xdist_group("notebooks"))
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
 @pytest.fixture(autouse=True)

@@ -166,7 +166,7 @@ def test_a_torn_row_is_dropped_and_said(training, tmp_path, capsys):
 
 
 def spoiled(content, how):
-    """A checkpoint's content that lacks its optimiser or a weight, or has a weight of another shape."""
+    """A checkpoint without its optimiser or a weight, or with a weight of another shape."""
     key = next(iter(content["ema"]))
     if how == "no optimiser":
         del content["optimizer"]
