@@ -31,6 +31,7 @@
 import argparse
 import ast
 import builtins
+import functools
 import importlib.metadata
 import os
 import platform
@@ -252,6 +253,30 @@ def replacing(path):
     finally:
         if aside.is_file():
             aside.unlink()
+
+
+def out_of_memory(error):
+    """Tell whether an error says that the memory of a GPU, or of this machine, is used up."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def enough_memory(way_out="give a smaller --batch"):
+    """Say what to do where what is done within, or in the function below, runs out of memory.
+
+    Raises BadInput with the way out in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        wanted = re.search(r"allocate ([\d.,]+ \w+)", str(error))  # of a page of other numbers
+        wanted = f" (for {wanted[1]} more)" if wanted else ""
+        whose = "GPU" if device().type == "cuda" else "machine"
+        raise BadInput(f"the memory of this {whose} is used up{wanted}: {way_out}") from error
 
 
 def show(path):
@@ -560,26 +585,32 @@ class DDPM(VP):
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 
     @classmethod
-    def table(cls):  # B at t = 0, 1/1000, ..., 1: s^2 is the product of the (1 - beta_k)
+    @functools.cache  # once for each device: to copy them there at every call would hold it up
+    def table(cls, device):  # B at t = 0, 1/1000, ..., 1: s^2 is the product of the (1 - beta_k)
         B = -torch.log1p(-cls.betas).cumsum(0)
-        return torch.cat([torch.zeros(1).double(), B])
+        return torch.cat([torch.zeros_like(B[:1]), B]).to(device)
+
+    @classmethod
+    @functools.cache
+    def rate(cls, device):  # beta in each of the steps
+        return -1000 * torch.log1p(-cls.betas).to(device)
 
     @classmethod
     def beta(cls, t):
-        step = (as_time(t) * 1000).long().clamp(0, 999)
-        rate = -1000 * torch.log1p(-cls.betas).to(step.device)
-        return rate[step].to(as_time(t).dtype)
+        t = as_time(t)
+        step = (t * 1000).long().clamp(0, 999)
+        return cls.rate(t.device)[step].to(t.dtype)
 
     @classmethod
     def B(cls, t):
         t = as_time(t)
         step = (t * 1000).long().clamp(0, 999)
-        below = cls.table().to(t.device)[step]
+        below = cls.table(t.device)[step]
         return (below + cls.beta(t) * (t.double() - step.double() / 1000)).to(t.dtype)
 
     @classmethod
     def time_of_B(cls, B):
-        table = cls.table().to(B.device)
+        table = cls.table(B.device)
         step = torch.searchsorted(table, B.double().contiguous(), right=True).clamp(1, 1000) - 1
         part = (B - table[step]) / (table[step + 1] - table[step])
         return ((step + part) / 1000).to(B.dtype)
@@ -660,8 +691,8 @@ def fresh_noise(x, generator=None, kernel=VP):
     independent of the batch that it is drawn in.
     """
     if isinstance(generator, list):
-        alone = [fresh_noise(x[:1].cpu(), g, kernel) for g in generator]
-        return torch.cat(alone).to(x.device)
+        one = torch.empty(1, *x.shape[1:], dtype=x.dtype)  # on the CPU, and all cross over at once
+        return torch.cat([fresh_noise(one, g, kernel) for g in generator]).to(x.device)
     where = x.device if generator is None else generator.device
     noise = torch.randn(x.shape, generator=generator, device=where, dtype=x.dtype)
     if hasattr(kernel, "D"):  # Student's t: Gaussian over the root of an independent chi^2 / D
@@ -673,8 +704,7 @@ def fresh_noise(x, generator=None, kernel=VP):
 
 def start_noise(x, generator, kernel):
     """Draw what sampling starts from: noise like x (B, C, H, W) of the level at t_max."""
-    level = kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)
-    return fresh_noise(x, generator, kernel) * level.to(x)
+    return kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max) * fresh_noise(x, generator, kernel)
 
 
 # %% [markdown]
@@ -736,8 +766,10 @@ if __name__ == "__main__":
 # %%
 def per_image(value, x):
     """Reshape a value a batch entry, (B,) or scalar, so that it multiplies x (B, C, H, W)."""
-    value = torch.as_tensor(value, device=x.device).to(x.dtype)
-    return value.reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, 1, 1)
+    value = torch.as_tensor(value)
+    if value.dim() == 0:  # goes with any x as it is, wherever that lies
+        return value.to(x.dtype)
+    return value.to(x.device).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, 1, 1)
 
 
 def perturb(x0, eps, t, kernel):
@@ -770,7 +802,8 @@ if __name__ == "__main__":
 # $\mathrm dx = [f(t)\,x - \tfrac12 g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt$. A network that
 # predicts the noise gives the score, because $\nabla\log p_t(x) = -\epsilon_t(x)/(s_t\sigma_t)$.
 # Both solvers below take equal steps in log-SNR, since all of the fine detail is decided in a short
-# stretch near $t=0$.
+# stretch near $t=0$. Their times are float64 numbers on the CPU, which go with pictures on a GPU as
+# plain numbers do; to fetch them from there would make the GPU wait at every step.
 
 
 # %%
@@ -788,15 +821,16 @@ def log_snr_times(kernel, n):
 def euler_maruyama(eps, kernel, x, nfe, generator=None):
     """Solve the reverse SDE (paper, Eq. 3) by Euler-Maruyama, yielding x after each of nfe steps.
 
-    eps: function (x, t) -> predicted noise; x: (B, C, H, W) noise at t_max; t is passed as (B,).
+    eps: function (x, t) -> predicted noise; x: (B, C, H, W) noise at t_max; t is passed as (B,), on
+    the CPU.
     """
-    times = log_snr_times(kernel, nfe).to(x.device)
+    times = log_snr_times(kernel, nfe)
     for t, t_next in zip(times, times[1:], strict=False):
         dt = t_next - t  # negative: time runs backwards
         grad = score(eps(x, t.expand(len(x)).to(x.dtype)), t, kernel)
         z = fresh_noise(x, generator)
-        drift = per_image(kernel.f(t), x) * x - per_image(kernel.g(t) ** 2, x) * grad
-        x = x + per_image(dt, x) * drift + per_image(kernel.g(t) * (-dt).sqrt(), x) * z  # Eq. 3
+        drift = kernel.f(t) * x - kernel.g(t) ** 2 * grad
+        x = x + dt * drift + kernel.g(t) * (-dt).sqrt() * z  # Eq. 3
         yield x
 
 
@@ -805,11 +839,11 @@ def probability_flow(eps, kernel, x, nfe, generator=None):
 
     Arguments as `euler_maruyama`; nothing is random. Source: Song et al. 2021, Eq. 13.
     """
-    times = log_snr_times(kernel, nfe).to(x.device)
+    times = log_snr_times(kernel, nfe)
     for t, t_next in zip(times, times[1:], strict=False):
         grad = score(eps(x, t.expand(len(x)).to(x.dtype)), t, kernel)
-        drift = per_image(kernel.f(t), x) * x - per_image(kernel.g(t) ** 2 / 2, x) * grad
-        x = x + per_image(t_next - t, x) * drift
+        drift = kernel.f(t) * x - kernel.g(t) ** 2 / 2 * grad
+        x = x + (t_next - t) * drift
         yield x
 
 
@@ -867,29 +901,44 @@ def probability_flow(eps, kernel, x, nfe, generator=None):
 
 
 # %%
-def posterior_mean(x, t, kernel, images, chunk=1000, best=8):
+@contextmanager
+def exact_products():
+    """Multiply float32 matrices as they are: TF32, which a setting may ask for, has three digits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@exact_products()
+def posterior_mean(x, t, kernel, images, chunk=0, best=8):
     """Average the data set as x sees it at time t: y_hat of Prop. 1.
 
-    x: (B, C, H, W) at times t, (B,) or scalar; images: (N, C, H, W) floats in [0, 1].
+    x: (B, C, H, W) at times t, (B,) or scalar; images: (N, C, H, W) floats in [0, 1]. chunk: images
+    to compare with at a time; 0: 1,000, or 16,384 on a GPU, which small products leave idle.
     Returns (B, C, H, W) in x's dtype. If x or images is float64 all of it is, else the two matrix
     products are float32 and the result is good to 1e-5 for any sigma from 1e-3 to 1e3.
     Raises BadInput where shapes do not match or a time has no noise. Source: paper, Prop. 1.
     """
     if x.dim() != 4 or images.dim() != 4 or x.shape[1:] != images.shape[1:] or len(images) < 1:
         raise BadInput(f"x {tuple(x.shape)} and images {tuple(images.shape)} must share C, H, W")
-    t = as_time(t).to(x.device).double().expand(len(x))
-    s, sigma = kernel.s(t)[:, None], kernel.sigma(t)[:, None]  # (B, 1)
-    if not (sigma > 0).all():
+    t = as_time(t).double()
+    if not (kernel.sigma(t) > 0).all():
         raise BadInput("the posterior mean needs noise: every time must give a sigma above 0")
+    t = t.to(x.device).expand(len(x))
+    s, sigma = kernel.s(t)[:, None], kernel.sigma(t)[:, None]  # (B, 1)
+    chunk = chunk or (1000 if x.device.type == "cpu" else 16_384)
     exact = torch.float64 in (x.dtype, images.dtype) or images.numel() <= 2**22  # small: cheap
     dtype = torch.float64 if exact else torch.float32
     y, z = images.flatten(1), x.flatten(1).double() / s  # (N, n), (B, n)
     centre = y[:chunk].mean(0)  # any point is right, one amid the pictures keeps q and d small
     q, variance = (z - centre).to(dtype), (sigma**2).to(dtype)
     top = torch.full_like(variance, -torch.inf)  # the largest logit so far, (B, 1)
-    total, mean, radius = torch.zeros_like(top), torch.zeros_like(q), 0.0
+    total, mean, radius = torch.zeros_like(top), torch.zeros_like(q), q.new_zeros(())
     leaders = top[:, :0], top[:, :0].long()  # logits and indices of the best so far
-    space = torch.empty_like(q[:0]).resize_(min(chunk, len(y)), q.shape[1])
+    space = q.new_empty(min(chunk, len(y)), q.shape[1])
     for first in range(0, len(y), chunk):
         part = y[first : first + chunk].to(dtype)  # (chunk, n)
         d = torch.sub(part, centre, out=space[: len(part)])  # in place: fresh memory is slow
@@ -901,7 +950,7 @@ def posterior_mean(x, t, kernel, images, chunk=1000, best=8):
         decay = torch.exp(top - new)
         total.mul_(decay).add_(weight.sum(1, keepdim=True))
         mean.mul_(decay).addmm_(weight, part)
-        top, radius = new, max(radius, float(length.max()))
+        top, radius = new, torch.maximum(radius, length.max())
     if exact:
         return (mean / total).reshape(x.shape).to(x.dtype)
     return _weigh_again(x, t, kernel, images, mean, total, top, leaders, centre, radius)

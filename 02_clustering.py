@@ -520,7 +520,7 @@ def small_network_gradients(images, steps=300, checkpoints=3, batch=64, width=16
     conv = lambda a, b: torch.nn.Conv2d(a, b, 3, padding=1)  # noqa: E731
     C, device = images.shape[1], images.device
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = [conv(C + 1, width), torch.nn.SiLU(), conv(width, width), torch.nn.SiLU()]
         net = torch.nn.Sequential(*layers, conv(width, width), torch.nn.SiLU(), conv(width, C))

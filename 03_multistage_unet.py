@@ -57,13 +57,38 @@ sde.settings(globals(), "03_multistage_unet")
 # latent diffusion). They are the same U-Net in slightly different taste, and one set of parts
 # serves all three: `norm` (how many groups), `scale` (residual sums of NCSN++ and DDPM++ are divided
 # by $\sqrt2$) and `heads` (channels of an attention head; none: one head).
+#
+# A GPU computes in bfloat16 where that is allowed (*autocast*). Two layers have their own mind about
+# it: norms, which would fall back to float32 and then spend more time on moving numbers than all
+# convolutions, and the last layer, whose output is the prediction.
 
 
 # %%
+class GroupNorm(nn.GroupNorm):
+    """Normalise (B, c, H, W) in its own dtype; the sums within are float32 in any case."""
+
+    def forward(self, h):
+        if h.dtype == self.weight.dtype:
+            return super().forward(h)
+        weight, bias = self.weight.to(h.dtype), self.bias.to(h.dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            return F.group_norm(h, self.num_groups, weight, bias, self.eps)
+
+
+class LastConv2d(nn.Conv2d):
+    """Convolve (B, c, H, W) in float32, whatever the layers before computed in."""
+
+    def forward(self, h):
+        if h.dtype == self.weight.dtype:
+            return super().forward(h)
+        with torch.autocast(h.device.type, enabled=False):
+            return super().forward(h.to(self.weight.dtype))
+
+
 def group_norm(groups, least, eps, channels):
     """Build a GroupNorm of at most `groups` groups with `least` channels or more in each."""
     fit = range(max(min(channels // least, groups), 1), 0, -1)
-    return nn.GroupNorm(next(n for n in fit if channels % n == 0), channels, eps=eps)
+    return GroupNorm(next(n for n in fit if channels % n == 0), channels, eps=eps)
 
 
 class ResBlock(nn.Module):
@@ -248,7 +273,7 @@ class Encoder(nn.Module):
         self.middle = bottom(c, block, attend) if middle else Layers()
 
     def forward(self, x, t):
-        emb = self.embed(embed_time(t, self.width, self.time).to(x.dtype))
+        emb = self.embed(embed_time(t.to(x.device), self.width, self.time).to(x.dtype))
         skips, p = [self.first(x)], x
         for layer in self.layers:
             if isinstance(layer, Pyramid):
@@ -291,7 +316,7 @@ class Decoder(nn.Module):
                     row.append(resize(c, "up", block, taps))
                 self.layers.append(Layers(*row))
             size *= 2
-        self.norm, self.last = norm(c), nn.Conv2d(c, channels, 3, padding=1)
+        self.norm, self.last = norm(c), LastConv2d(c, channels, 3, padding=1)
 
     def forward(self, middle, skips, emb):
         h = self.middle(middle, emb)
@@ -389,6 +414,7 @@ class MultistageUNet(nn.Module):
             for width, where in zip(decoders, attended, strict=True)
         )
         self.register_buffer("boundaries", torch.tensor(cuts), persistent=False)
+        self.cuts = cuts  # the same as plain numbers, which can be compared with times anywhere
         self.apply(initialize)
 
     def stage(self, t):
@@ -402,7 +428,9 @@ class MultistageUNet(nn.Module):
         return stage
 
     def _stage(self, t):
-        stage = torch.bucketize(t.contiguous(), self.boundaries.to(t.dtype), right=True)
+        stage = torch.zeros_like(t, dtype=torch.int64)
+        for tau in self.cuts:
+            stage += t >= tau
         return stage.masked_fill(~((t >= 0) & (t <= self.latest)), -1)
 
     def _refuse(self, t):
@@ -416,7 +444,8 @@ class MultistageUNet(nn.Module):
     def forward(self, x, t, stage=None):
         """Predict the noise in x (B, C, H, W) at times t (B,); the batch may mix stages.
 
-        stage: the stage of all of them, where the caller knows it; it saves looking at t.
+        stage: saves looking at t, for which a GPU has to be waited for, where the caller knows it:
+        the stage of all of them, or a list of stages, each once, that the batch takes in turns.
         """
         if (
             x.dim() != 4
@@ -427,21 +456,24 @@ class MultistageUNet(nn.Module):
                 f"x has shape {tuple(x.shape)}, but this network takes (B, {self.channels}, H, W) "
                 f"with H and W divisible by {self.multiple}"
             )
-        if stage is not None or len(self.decoders) == 1:
-            return self.branch(x, t, stage or 0)
-        stage, parts, order = self._stage(t), [], []
+        if isinstance(stage, int) or len(self.decoders) == 1:
+            return self.branch(x, t, stage if isinstance(stage, int) else 0)
+        places = self._places(t) if stage is None else in_turns(stage, len(x), x.device)
+        if len(places) == 1:
+            return self.branch(x, t, *places)
+        shared, parts = self.encoders[0](x, t) if len(self.encoders) == 1 else None, []
+        for k, mine in places.items():
+            features = select(shared, mine) if shared else self.encoders[k](x[mine], t[mine])
+            parts.append(self.decoders[k](*features))
+        order = torch.cat(list(places.values())).argsort()
+        return self._finish(x, torch.cat(parts)[order])  # in the order of x
+
+    def _places(self, t):
+        stage = self._stage(t)
         stages = stage.unique().tolist()  # the one value that has to come from the device
         if stages[0] < 0:
             self._refuse(t)
-        if len(stages) == 1:
-            return self.branch(x, t, stages[0])
-        shared = self.encoders[0](x, t) if len(self.encoders) == 1 else None
-        for k in stages:
-            mine = (stage == k).nonzero()[:, 0]
-            features = select(shared, mine) if shared else self.encoders[k](x[mine], t[mine])
-            parts.append(self.decoders[k](*features))
-            order.append(mine)
-        return self._finish(x, torch.cat(parts)[torch.cat(order).argsort()])  # in the order of x
+        return {k: (stage == k).nonzero()[:, 0] for k in stages}
 
     def _finish(self, x, predicted):
         # paper: the decoder's output alone; here, for the small networks: plus x, because near the
@@ -450,6 +482,12 @@ class MultistageUNet(nn.Module):
 
     def _encoder(self, k):
         return self.encoders[k if len(self.encoders) > 1 else 0]
+
+
+def in_turns(stages, n, device):
+    """Tell which of n pictures are in which stage where they take the stages in turns: {k: (b,)}."""
+    places = torch.arange(n, device=device)
+    return {k: places[i :: len(stages)] for i, k in enumerate(stages[:n])}
 
 
 def select(features, i):

@@ -63,7 +63,7 @@ patience = 0  # early stopping: looks at held-out pictures without gain; 0: none
 seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-arch, and the process where it is not vp
 out = "runs"  # the folder that holds the runs
-save_every = 1000  # steps between checkpoints [1, 1000000000]
+save_every = 0  # steps between checkpoints; 0: every ten minutes [0, 1000000000]
 sample_every = 0  # steps between grids of samples; 0: a fifth of the steps [0, 1000000000]
 memory = 4.0  # GiB of pictures to hold on the device; more are read in training [0, 1000000]
 workers = 4  # processes that read pictures [0, 1024]
@@ -111,13 +111,36 @@ def kernel_of(process):
 def predict_noise(model, x, t, process, **stage):
     """Ask a network for the noise in x (B, C, H, W) at times t (B,): eps_theta of the paper.
 
-    stage=k tells a multistage network that all times lie in stage k.
+    stage: what a multistage network need not find out, see its `forward`.
     """
     if process in PLAIN:
         return model(x, t, **stage)
     sigma, d = sde.per_image(t, x), SIGMA_DATA
     norm = (sigma**2 + d**2).sqrt()
     return sigma / norm**2 * x - d / norm * model(x / norm, t, **stage)  # (x - D) / sigma
+
+
+def half_precision(device):
+    """Compute in bfloat16 where the hardware is made for it: a context."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast("cuda", torch.bfloat16, enabled=able)
+
+
+def noise_function(model, process, calls=None, half=True):
+    """Return eps(x, t) of a network for the solvers, which ask for one time at a time.
+
+    calls: a list that gets the stage of each evaluation. half: allow `half_precision`.
+    """
+
+    def eps(x, t):
+        k = int(model.stage(t[:1]))  # solvers keep t on the CPU: a GPU would have to be waited for
+        if calls is not None:
+            calls.append(k)
+        times = torch.full(t.shape, float(t[0]), dtype=x.dtype, device=x.device)
+        with half_precision(x.device) if half else contextlib.nullcontext():
+            return predict_noise(model, x, times, process, stage=k)
+
+    return eps
 
 
 def loss_weight(t, process):
@@ -171,6 +194,11 @@ def stage_chances(edges, process, active):
     chance = torch.ones(len(edges) - 1) if process in PLAIN else edges.diff()
     chance = chance.double() * torch.tensor([k in active for k in range(len(chance))])
     return chance / chance.sum()
+
+
+def in_turns(active, batch):
+    """Deal the stages to the pictures of a mixed batch, over and over: (batch,) int64."""
+    return torch.tensor(active).repeat(batch)[:batch]
 
 
 def draw_times(edges, process, k, generator):
@@ -299,12 +327,6 @@ def new_state(model, lr, seed):
     )
 
 
-def half_precision(device):
-    """Compute in bfloat16 where the hardware is made for it: a context."""
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=able)
-
-
 def train(
     state,
     images,
@@ -330,6 +352,7 @@ def train(
     kernel, peak, device = kernel_of(process), optimizer.defaults["lr"], generator.device
     pairs = list(state["ema"].parameters()), list(model.parameters())
     edges, (rank, world) = stage_edges(model, process), ranks()
+    there = edges.to(device, torch.float32)
     todo = range(state["step"] + 1, steps + 1)
     source = pictures_of_steps(images, batch, state["seed"], todo, workers, bad)
     model.train()
@@ -341,18 +364,20 @@ def train(
         dice = step_generator(state["seed"], 2 * step + 1)
         k = torch.multinomial(chance, 1, generator=dice).expand(batch)  # one stage for all
         if stages == "mixed":
-            k = torch.tensor(state["active"]).repeat(batch)[:batch]
+            k = in_turns(state["active"], batch)
         share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # (batch,), sums to 1
+        turns = k.chunk(world)[rank][: len(state["active"]) if stages == "mixed" else 1].tolist()
+        k, share = torch.stack([k.double(), share.double()]).to(device)  # one copy to wait for
         # the random numbers of the whole batch, of which this process takes its part
-        t = draw_times(edges, process, k.to(device), generator)
+        t = draw_times(there, process, k.long(), generator)
         eps = sde.fresh_noise(x0[:1].expand(batch, -1, -1, -1), generator, kernel)
         turn = torch.rand(batch, generator=generator, device=device) < 0.5
-        t, eps, turn, k, share = (v.chunk(world)[rank] for v in (t, eps, turn, k, share))
+        t, eps, turn, share = (v.chunk(world)[rank] for v in (t, eps, turn, share))
         if flip:
             x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
-        one = {"stage": int(k[0])} if stages == "uniform" else {}
+        stage = turns if len(turns) > 1 else turns[0]
         with half_precision(device):
-            error = weighted_error(state["forward"], x0, eps, t, process, **one)
+            error = weighted_error(state["forward"], x0, eps, t, process, stage=stage)
         # the processes' gradients are averaged, their losses shall be summed
         loss = world * (share.to(error) * error).sum()
 
@@ -367,9 +392,8 @@ def train(
         with torch.no_grad():  # the average forgets faster at first: (1 + n) / (10 + n)
             torch._foreach_lerp_(*pairs, 1 - min(ema, (1 + step) / (10 + step)))
         state["step"] = step
-        present = k.unique().tolist() if stages == "mixed" else [one["stage"]]
         error = error.detach()
-        yield step, {j: error[(k == j).nonzero()[:, 0].to(device)].mean() for j in present}
+        yield step, {j: error[i :: len(turns)].clone().mean() for i, j in enumerate(turns)}
 
 
 # %% [markdown]
@@ -503,6 +527,15 @@ def network_of(settings):
     return unet.build(settings["network"], **kind)
 
 
+def on_device(model):
+    """Move a module to the device; on a GPU with the channels last, as its convolutions want it."""
+    device = sde.device()
+    return model.to(
+        device,
+        memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format,
+    )
+
+
 def averaged_model(content):
     """Build the averaged network of a checkpoint's content, in eval mode on the device.
 
@@ -511,7 +544,7 @@ def averaged_model(content):
     with fitting("the checkpoint"):
         model = network_of(content["settings"])
         model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
-    return model.to(sde.device()).eval()
+    return on_device(model).eval()
 
 
 def load_model(folder):
@@ -674,12 +707,12 @@ def agree(asked, old, folder):
 
 
 def expect(state, settings):
-    """Say what will be trained and, after a trial of every stage, until when: the stages' costs.
+    """Say what will be trained and, after a trial of each kind of step, until when: stages' costs.
 
     The trial changes nothing: neither weights nor random numbers.
     """
     device, model, process = state["generator"].device, state["model"], settings["process"]
-    costs, world = unet.cost_of(copy.deepcopy(model).to("meta")), ranks()[1]
+    costs, (rank, world) = unet.cost_of(copy.deepcopy(model).to("meta")), ranks()
     left, n = settings["steps"] - state["step"], len(model.decoders)
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
     say(
@@ -691,18 +724,22 @@ def expect(state, settings):
         say(f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture")
     x = torch.zeros(settings["batch"] // world, model.channels, model.size, model.size).to(device)
     t, seconds = torch.full((len(x),), 0.5, device=device), {}
+    chance = stage_chances(stage_edges(model, process), process, state["active"]).tolist()
+    kinds = list(enumerate(chance))
+    if settings.get("stages") == "mixed" and len(state["active"]) > 1:  # no other is ever compiled
+        mine = in_turns(state["active"], settings["batch"]).chunk(world)[rank]
+        kinds = [(mine[: len(state["active"])].tolist(), 1.0)]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for k in [*range(n), *range(n)]:  # the first round warms up
+        for i, (stage, _) in [*enumerate(kinds), *enumerate(kinds)]:  # the first round warms up
             begin = time.perf_counter()
             with half_precision(device):
-                predicted = predict_noise(state["forward"], x, t, process, stage=k)
+                predicted = predict_noise(state["forward"], x, t, process, stage=stage)
             predicted.float().square().mean().backward()
             state["optimizer"].zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[k] = time.perf_counter() - begin
-    chance = stage_chances(stage_edges(model, process), process, state["active"]).tolist()
-    step = sum(p * s for p, s in zip(chance, seconds.values(), strict=True))
+            seconds[i] = time.perf_counter() - begin
+    step = sum(p * seconds[i] for i, (_, p) in enumerate(kinds))
     end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * step))
     say(f"about {settings['batch'] / step:,.0f} pictures a second, done about {end}")
     return costs
@@ -716,8 +753,7 @@ def draw_grid(state, process, path, decode=None, n=32, nfe=25):
     model, kernel, device = state["ema"], kernel_of(process), state["generator"].device
     x = torch.empty(n, model.channels, model.size, model.size)
     x = sde.start_noise(x, torch.Generator().manual_seed(1), kernel).to(device)
-    eps = lambda x, t: predict_noise(model, x, t, process)  # noqa: E731
-    *_, x = sde.probability_flow(eps, kernel, x, nfe)
+    *_, x = sde.probability_flow(noise_function(model, process), kernel, x, nfe)
     with sde.replacing(path) as aside:
         save_image(sde.tile(decode(x) if decode else (x.cpu() + 1) / 2), aside, format="png")
 
@@ -738,7 +774,9 @@ def look(state, held_out, process, patience):
             x0, stage = network_space(part), torch.full((len(part),), k, device=device)
             t = draw_times(edges, process, stage, generator)
             eps = sde.fresh_noise(x0, generator, kernel_of(process))
-            total += float(weighted_error(model, x0, eps, t, process, stage=k).sum())
+            with half_precision(device):
+                error = weighted_error(model, x0, eps, t, process, stage=k)
+            total += float(error.sum())
         found[k] = total / len(held_out)
         if found[k] < stopping["best"][k]:
             stopping["best"][k], stopping["waited"][k] = found[k], 0
@@ -825,12 +863,21 @@ def read_metrics(folder, file="metrics.jsonl"):
     return rows
 
 
+TEN_MINUTES = 600  # what a power cut may cost where --save_every does not count steps
+
+
+def due(step, every, last):
+    """Tell whether to save after a step: every so many, or (0) ten minutes after the `last` time."""
+    return step % every == 0 if every else time.monotonic() - last > TEN_MINUTES
+
+
+@sde.enough_memory()
 def fit(
     state,
     images,
     settings,
     folder,
-    save_every=1000,
+    save_every=0,
     sample_every=0,
     workers=0,
     held_out=None,
@@ -839,13 +886,14 @@ def fit(
 ):
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
-    held_out: pictures for early stopping; decode: turns latents into pictures for the grids;
-    measure: gives numbers on the averaged network, a dictionary, which are logged with each grid.
+    save_every: as in `due`. held_out: pictures for early stopping; decode: turns latents into
+    pictures for the grids; measure: gives numbers on the averaged network, a dictionary, which are logged with each grid.
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
     folder, first, device = Path(folder), ranks()[0] == 0, state["generator"].device
     recent, bad, saved, n = [], [], state["step"], len(state["model"].decoders)
+    last_save = time.monotonic()
     every, log, costs = max(1, steps // 40), folder / "metrics.jsonl", expect(state, settings)
     state.setdefault("petaflops", [0.0, 0.0])
     if first:
@@ -880,7 +928,7 @@ def fit(
                 if first:
                     append(row, log)
             halt = halts(stop, step, device)
-            if step % save_every == 0 or step == steps or halt or not state["active"]:
+            if due(step, save_every, last_save) or step == steps or halt or not state["active"]:
                 if not all(torch.isfinite(loss) for loss in losses.values()):
                     raise BadInput(
                         f"the loss is no longer finite at step {step}: train with a lower --lr "
@@ -888,7 +936,7 @@ def fit(
                     )
                 if first:
                     save(state, settings, folder)
-                saved = step
+                saved, last_save = step, time.monotonic()
             if first and (step % (sample_every or -(-steps // 5)) == 0 or step == steps):
                 draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
                 if measure:
@@ -907,10 +955,20 @@ def fit(
 
 # %%
 def join():
-    """Join the other processes that torchrun started, if any."""
+    """Make ready for long work: fast convolutions, and the other processes of torchrun, if any.
+
+    Raises BadInput where there are more processes than GPUs.
+    """
+    torch.backends.cudnn.benchmark = torch.cuda.is_available()  # try its algorithms, take the best
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if place >= there:
+                raise BadInput(
+                    f"process {place + 1} of this machine finds no GPU of its own among {there}: "
+                    f"give torchrun --nproc_per_node={there}"
+                )
+            torch.cuda.set_device(place)
         # one process may have to wait long for another that downloads
         patient = dict(timeout=datetime.timedelta(hours=12))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **patient)
@@ -965,12 +1023,10 @@ def prepare(settings, content=None, compile=False):
     """
     check_batch(settings)
     torch.manual_seed(settings["seed"])  # the initial weights
-    model = network_of(settings).to(sde.device())
+    model = on_device(network_of(settings))
     n, batch = len(model.decoders), settings["batch"]
     if settings.get("stages") == "mixed" and batch < n:
         raise BadInput(f"batch = {batch} cannot mix {n} stages: give {n} or more")
-    if sde.device().type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
     state = new_state(model, settings["lr"], settings["seed"])
     if content:
         restore(state, content)
@@ -1104,7 +1160,7 @@ if __name__ == "__main__":
         pixels = sde.read_pictures(sde.PictureFiles(pixels.files[:1000], size)).to(sde.device())
     x0 = network_space(pixels[:8])
     xt = sde.perturb(x0, torch.randn(x0.shape, generator=generator).to(x0), t, kernel)
-    with torch.no_grad():
+    with torch.no_grad(), half_precision(xt.device):
         eps = predict_noise(trained, xt, t, process)
     s, sigma = (sde.per_image(v, xt) for v in (kernel.s(t), kernel.sigma(t)))
     learned = xt / s - sigma * eps

@@ -55,6 +55,7 @@ seed = 1  # seed of the start noise [0, 4294967295]
 reference = ""  # a folder of pictures to compare with; empty: the run's data set
 weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
 features = ""  # TorchScript file, uint8 (B, C, H, W) to features (B, d), in place of Inception
+compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
 compare = False  # also measure every kind of solver at 5 to 50 evaluations (minutes)
 model_for_stage = ""  # runs that serve single stages: an example stands at `Hybrid` below
 
@@ -72,7 +73,7 @@ sde.settings(globals(), "05_sample_eval")
 # Every solver below is a way to integrate this line, with or without fresh noise. All have the same
 # arguments: a function `eps(x, t)` that predicts noise, the kernel, the start noise `x` (B, C, H, W)
 # at `kernel.t_max`, the number of evaluations `nfe`, and a generator where they draw noise. All
-# yield their states.
+# yield their states. Times and noise levels are float64 numbers on the CPU, as in step 01.
 #
 # First the times at which they stop. Three grids are in use: equal steps in log-SNR, in time, or in
 # the root of time.
@@ -94,7 +95,7 @@ def time_grid(kernel, n, grid="log-snr"):
 
 
 def noise_at(eps, kernel, z, sigma):
-    """Ask for the noise in z = x / s at the noise level sigma, a float64 scalar tensor."""
+    """Ask for the noise in z = x / s at the noise level sigma, a float64 scalar on the CPU."""
     t = kernel.time(-2 * sigma.log())
     x = (kernel.s(t) * z.double()).to(z.dtype)
     return eps(x, t.expand(len(z)).to(z.dtype))
@@ -103,7 +104,7 @@ def noise_at(eps, kernel, z, sigma):
 def levels(kernel, x, times):
     """Return z = x / s at the start and the noise levels (n,) of the times."""
     s, sigma = kernel.s(times), kernel.sigma(times)
-    return (x.double() / s[0]).to(x.dtype), sigma.to(x.device)
+    return (x.double() / s[0]).to(x.dtype), sigma
 
 
 def unscale(kernel, z, sigma):
@@ -130,18 +131,18 @@ def ddim(eps, kernel, x, nfe, generator=None, eta=0.0, grid="log-snr"):
         e = noise_at(eps, kernel, z, sigma)
         # new noise of variance v, and so much less of the predicted noise
         v = (eta * sigma_next / sigma) ** 2 * (sigma**2 - sigma_next**2)
-        z = z + ((sigma_next**2 - v).sqrt() - sigma).to(z) * e
+        z = z + ((sigma_next**2 - v).sqrt() - sigma) * e
         if eta:
-            z = z + v.sqrt().to(z) * sde.fresh_noise(z, generator)
+            z = z + v.sqrt() * sde.fresh_noise(z, generator)
         yield unscale(kernel, z, sigma_next)
 
 
 def posterior_step(eps, kernel, z, sigma, sigma_next, generator):
     """Draw z at sigma_next from q(z' | z, z_0) at the predicted z_0: one step of DDPM."""
-    z_0 = z - sigma.to(z) * noise_at(eps, kernel, z, sigma)
+    z_0 = z - sigma * noise_at(eps, kernel, z, sigma)
     keep = (sigma_next / sigma) ** 2
     spread = sigma_next * (1 - keep).sqrt()
-    return keep.to(z) * z + (1 - keep).to(z) * z_0 + spread.to(z) * sde.fresh_noise(z, generator)
+    return keep * z + (1 - keep) * z_0 + spread * sde.fresh_noise(z, generator)
 
 
 def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
@@ -164,10 +165,10 @@ def gddim(eps, kernel, x, nfe, generator=None, lam=0.5, grid="quadratic"):
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         e = noise_at(eps, kernel, z, sigma)
         keep = (sigma_next / sigma) ** (lam**2)  # of the predicted noise
-        z = z + (sigma_next * keep - sigma).to(z) * e
+        z = z + (sigma_next * keep - sigma) * e
         if lam:
             spread = sigma_next * (1 - keep**2).sqrt()
-            z = z + spread.to(z) * sde.fresh_noise(z, generator)
+            z = z + spread * sde.fresh_noise(z, generator)
         yield unscale(kernel, z, sigma_next)
 
 
@@ -188,7 +189,7 @@ def predictor_corrector(eps, kernel, x, nfe, generator=None, snr=0.16, grid="tim
     z, sigmas = levels(kernel, x, time_grid(kernel, nfe // 2, grid))
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         z = posterior_step(eps, kernel, z, sigma, sigma_next, generator)
-        score = -noise_at(eps, kernel, z, sigma_next) / sigma_next.to(z)
+        score = -noise_at(eps, kernel, z, sigma_next) / sigma_next
         noise = sde.fresh_noise(z, generator)
         length = [v.flatten(1).norm(dim=1).mean() for v in (noise, score)]
         step = 2 * (snr * length[0] / length[1]) ** 2
@@ -210,9 +211,9 @@ def rk45(eps, kernel, x, nfe=None, generator=None, tolerance=1e-5):
     z, (first, last) = levels(kernel, x, torch.tensor([kernel.t_max, kernel.t_min]).double())
 
     def slope(log_sigma, flat):
-        sigma = torch.tensor(log_sigma, dtype=torch.float64, device=x.device).exp()
+        sigma = torch.tensor(log_sigma, dtype=torch.float64).exp()
         now = torch.from_numpy(flat).to(x).reshape(x.shape)
-        return (sigma.to(x) * noise_at(eps, kernel, now, sigma)).double().flatten().cpu().numpy()
+        return (sigma * noise_at(eps, kernel, now, sigma)).double().flatten().cpu().numpy()
 
     span, start = (float(first.log()), float(last.log())), z.double().flatten().cpu().numpy()
     found = solve_ivp(slope, span, start, method="RK45", rtol=tolerance, atol=tolerance)
@@ -274,14 +275,14 @@ def prediction(eps, kernel, z, lam, c):
     """Ask for what is expanded at lambda: the noise (c = -1) or the picture (c = 1)."""
     sigma = torch.exp(-lam)
     e = noise_at(eps, kernel, z, sigma)
-    return e if c == -1 else z - sigma.to(z) * e
+    return e if c == -1 else z - sigma * e
 
 
 def advance(z, lam, h, c, total):
     """Step z from lambda to lambda + h, given the integral of m: `total`, times e^{-c lambda'}."""
     if c == -1:
-        return z - torch.exp(-lam - h).to(z) * total
-    return torch.exp(-h).to(z) * z + total
+        return z - torch.exp(-lam - h) * total
+    return torch.exp(-h) * z + total
 
 
 def solver_orders(nfe, order):
@@ -313,7 +314,7 @@ def dpm_solver(eps, kernel, x, nfe, generator=None, order=3, plus=False, grid="l
 
         def reach(r, terms, z=z, lam=lam, h=h):  # the share r of h, with some of the integrals
             I = power_integrals(r * h, c)  # noqa: E741
-            return advance(z, lam, r * h, c, sum(I[k].to(z) * v for k, v in terms))
+            return advance(z, lam, r * h, c, sum(I[k] * v for k, v in terms))
 
         if p == 1:
             z = reach(1, [(0, m)])
@@ -343,15 +344,15 @@ def dpm_multistep(
         h = lambdas[i + 1] - lambdas[i]
         seen = [prediction(eps, kernel, z, lambdas[i], c), *seen][:order]
         p = min(len(seen), nfe - i) if nfe < 10 else len(seen)
-        I_0, I_1, I_2 = (v.to(z) for v in power_integrals(h, c))
+        I_0, I_1, I_2 = power_integrals(h, c)
         total = I_0 * seen[0]
         if p > 1:
-            r_0 = ((lambdas[i] - lambdas[i - 1]) / h).to(z)
+            r_0 = (lambdas[i] - lambdas[i - 1]) / h
             D = D_0 = (seen[0] - seen[1]) / r_0
         if p == 2:
             total = total + I_0 * D / 2
         if p == 3:
-            r_1 = ((lambdas[i - 1] - lambdas[i - 2]) / h).to(z)
+            r_1 = (lambdas[i - 1] - lambdas[i - 2]) / h
             D_2 = (D_0 - (seen[1] - seen[2]) / r_1) / (r_0 + r_1)
             # release: half of the last term, which leaves order 2; here: all of it, because D_2 is
             # half a second derivative already (see the measured orders below).
@@ -378,9 +379,7 @@ def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
     n = (nfe + 1) // 2
     ends = torch.tensor([kernel.t_max, kernel.t_min]).double()
     z, (top, bottom) = levels(kernel, x, ends)
-    ramp = (
-        torch.linspace(0, 1, n, dtype=torch.float64, device=x.device) if n > 1 else top.new_zeros(1)
-    )
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     sigmas = (top ** (1 / rho) + ramp * (bottom ** (1 / rho) - top ** (1 / rho))) ** rho
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
     for i in range(n):
@@ -388,12 +387,12 @@ def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
         if churn and sigma * (1 + min(churn / n, 2**0.5 - 1)) <= top:
             hotter = sigma * (1 + min(churn / n, 2**0.5 - 1))
             more = (hotter**2 - sigma**2).sqrt() * s_noise
-            z, sigma = z + more.to(z) * sde.fresh_noise(z, generator), hotter
+            z, sigma = z + more * sde.fresh_noise(z, generator), hotter
         e = noise_at(eps, kernel, z, sigma)
-        z_next = z + (sigma_next - sigma).to(z) * e
+        z_next = z + (sigma_next - sigma) * e
         if sigma_next > 0:
             e_next = noise_at(eps, kernel, z_next, sigma_next)
-            z_next = z + (sigma_next - sigma).to(z) * (e + e_next) / 2
+            z_next = z + (sigma_next - sigma) * (e + e_next) / 2
         z = z_next
         yield unscale(kernel, z, sigma_next) if sigma_next > 0 else z
 
@@ -505,25 +504,14 @@ if __name__ == "__main__":
 # ## Drawing
 #
 # `sample` hands the solver a function of $(x,t)$, so the solver never hears of stages: the function
-# asks the network which stage $t$ lies in, and runs the one decoder in charge.
+# (step 04's `noise_function`) asks the network which stage $t$ lies in, and runs the one decoder in
+# charge.
 
 
 # %%
 def to_pictures(x):
     """Map network space [-1, 1] to pictures in [0, 1]."""
     return ((x + 1) / 2).clamp(0, 1)
-
-
-def noise_function(model, process, calls=None):
-    """Return eps(x, t) of a network; calls: a list that gets the stage of each evaluation."""
-
-    def eps(x, t):
-        k = int(model.stage(t[:1]))  # all pictures of a batch are at one time
-        if calls is not None:
-            calls.append(k)
-        return training.predict_noise(model, x, t, process, stage=k)
-
-    return eps
 
 
 def solver_of(sampler, grid=""):
@@ -558,6 +546,7 @@ def times_asked(sampler, kernel, nfe, grid=""):
 
 
 @torch.no_grad()
+@sde.enough_memory()
 def sample(
     model,
     process,
@@ -584,7 +573,8 @@ def sample(
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
-    eps, done = noise_function(model, process, calls), []
+    # rounding to bfloat16 would look like an error of the step to a solver that adapts it
+    eps, done = training.noise_function(model, process, calls, half=sampler != "rk45"), []
     parts = torch.arange(first, first + n).split(batch)
     for part in tqdm(parts, "sampling", disable=not progress, leave=False):
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
@@ -732,6 +722,8 @@ if __name__ == "__main__":
         pixels, labels = sde.load_images(settings["dataset"], root, settings.get("size") or 32)
         check_number(samples, sde.picture_files("folder", reference) if reference else pixels)
     count, share = stage_shares(model, process, sampler, nfe, grid)
+    if compile:
+        model.compile()
     begin = time.perf_counter()
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, progress=True)
     drawn = draw_set(model, process, folder, samples, **how).float() / 255
@@ -763,7 +755,7 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    eps, kernel = noise_function(model, process), training.kernel_of(process)
+    eps, kernel = training.noise_function(model, process), training.kernel_of(process)
     dice = torch.Generator().manual_seed(seed)
     start = sde.start_noise(torch.empty(3, *drawn.shape[1:]), dice, kernel)
     with torch.no_grad():
@@ -914,6 +906,7 @@ class Pictures(torch.utils.data.Dataset):
         return self.images[i]
 
 
+@sde.enough_memory("measure fewer --samples")
 def evaluate(images, reference, extractor, weights=""):
     """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
@@ -942,7 +935,7 @@ def evaluate(images, reference, extractor, weights=""):
             **dict(cuda=torch.cuda.is_available(), save_cpu_ram=True, verbose=False, cache=False),
         )
     except Exception as error:  # torch, torch-fidelity and the download each fail in their own way
-        if not inception:
+        if not inception or sde.out_of_memory(error):
             raise
         raise BadInput(
             f"Inception's weights cannot be had ({str(error).splitlines()[0][:120]}): give their "

@@ -62,7 +62,7 @@ network = ""  # a name of step 03's NETWORKS such as ldm; empty: the data set's 
 stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: LDM's steps 442 and 631
 steps = 0  # training steps of the latent model; 0: the recipe [0, 1000000000]
-batch = 0  # latents a step, over all devices; 0: the recipe [0, 1000000]
+batch = 0  # latents a step, over all devices, and drawn at a time; 0: the recipe [0, 1000000]
 lr = 0.0  # Adam's learning rate of the latent model; 0: the recipe [0, 10]
 ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n) [0, 1)
 sampler = "dpm-solver++-2m"  # any of step 05's SAMPLERS, such as ddim
@@ -74,7 +74,7 @@ compare = True  # digits, mnist: also train a unified network with equal FLOPs, 
 seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-latent, and the arch where it is not multistage
 out = "runs"  # the folder that holds the runs
-save_every = 1000  # steps between checkpoints [1, 1000000000]
+save_every = 0  # steps between checkpoints; 0: every ten minutes [0, 1000000000]
 sample_every = 0  # steps between grids of samples; 0: a fifth of the steps [0, 1000000000]
 memory = 4.0  # GiB of pictures or latents held on the device; more are read later [0, 1000000]
 workers = 4  # processes that read them then [0, 1024]
@@ -169,7 +169,7 @@ class Autoencoder(nn.Module):
             down += [Halve(c)] * (level < len(mults) - 1)
         down += [unet.bottom(c, BLOCK, ATTEND), NORM(c), nn.SiLU()]
         self.encoder = nn.Sequential(
-            *down, nn.Conv2d(c, said, 3, padding=1), nn.Conv2d(said, said, 1)
+            *down, nn.Conv2d(c, said, 3, padding=1), unet.LastConv2d(said, said, 1)
         )
         up = [nn.Conv2d(code, code, 1), nn.Conv2d(code, c, 3, padding=1)]
         up += [unet.bottom(c, BLOCK, ATTEND)]
@@ -177,7 +177,7 @@ class Autoencoder(nn.Module):
             up += [BLOCK(c if i == 0 else width * mult, width * mult) for i in range(blocks + 1)]
             c = width * mult
             up += [unet.Up(c)] * (level > 0)
-        up += [NORM(c), nn.SiLU(), nn.Conv2d(c, channels, 3, padding=1)]
+        up += [NORM(c), nn.SiLU(), unet.LastConv2d(c, channels, 3, padding=1)]
         self.decoder = nn.Sequential(*up)
         self.codebook = Codebook(entries, code) if kind == "vq" else None
 
@@ -203,12 +203,14 @@ class Autoencoder(nn.Module):
         Raises BadInput as `fits`.
         """
         self.fits(x.shape)
-        h = self.encoder(x)
+        with training.half_precision(x.device):
+            h = self.encoder(x)
         return h.chunk(2, dim=1)[0] if self.kind == "kl" else h
 
     def decode(self, z):
         """Map latents back to pictures; VQ rounds them first."""
-        return self.decoder(self.codebook(z)[0] if self.kind == "vq" else z)
+        with training.half_precision(z.device):
+            return self.decoder(self.codebook(z)[0] if self.kind == "vq" else z)
 
 
 # %% [markdown]
@@ -269,7 +271,8 @@ class Patches(nn.Module):
         self.net = nn.Sequential(*layers, nn.Conv2d(c, 1, 4 if size >= 16 else 3, 1, 1))
 
     def forward(self, x):
-        return self.net(x)
+        with training.half_precision(x.device):
+            return self.net(x).float()
 
 
 def load_lpips(where):
@@ -316,10 +319,13 @@ def reconstruct(model, x, generator, beta=0.25):
     # release: beta on the entries' pull instead of the encoder's, a slip that it keeps for the sake
     # of its checkpoints; here: on the encoder's, as van den Oord et al. 2017, Eq. 3.
     pull = F.mse_loss(e, h.detach()) + beta * F.mse_loss(h, e.detach())
-    used = index.flatten().bincount(minlength=len(model.codebook.used)).float()
+    index = index.flatten()
+    used = torch.zeros_like(model.codebook.used).index_add_(
+        0, index, torch.ones_like(index).float()
+    )
     model.codebook.used += used
-    p = used[used > 0] / used.sum()
-    return model.decoder(rounded), pull, dict(perplexity=torch.exp(-(p * p.log()).sum()))
+    entropy = torch.special.entr(used / used.sum()).sum()  # sum of -p log p, 0 for the unused
+    return model.decoder(rounded), pull, dict(perplexity=torch.exp(entropy))
 
 
 @torch.no_grad()
@@ -351,7 +357,7 @@ def new_autoencoder_state(plan, size, lr, seed):
     """Bundle what training an autoencoder changes: models, optimisers, step, random numbers."""
     torch.manual_seed(seed)  # the initial weights
     model, critic = Autoencoder(**plan), Patches(plan["channels"], size)
-    model, critic = model.to(sde.device()), critic.to(sde.device())
+    model, critic = training.on_device(model), training.on_device(critic)
     adam = lambda part: torch.optim.Adam(part.parameters(), lr, betas=(0.5, 0.9))  # noqa: E731
     generator = torch.Generator(sde.device()).manual_seed(seed)
     state = dict(model=model, critic=critic, optimizer=adam(model), critic_optimizer=adam(critic))
@@ -376,7 +382,8 @@ def train_autoencoder(
     source = training.pictures_of_steps(images, batch, seed, todo, **read)
     for step, pictures in zip(todo, source, strict=False):
         x = training.network_space(pictures)  # (b, C, H, W)
-        rebuilt, pulled, log = reconstruct(model, x, generator)
+        with training.half_precision(x.device):
+            rebuilt, pulled, log = reconstruct(model, x, generator)
         loss = F.l1_loss(rebuilt, x)
         log.update(error=F.mse_loss(rebuilt, x).detach())
         if lpips:
@@ -394,7 +401,7 @@ def train_autoencoder(
             improve(state["critic_optimizer"], critic, doubt, lr)
             log.update(doubt=doubt.detach())
         if model.kind == "vq" and step % 100 == 0 and step <= 0.8 * steps:
-            with torch.no_grad():
+            with torch.no_grad(), training.half_precision(x.device):
                 log.update(revived=revive(model.codebook, model.encoder(x), generator))
         state["step"] = step
         yield step, log
@@ -429,14 +436,16 @@ def save_autoencoder(state, path, finished):
         training.write_tensors(content, aside)
 
 
-def fit_autoencoder(state, images, steps, batch, folder, save_every=1000, **how):
+@sde.enough_memory("take pictures of a smaller --size, or a trained --first_stage")
+def fit_autoencoder(state, images, steps, batch, folder, save_every=0, **how):
     """Run `train_autoencoder` and leave autoencoder.pt and autoencoder.jsonl in `folder`.
 
+    save_every: as in step 04's `due`.
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     Raises BadInput where the error is no longer finite.
     """
     first, log, every = training.ranks()[0] == 0, folder / "autoencoder.jsonl", max(1, steps // 40)
-    device = state["generator"].device
+    device, last_save = state["generator"].device, time.monotonic()
     if first:
         training.trim(log, state["step"])
     loop = train_autoencoder(state, images, steps, batch, **how)
@@ -452,8 +461,9 @@ def fit_autoencoder(state, images, steps, batch, folder, save_every=1000, **how)
                 bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()}, refresh=False)
                 if first:
                     training.append(dict(step=step, **row), log)
-            if first and (step % save_every == 0 or step == steps or halt):
+            if first and (training.due(step, save_every, last_save) or step == steps or halt):
                 save_autoencoder(state, folder / "autoencoder.pt", step == steps)
+                last_save = time.monotonic()
             if halt and step < steps:
                 return False
     return True
@@ -543,7 +553,13 @@ def load_first_stage(path):
             f"{path} holds no autoencoder ({str(error).splitlines()[0][:100]}): give an "
             "autoencoder.pt of this step, or the model.ckpt of LDM's VQ-f4"
         ) from None
-    return model.to(sde.device()).eval().requires_grad_(False)
+    return training.on_device(model).eval().requires_grad_(False)
+
+
+def compile_parts(model, wanted):
+    """Compile an autoencoder's encoder and decoder where that is wanted."""
+    for part in (model.encoder, model.decoder) if wanted else ():
+        part.compile()
 
 
 def fingerprint(model):
@@ -631,17 +647,19 @@ if __name__ == "__main__":
 
 
 # %%
-def product_rate(n=2048):
+def product_rate():
     """Measure the device's rate of a matrix product, in FLOP/s (bfloat16 on a GPU that can)."""
-    where = sde.device()
+    where, seconds = sde.device(), []
+    n, products = (8192, 10) if where.type == "cuda" else (2048, 1)  # enough to keep it busy
     a = torch.ones(n, n, device=where)
     with training.half_precision(where):
-        a @ a  # warms up
-        seconds = []
+        a = a @ a / n  # warms up, and is ones again, in the type that products have
         for _ in range(5):
             begin = time.perf_counter()
-            (a @ a)[0, 0].item()  # waits for the result
-            seconds.append(time.perf_counter() - begin)
+            for _ in range(products):
+                b = a @ a
+            b[0, 0].item()  # waits for the result
+            seconds.append((time.perf_counter() - begin) / products)
     return 2 * n**3 / min(seconds)
 
 
@@ -740,6 +758,7 @@ if __name__ == "__main__" and not dry_run:
         judges = {key: ask(globals()[key], recipe, key) for key in JUDGES}
         lpips = load_lpips(sde.device()) if judges["perceptual"] else None
         state = new_autoencoder_state(plan, shape[1], ask(code_lr, recipe, "code_lr"), seed)
+        compile_parts(state["model"], compile)
         if resume:
             resume_autoencoder(state, unfinished)
         how = dict(save_every=save_every, lpips=lpips, workers=workers, bad=[], **judges)
@@ -759,6 +778,7 @@ if __name__ == "__main__" and not dry_run:
     if world > 1:
         dist.barrier()
     autoencoder = load_first_stage(file)
+    compile_parts(autoencoder, compile)
     training.say(f"{count(autoencoder):,} parameters")
     if (run / "autoencoder.jsonl").exists():
         training.say(f"last step: {training.read_metrics(run, 'autoencoder.jsonl')[-1]}")
@@ -782,6 +802,7 @@ def portion(side):
 
 
 @torch.no_grad()
+@sde.enough_memory("take pictures of a smaller --size")
 def encode(model, pictures):
     """Encode uint8 pictures (N, C, H, W), on any device: latents (N, c, h, w) on the model's."""
     where = next(model.parameters()).device
@@ -790,6 +811,7 @@ def encode(model, pictures):
 
 
 @torch.no_grad()
+@sde.enough_memory("take pictures of a smaller --size")
 def decode(model, z, scale):
     """Decode latents of unit variance to pictures (N, C, H, W) in [0, 1], on the CPU."""
     where, parts = next(model.parameters()).device, z.split(portion(model.factor * z.shape[-1]))
@@ -946,6 +968,7 @@ if __name__ == "__main__" and not dry_run and rank == 0:
 if __name__ == "__main__" and not dry_run and rank == 0:
     few = range(min(2000, len(codes)))
     some = codes if torch.is_tensor(codes) else torch.stack([codes[i] for i in few])
+    some = some.to(sde.device())  # latents that are read in training lie on disk
     low, high = some.min(), some.max()
     small = cut_out(pixels, 0, 50_000 if torch.is_tensor(pixels) else 2000, workers)
     readings = {
@@ -1014,6 +1037,7 @@ if __name__ == "__main__" and not dry_run:
     compare = compare and dataset in ("digits", "mnist") and arch != "unified"
     compare = compare and network in ("", *training.SMALL_NETWORKS)  # which have unified twins
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1)
+    how["batch"] = min(300, portion(shape[1]), batch or 300)
     if compare:
         pixels, labels = sde.load_images(dataset, root)
         extractor, named = evaluation.pick_extractor(dataset, pixels, labels)
@@ -1100,6 +1124,8 @@ if __name__ == "__main__" and not dry_run and compare and rank == 0:
 if __name__ == "__main__" and not dry_run:
     label = f"step{state['step']}-{sampler}-{nfe}-{grid or 'own'}-seed{seed + 1}"
     draw = partial(evaluation.draw_set, process="ldm", n=samples, decode=back, progress=True, **how)
+    if compile:
+        state["ema"].compile()
     drawn = draw(state["ema"], folder=run / "sets" / label)
     drawn_unified = draw(unified_state["ema"], folder=other / "sets" / label) if compare else None
     if world > 1:
