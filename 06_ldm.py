@@ -721,7 +721,7 @@ if __name__ == "__main__" and not dry_run:
     started = resume and any((run / f"checkpoint{old}.pt").exists() for old in ("", ".previous"))
     content = training.load(run) if started else None
     with training.one_at_a_time():
-        pixels = training.open_pictures(dataset, root, size, memory)
+        pixels = training.open_pictures(dataset, root, size, memory, workers)
     if rank == 0:
         evaluation.check_number(samples, pixels)  # which are compared in the end
         training.claim(run, resume)
