@@ -296,6 +296,8 @@ def _torchvision_set(dataset, root, **options):
     except Exception as error:  # torn files make torchvision fail in many ways
         if not (isinstance(error, RuntimeError) and str(error).startswith("Dataset")):
             raise _damaged(dataset, root, brief(error)) from error
+    if Path(root).exists() and not Path(root).is_dir():
+        raise BadInput(f"{root} is no folder: give --root one that holds {name} or can take it")
     state = "damaged or incomplete" if place.exists() else "missing"
     print(f"{place} is {state}: downloading {name}")
     try:

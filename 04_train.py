@@ -551,7 +551,9 @@ def find_boundaries(text, dataset, images, process, network="digits"):
             cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
         except BadInput as error:
             if len(images) >= FEW:
-                raise BadInput(f"step 02 finds no boundaries ({error}): give --boundaries") from None
+                raise BadInput(
+                    f"step 02 finds no boundaries ({error}): give --boundaries"
+                ) from None
             say(f"{len(images)} pictures are too few to find boundaries: taking the published ones")
             cuts = unet.PUBLISHED
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
@@ -741,10 +743,10 @@ def mean_losses(recent, n, device):
 
 def trim(log, step):
     """Keep of a log, a file of JSON lines, what was written until `step`; make it if need be."""
-    old = log.read_text().splitlines() if log.is_file() else []
+    old = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     kept = [line for line in old if json.loads(line)["step"] <= step]
     with sde.replacing(log) as aside:
-        aside.write_text("".join(f"{line}\n" for line in kept))
+        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def fit(
@@ -800,7 +802,7 @@ def fit(
                 row.update({key: float(f"{value:.6g}") for key, value in petaflops})
                 recent = []
                 if first:
-                    with log.open("a") as lines:
+                    with log.open("a", encoding="utf-8") as lines:
                         lines.write(json.dumps(row) + "\n")
             halt = halts(stop, step, device)
             if step % save_every == 0 or step == steps or halt or not state["active"]:
@@ -816,7 +818,7 @@ def fit(
                 draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
                 if measure:
                     row = dict(step=step, petaflops=state["petaflops"][0])
-                    with log.open("a") as lines:
+                    with log.open("a", encoding="utf-8") as lines:
                         lines.write(json.dumps({**row, **measure(state["ema"])}) + "\n")
             if halt:
                 return False
@@ -938,7 +940,9 @@ if __name__ == "__main__":
         if not torch.is_tensor(pixels):
             raise BadInput("early stopping needs the pictures in memory: give --memory more GiB")
         if len(pixels) < 10:
-            raise BadInput(f"{len(pixels)} pictures are too few for early stopping: give 10 or more")
+            raise BadInput(
+                f"{len(pixels)} pictures are too few for early stopping: give 10 or more"
+            )
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
         held_out, training_set = (
             pixels[order[: len(pixels) // 10]],
@@ -948,7 +952,7 @@ if __name__ == "__main__":
     if rank == 0:  # nothing is touched before everything is known to fit
         claim(run, resume)
         with sde.replacing(run / "settings.json") as aside:
-            aside.write_text(json.dumps(asked, indent=1) + "\n")
+            aside.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 # %%
 if __name__ == "__main__":
@@ -972,7 +976,8 @@ if __name__ == "__main__":
 # %%
 def read_metrics(folder, file="metrics.jsonl"):
     """Read a run's log as a list of dictionaries."""
-    return [json.loads(line) for line in (Path(folder) / file).read_text().splitlines()]
+    lines = (Path(folder) / file).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def draw_losses(folder):

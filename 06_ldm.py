@@ -278,12 +278,13 @@ def load_lpips(where):
     from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
 
     try:
-        net = SampleSimilarityLPIPS("lpips-vgg16").to(where)
+        with sde.patience():
+            net = SampleSimilarityLPIPS("lpips-vgg16").to(where)
     except Exception as error:  # each host fails in its own way
         training.say(
-            f"LPIPS's weights cannot be had ({type(error).__name__}): going on without it; "
-            f"put vgg16-397923af.pth and weights-vgg16-lpips.pth into {torch.hub.get_dir()}"
-            "/checkpoints to train with it"
+            f"LPIPS's weights cannot be had ({sde.brief(error)}): going on without it; put "
+            f"vgg16-397923af.pth and weights-vgg16-lpips.pth into {torch.hub.get_dir()}"
+            "/checkpoints (in place of torn ones) to train with it"
         )
         return None
     grey = lambda x: (x.expand(-1, 3, -1, -1) + 1) * 127.5  # noqa: E731 - and colour as it is
@@ -449,7 +450,7 @@ def fit_autoencoder(state, images, steps, batch, folder, save_every=1000, **how)
                     raise BadInput(f"the autoencoder fails at step {step}: give a lower --code_lr")
                 bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()}, refresh=False)
                 if first:
-                    with log.open("a") as lines:
+                    with log.open("a", encoding="utf-8") as lines:
                         lines.write(json.dumps(dict(step=step, **row)) + "\n")
             if first and (step % save_every == 0 or step == steps or halt):
                 save_autoencoder(state, folder / "autoencoder.pt", step == steps)
@@ -796,12 +797,22 @@ def decode(model, z, scale):
 
 
 def cut_out(images, first, last, workers):
-    """Return pictures first to last - 1 of a tensor, or the readable ones of `PictureFiles`."""
+    """Return pictures first to last - 1 of a tensor, or the readable ones of `PictureFiles`.
+
+    Raises BadInput where none of them is readable.
+    """
     if torch.is_tensor(images):
         return images[first:last]
     chosen = torch.utils.data.Subset(images, range(first, min(last, len(images))))
-    loader = DataLoader(chosen, batch_size=50, num_workers=workers, collate_fn=list)
-    return torch.stack([picture for some in loader for picture in some if picture is not None])
+    how = dict(num_workers=workers, collate_fn=list, worker_init_fn=sde.ignore_interrupts)
+    loader = DataLoader(chosen, batch_size=50, **how)
+    readable = [picture for some in loader for picture in some if picture is not None]
+    if not readable:
+        raise BadInput(
+            f"none of {len(chosen):,} pictures is readable, such as {images.files[first]}: mend or "
+            "remove them"
+        )
+    return torch.stack(readable)
 
 
 def encode_set(model, images, folder, about, shard=2000, workers=0):
@@ -812,7 +823,7 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
     """
     (rank, world), folder, n = training.ranks(), Path(folder), len(images)
     whose, note = dict(autoencoder=fingerprint(model), pictures=n, **about), folder / "latents.json"
-    known = json.loads(note.read_text()) if note.exists() else whose
+    known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else whose
     for key, value in whose.items():
         if known.get(key) != value:
             raise BadInput(
@@ -821,7 +832,7 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
             )
     if rank == 0 and "scale" not in known:
         with sde.replacing(note) as aside:
-            aside.write_text(json.dumps(known, indent=1) + "\n")
+            aside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     for j, first in enumerate(tqdm(range(0, n, shard), "encoding", disable=rank > 0, leave=False)):
         path = folder / f"{first:08}.npy"
         if not path.exists() and j % world == rank:
@@ -836,7 +847,7 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
         known["scale"] = 1 / spread(folder)
         if rank == 0:
             with sde.replacing(note) as aside:
-                aside.write_text(json.dumps(known, indent=1) + "\n")
+                aside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return known["scale"]
 
 
@@ -992,7 +1003,7 @@ def train_latents(settings, codes, run, content=None, compile=False, **options):
     state = training.prepare(settings, content, compile)
     if training.ranks()[0] == 0:
         with sde.replacing(run / "settings.json") as aside:
-            aside.write_text(json.dumps(settings, indent=1) + "\n")
+            aside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return state, training.fit(state, codes, settings, run, **options)
 
 
@@ -1125,7 +1136,8 @@ if __name__ == "__main__" and not dry_run:
     record = dict(run=str(run), step=state["step"], sampler=sampler, nfe=nfe, grid=grid or "own")
     record.update(seed=seed + 1, features=named, error=float(error), **table)
     with sde.replacing(run / "metrics.json") as aside:
-        aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        aside.write_text(text, encoding="utf-8", errors="surrogateescape")  # any name of a file
 
 # %% [markdown]
 # **You have** all parts of the paper: the closed-form denoiser, the clustering, the multistage
