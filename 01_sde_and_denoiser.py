@@ -37,9 +37,16 @@ import os
 import platform
 import re
 import signal
+import socket
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs under one name are not told apart
+    fcntl = None
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
@@ -159,6 +166,7 @@ def settings(namespace, step):
             if name not in defaults:
                 raise BadInput(f"unknown parameter {name!r}: take one of {', '.join(defaults)}")
     else:
+        printable()
         sys.excepthook = one_sentence
         parser = argparse.ArgumentParser(f"{step}.py", usage="%(prog)s [flags]", allow_abbrev=False)
         parser.error = lambda message: _exit(f"{message} (--help lists the flags)")
@@ -197,6 +205,12 @@ def checked(name, value, kind, comment):
         if not (above and below):  # so that nan is refused as well
             raise BadInput(f"{name} = {found} must lie in {limits[0]}")
     return found
+
+
+def printable():
+    """Print a question mark in place of what the terminal's encoding lacks, such as a ×."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
 
 
 def one_sentence(kind, error, trace):
@@ -279,6 +293,35 @@ def enough_memory(way_out="give a smaller --batch"):
         raise BadInput(f"the memory of this {whose} is used up{wanted}: {way_out}") from error
 
 
+HELD = {}  # the folders that this process writes into, each open and locked: {path: descriptor}
+
+
+def hold(folder):
+    """Lock a folder, until `release` or the end of this process.
+
+    Raises BadInput where another process holds it.
+    """
+    release(folder)
+    if fcntl is None:
+        return
+    HELD[Path(folder).resolve()] = place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        release(folder)
+        raise BadInput(
+            f"another process is training in {folder}: wait for it, or give this run a --name"
+        ) from None
+    except OSError:  # some network's file system knows no locks
+        pass
+
+
+def release(folder):
+    """Give back a folder that `hold` locked, if it did."""
+    if (place := HELD.pop(Path(folder).resolve(), None)) is not None:
+        os.close(place)
+
+
 def show(path):
     """Save the current matplotlib figure as `path` and, in a notebook, put it on the page."""
     import matplotlib.pyplot as plt
@@ -325,7 +368,7 @@ def load_images(dataset="digits", root="data", size=32):
     """Load a data set as (images uint8 (N, C, H, W), labels int64 (N,) or None).
 
     `size` is the side in pixels for `celeba` and `folder` (centre crop, then antialiased resize);
-    the others have their own. Raises BadInput where the set is unknown or not to be had.
+    the others have their own. Raises BadInput where the set is unknown, damaged or not to be had.
     """
     if dataset == "digits":
         from sklearn.datasets import load_digits
@@ -337,58 +380,129 @@ def load_images(dataset="digits", root="data", size=32):
         data = _torchvision_set(dataset, root)
         pixels = torch.as_tensor(data.data)  # (N, 28, 28) or (N, 32, 32, 3)
         pixels = pixels[:, None] if dataset == "mnist" else pixels.permute(0, 3, 1, 2)
-        return pixels.contiguous(), torch.as_tensor(data.targets)
+        labels, shape = torch.as_tensor(data.targets), SHAPES[dataset]
+        if pixels.shape[1:] != shape or not 0 < len(pixels) == len(labels) or labels.max() > 9:
+            found = f"{tuple(pixels.shape)} pictures and {len(labels)} labels"
+            raise _damaged(dataset, root, f"its files hold {found}")
+        return pixels.contiguous(), labels
     if dataset in ("celeba", "folder"):
-        return read_pictures(PictureFiles(picture_files(dataset, root), size)), None
+        return read_pictures(open_files(dataset, root, size)), None
     raise BadInput(f"unknown dataset {dataset!r}: take digits, mnist, cifar10, celeba or folder")
+
+
+SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+NAMES = {"mnist": "MNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}  # in torchvision
+PLACES = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "celeba": "celeba"}
+PATIENCE = 30  # seconds without a byte after which a download has failed
+
+
+@contextmanager
+def patience():
+    """Let downloads fail, in place of waiting for ever, where a host is silent for PATIENCE s."""
+    import requests  # what gdown fetches CelebA with: it does not heed the sockets' default
+
+    adapter, before = requests.adapters.HTTPAdapter, socket.getdefaulttimeout()
+    send = adapter.send
+    adapter.send = lambda *args, timeout=None, **how: send(
+        *args, timeout=PATIENCE if timeout is None else timeout, **how
+    )
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+        adapter.send = send
+
+
+def _damaged(dataset, root, reason):
+    return BadInput(
+        f"{Path(root) / PLACES[dataset]} is damaged ({reason}): remove it, and it is downloaded "
+        "again"
+    )
 
 
 def _torchvision_set(dataset, root, **options):
     from torchvision import datasets
 
-    name = {"mnist": "MNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}[dataset]
+    name, place = NAMES[dataset], Path(root) / PLACES[dataset]
     kind = getattr(datasets, name)
     try:
         return kind(root, download=False, **options)
-    except RuntimeError:
-        print(f"{name} is not in {root}: downloading it")
+    except Exception as error:  # torn files make torchvision fail in many ways
+        if not (isinstance(error, RuntimeError) and str(error).startswith("Dataset")):
+            raise _damaged(dataset, root, brief(error)) from error
+    if Path(root).exists() and not Path(root).is_dir():
+        raise BadInput(f"{root} is no folder: give --root one that holds {name} or can take it")
+    state = "damaged or incomplete" if place.exists() else "missing"
+    print(f"{place} is {state}: downloading {name}")
     try:
-        return kind(root, download=True, **options)
+        with patience():
+            return kind(root, download=True, **options)
     except Exception as error:  # each host fails in its own way
         raise BadInput(
-            f"{name} is not in {root} and could not be downloaded ({type(error).__name__}): "
-            f"put its files there as torchvision.datasets.{name} documents, or give --root"
+            f"{place} is {state} and {name} could not be downloaded ({brief(error)}): put its "
+            f"files there as torchvision.datasets.{name} documents, or give --root"
         ) from error
 
 
+def brief(error):
+    """Say on one line and in short what an exception of someone else's code says."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
+# %% [markdown]
+# Pictures in files are decoded by several processes. CelebA's 162,770 take minutes even so, and are
+# therefore kept decoded, as one array beside the data.
+
+
+# %%
 def picture_files(dataset, root):
     """List the picture files of `celeba` (its training split) or of all folders below root.
 
-    Raises BadInput where there are none.
+    Raises BadInput where there are none, or a folder cannot be read.
     """
     from torchvision import datasets
 
+    files = []
     if dataset == "celeba":
+        folder = Path(root) / "celeba" / "img_align_celeba"
         names = _torchvision_set("celeba", root, split="train").filename
-        files = [Path(root) / "celeba" / "img_align_celeba" / name for name in names]
+        files = [folder / name for name in names]
+        there = {name for *_, some in os.walk(folder, onerror=_refuse_folder) for name in some}
+        lost = [name for name in names if name not in there]
+        if len(lost) > 0.01 * len(names):
+            raise BadInput(
+                f"{folder} lacks {len(lost):,} of {len(names):,} pictures, such as {lost[0]}: "
+                "remove it, and it is unpacked again"
+            )
     else:
-        kinds = datasets.folder.IMG_EXTENSIONS
-        files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in kinds)
+        for folder, _, names in os.walk(root, onerror=_refuse_folder):
+            files += [Path(folder) / name for name in names]
+        files = sorted(p for p in files if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
     if not files:
-        raise BadInput(f"no pictures under {root!r}: give --root a folder that holds some")
+        raise BadInput(f"no pictures under {str(root)!r}: give a folder that holds some")
     return files
+
+
+def _refuse_folder(error):
+    raise BadInput(
+        f"cannot read the folder {error.filename} ({error.strerror}): give one that can be read"
+    ) from error
 
 
 class PictureFiles:
     """Decode picture files when they are asked for: item i is uint8 (3, size, size).
 
-    Centre crop, antialiased resize. An unreadable file gives None.
+    Centre crop, antialiased resize. An unreadable file gives None. kept: the file in which
+    `read_pictures` keeps the decoded set; None: it does not. Raises BadInput for a size below 1.
     """
 
-    def __init__(self, files, size):
+    def __init__(self, files, size, kept=None):
         from torchvision.transforms import v2
 
-        self.files, self.size = files, size
+        if size < 1:
+            raise BadInput(f"size = {size} must be 1 or more")
+        self.files, self.size, self.kept = files, size, kept
         self.crop = v2.Compose(
             [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
         )
@@ -397,30 +511,117 @@ class PictureFiles:
         return len(self.files)
 
     def __getitem__(self, i):
-        from torchvision.datasets.folder import default_loader
-
         try:
-            return self.crop(default_loader(self.files[i]))
-        except (OSError, SyntaxError, ValueError):  # the ways in which PIL refuses a file
+            return self.crop(open_picture(self.files[i]))
+        except Exception:  # PIL refuses a file in many ways
             return None
 
 
-def read_pictures(pictures):
-    """Read all of PictureFiles into one uint8 tensor (N, 3, size, size), without the unreadable."""
+def open_files(dataset, root, size):
+    """Open the pictures of `celeba` or `folder` as PictureFiles. Raises as `picture_files`."""
+    kept = Path(root) / "celeba" / f"train-{size}.npy" if dataset == "celeba" else None
+    return PictureFiles(picture_files(dataset, root), size, kept)
+
+
+def open_picture(path):
+    """Decode a picture file to a PIL image in RGB.
+
+    Raises what PIL raises; what PIL only warns of, because it is suspiciously large, raises too.
+    """
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as picture:
+            if picture.mode == "F":
+                raise ValueError("pixels that are no whole numbers have no known range")
+            if picture.mode.startswith("I"):  # 16 bits, of which PIL's RGB would cut off the upper
+                grey = np.clip(np.asarray(picture) / 257, 0, 255).round()
+                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+            return picture.convert("RGB")
+
+
+def read_pictures(pictures, workers=0):
+    """Read all of PictureFiles into one uint8 tensor (N, 3, size, size), without the unreadable.
+
+    workers: processes that decode them; 0, or few pictures: this one does.
+    Raises BadInput where more than 1% of the files are unreadable.
+    """
+    known = _read_kept(pictures) if pictures.kept else None
+    pixels, bad = known or _decode(pictures, workers)
+    for i in bad:
+        print(f"unreadable, skipped: {pictures.files[i]}")
+    report_unreadable([pictures.files[i] for i in bad], len(pictures))
+    if pictures.kept and not known:
+        _keep(pictures.kept, pixels, bad)
+    return pixels
+
+
+def _decode(pictures, workers):
+    """Decode PictureFiles: (uint8 tensor without the unreadable, the indices of these)."""
+    from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    pixels = torch.empty(len(pictures), 3, pictures.size, pictures.size, dtype=torch.uint8)
-    good, bad = 0, []
-    for i in tqdm(range(len(pictures)), "reading pictures", leave=False):
-        picture = pictures[i]
-        if picture is None:
-            bad.append(pictures.files[i])
-            print(f"unreadable, skipped: {bad[-1]}")
-        else:
-            pixels[good] = picture
-            good += 1
-    report_unreadable(bad, len(pictures))
-    return pixels[:good]
+    n, size = len(pictures), pictures.size
+    pixels, good, bad, first = torch.empty(n, 3, size, size, dtype=torch.uint8), 0, [], 0
+    loader = DataLoader(
+        pictures,
+        batch_size=max(1, min(64, 2**21 // (3 * size**2))),
+        num_workers=min(workers, n // 200, os.cpu_count() or 1),
+        collate_fn=_stack,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # else it draws from the random numbers of everybody
+    )
+    with tqdm(total=n, desc="reading pictures", leave=False) as bar:
+        for readable, some in loader:
+            bad += [first + j for j, fine in enumerate(readable) if not fine]
+            pixels[good : good + sum(readable)] = some
+            good, first = good + sum(readable), first + len(readable)
+            bar.update(len(readable))
+    return pixels[:good], bad
+
+
+def _stack(items):
+    """Stack what is readable: ([whether each is], uint8 (n, 3, size, size))."""
+    good = [picture for picture in items if picture is not None]
+    return [picture is not None for picture in items], torch.stack(good) if good else 0
+
+
+def ignore_interrupts(worker):
+    """Leave Ctrl-C to the main process, and to it alone what it holds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for folder in list(HELD):
+        release(folder)
+
+
+def _keep(path, pixels, bad):
+    """Write a decoded set: two arrays in one file, the pixels and the indices of the unreadable."""
+    try:
+        with replacing(path) as aside, open(aside, "wb") as file:
+            np.save(file, pixels.numpy())
+            np.save(file, np.array(bad, dtype=np.int64))
+        print(f"kept, decoded, as {path}")
+    except BadInput as error:
+        print(f"not kept, to be decoded again the next time: {brief(error.__cause__)}")
+
+
+def _read_kept(pictures):
+    """Read what `_keep` wrote, as `_decode` gives it; None where it is not there or does not fit."""
+    if not pictures.kept.is_file():
+        return None
+    try:
+        with open(pictures.kept, "rb") as file:
+            pixels, bad = np.load(file), np.load(file).tolist()
+        shape = (len(pictures) - len(bad), 3, pictures.size, pictures.size)
+        if pixels.shape != shape or pixels.dtype != np.uint8:
+            raise ValueError(f"{pixels.dtype} {pixels.shape} in place of uint8 {shape}")
+        if any(pictures[i] is not None for i in bad):
+            raise ValueError("a picture that was unreadable no longer is")
+    except Exception as error:  # numpy fails in many ways on a torn or foreign file
+        print(f"{pictures.kept} does not fit ({brief(error)}): decoding the pictures again")
+        return None
+    return torch.from_numpy(pixels), bad
 
 
 def report_unreadable(bad, total):
@@ -783,7 +984,8 @@ if __name__ == "__main__":
     generator = torch.Generator(device()).manual_seed(seed)
     eps = torch.randn(images[:1].shape, generator=generator, device=device())
     times = torch.linspace(VP.t_min, 1, 12, device=device())
-    noisy = [perturb(image.expand(12, -1, -1, -1), eps, times, VP) for image in images[[0, 3, 9]]]
+    shown = sorted({min(i, len(images) - 1) for i in (0, 3, 9)})  # fewer of a small set
+    noisy = [perturb(image.expand(12, -1, -1, -1), eps, times, VP) for image in images[shown]]
     title = "VP kernel, t from 0.001 to 1 in equal steps, the same noise in each row"
     show_images([torch.cat(noisy)], [title], "figures/01_forward.png", columns=12)
 
@@ -1021,7 +1223,7 @@ def empirical_loss(guess, x, t, kernel, images):
 
 if __name__ == "__main__":
     few, t = images[:200].double(), 0.2
-    x = perturb(few[:8], torch.randn_like(few[:8]), torch.full((8,), t).to(few), VP)
+    x = perturb(few[:8], torch.randn_like(few[:8]), torch.full((len(few[:8]),), t).to(few), VP)
     best = optimal_denoiser(x, t, VP, few).requires_grad_()
     loss = empirical_loss(best, x, t, VP, few)
     (gradient,) = torch.autograd.grad(loss.sum(), best)
@@ -1043,7 +1245,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     times = torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0])
-    xt = perturb(images[9].expand(12, -1, -1, -1), eps, times.to(device()), VP)
+    xt = perturb(images[shown[-1]].expand(12, -1, -1, -1), eps, times.to(device()), VP)
     seen = posterior_mean(xt, times, VP, images)
     titles = [
         "with noise, t = " + ", ".join(f"{t:.2g}" for t in times.tolist()),

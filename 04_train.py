@@ -37,10 +37,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs under one name are not told apart
-    fcntl = None
 clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
 BadInput = sde.BadInput
@@ -253,7 +249,7 @@ def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=sde.ignore_interrupts,
     )
     for pictures, unreadable in loader:
         for i in unreadable:
@@ -262,6 +258,8 @@ def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
                 tqdm.write(f"unreadable, skipped: {bad[-1]}")
         if len(bad) > 0.01 * len(images):
             sde.report_unreadable(bad, len(images))
+        if pictures is None:
+            raise BadInput("none of the pictures of a batch is readable: see the files named above")
         yield pictures.to(sde.device(), non_blocking=True)
 
 
@@ -276,19 +274,13 @@ class Indexed:
 
 
 def collate(items):
-    """Stack pictures, with readable ones in the place of None: (pictures, unreadable indices)."""
+    """Stack pictures, with readable ones in the place of None: (pictures, unreadable indices).
+
+    Where none is readable there are no pictures either, but None.
+    """
     good = [picture for _, picture in items if picture is not None]
-    if not good:
-        raise BadInput("none of the pictures of a batch is readable: see the files named above")
-    stack = [good[j % len(good)] if p is None else p for j, (_, p) in enumerate(items)]
-    return torch.stack(stack), [i for i, picture in items if picture is None]
-
-
-def ignore_interrupts(worker):
-    """Leave Ctrl-C to the main process, and to it alone the hold on the run's folder."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for folder in list(HELD):
-        release(folder)
+    stack = [good[j % len(good)] if p is None else p for j, (_, p) in enumerate(items) if good]
+    return torch.stack(stack) if good else None, [i for i, picture in items if picture is None]
 
 
 def ranks():
@@ -596,11 +588,15 @@ def network_name(network, dataset, arch, process):
     return network or PAPER_NETWORKS[process if process in PLAIN else "edm"][arch]
 
 
+FEW = 100  # pictures; where Algorithm 1 fails on fewer it is no fault of theirs
+
+
 def find_boundaries(text, dataset, images, process, network="digits"):
     """Decide on the inner boundaries, in the time of the process: list of floats.
 
     text: what the user gave, comma-separated, or empty for step 02's answer; a network that has not
-    three stages brings its own.
+    three stages brings its own. Raises BadInput where there is no such answer, but for less than FEW
+    pictures takes the published cuts then, and says so.
     """
     own = unet.NETWORKS.get(network, unet.NETWORKS["digits"])["boundaries"]
     if text:
@@ -614,7 +610,15 @@ def find_boundaries(text, dataset, images, process, network="digits"):
         cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
     else:
         progress = ranks()[0] == 0
-        cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
+        try:
+            cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
+        except BadInput as error:
+            if len(images) >= FEW:
+                raise BadInput(
+                    f"step 02 finds no boundaries ({error}): give --boundaries"
+                ) from None
+            say(f"{len(images)} pictures are too few to find boundaries: taking the published ones")
+            cuts = unet.PUBLISHED
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
 
 
@@ -646,35 +650,6 @@ def say(*lines):
         print(*lines, sep="\n")
 
 
-HELD = {}  # the folders that this process writes into, each open and locked: {path: descriptor}
-
-
-def hold(folder):
-    """Lock a folder, until `release` or the end of this process.
-
-    Raises BadInput where another process holds it.
-    """
-    release(folder)
-    if fcntl is None:
-        return
-    HELD[Path(folder).resolve()] = place = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        release(folder)
-        raise BadInput(
-            f"another process is training in {folder}: wait for it, or give this run a --name"
-        ) from None
-    except OSError:  # some network's file system knows no locks
-        pass
-
-
-def release(folder):
-    """Give back a folder that `hold` locked, if it did."""
-    if (place := HELD.pop(Path(folder).resolve(), None)) is not None:
-        os.close(place)
-
-
 def claim(folder, resume):
     """Make the folder of a run and hold it; an earlier run of that name is kept as `folder`.1, …
 
@@ -683,14 +658,14 @@ def claim(folder, resume):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        hold(folder)
+        sde.hold(folder)
         left = [name for name in ("checkpoint.pt", "autoencoder.pt") if (folder / name).exists()]
         if left and not resume:
             n = next(n for n in range(1, 10_000) if not Path(f"{folder}.{n}").exists())
             folder.rename(f"{folder}.{n}")
             print(f"an earlier run is kept as {folder}.{n}")
             folder.mkdir()
-            hold(folder)  # the lock on the old one went with it
+            sde.hold(folder)  # the lock on the old one went with it
     except OSError as error:
         raise BadInput(
             f"cannot write to {folder} ({error.strerror}): choose another --out"
@@ -985,13 +960,16 @@ def one_at_a_time():
         dist.barrier()
 
 
-def open_pictures(dataset, root, size, memory):
-    """Load a data set onto the device as uint8 (N, C, H, W), or open its files if it is large."""
+def open_pictures(dataset, root, size, memory, workers=0):
+    """Load a data set onto the device as uint8 (N, C, H, W), or open its files if it is large.
+
+    memory: GiB that it may take; workers: processes that decode its files.
+    """
     if dataset not in ("celeba", "folder"):
         return sde.load_images(dataset, root)[0].to(sde.device())
-    pictures = sde.PictureFiles(sde.picture_files(dataset, root), size)
+    pictures = sde.open_files(dataset, root, size)
     large = len(pictures) * 3 * size**2 > memory * 2**30
-    return pictures if large else sde.read_pictures(pictures).to(sde.device())
+    return pictures if large else sde.read_pictures(pictures, workers).to(sde.device())
 
 
 def wrap(state, compile):
@@ -1043,7 +1021,7 @@ if __name__ == "__main__":
     join()
     rank, world = ranks()
     with one_at_a_time():
-        pixels = open_pictures(dataset, root, size, memory)
+        pixels = open_pictures(dataset, root, size, memory, workers)
     recipe = RECIPES[dataset]
     run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
     asked = dict(dataset=dataset, arch=arch)
@@ -1078,6 +1056,10 @@ if __name__ == "__main__":
     if patience:
         if not torch.is_tensor(pixels):
             raise BadInput("early stopping needs the pictures in memory: give --memory more GiB")
+        if len(pixels) < 10:
+            raise BadInput(
+                f"{len(pixels)} pictures are too few for early stopping: give 10 or more"
+            )
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
         held_out, training_set = (
             pixels[order[: len(pixels) // 10]],
@@ -1092,7 +1074,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     say(f"the run lies in {run}")
     finished = fit(state, training_set, asked, run, save_every, sample_every, workers, held_out)
-    release(run)
+    sde.release(run)
     if world > 1:
         dist.destroy_process_group()
     if not finished and rank == 0:
@@ -1157,8 +1139,9 @@ if __name__ == "__main__":
     levels = sde.VP.log_snr(torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.7]))
     t = kernel.time(levels).float().to(sde.device())  # the same noise levels in either process
     if not torch.is_tensor(pixels):
-        pixels = sde.read_pictures(sde.PictureFiles(pixels.files[:1000], size)).to(sde.device())
-    x0 = network_space(pixels[:8])
+        pixels = sde.read_pictures(sde.PictureFiles(pixels.files[:1000], size), workers)
+        pixels = pixels.to(sde.device())
+    x0 = network_space(pixels[torch.arange(8) % len(pixels)])  # a small set starts over
     xt = sde.perturb(x0, torch.randn(x0.shape, generator=generator).to(x0), t, kernel)
     with torch.no_grad(), half_precision(xt.device):
         eps = predict_noise(trained, xt, t, process)

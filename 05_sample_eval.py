@@ -637,7 +637,11 @@ def stage_shares(model, process, sampler, nfe, grid=""):
 
 
 def check_number(n, real):
-    """Raise BadInput where real pictures do not suffice for two sets of n."""
+    """Raise BadInput where real pictures do not suffice for two sets of n, or n is too small."""
+    if len(real) < 20:
+        raise BadInput(f"there are {len(real)} real pictures: to measure takes 20 or more")
+    if n < 10:
+        raise BadInput(f"samples = {n} is too few to measure: take 10 or more")
     if n > len(real) // 2:
         raise BadInput(f"samples = {n} is more than half the data set: take {len(real) // 2}")
 
@@ -774,7 +778,9 @@ if __name__ == "__main__":
     sde.show_images([some, known[nearest]], titles, run / "nearest.png")
     rms = gap / some[0].numel() ** 0.5
     apart = (
-        torch.cdist(known[:500].flatten(1), known.flatten(1)).topk(2, largest=False).values[:, 1]
+        torch.cdist(known[:500].flatten(1), known.flatten(1))
+        .topk(min(2, len(known)), largest=False)  # the first is the picture itself
+        .values[:, -1]
     )
     apart = apart / some[0].numel() ** 0.5
     print(f"root mean square to the nearest training picture: {rms.mean():.3f} a pixel;", end=" ")
@@ -877,19 +883,40 @@ def register(body, width):
 def own_features(path, pictures):
     """Load a TorchScript feature extractor and try it on pictures: its name for torch-fidelity.
 
-    Raises BadInput where the file is none, or does not map uint8 (B, C, H, W) to (B, d).
+    Raises BadInput where the file is none, and now or later where it fails to map uint8 pictures
+    (B, C, H, W) to finite features (B, d), always with the same d of 2 or more.
     """
     try:
         net = torch.jit.load(path, map_location="cpu").eval()
-        with torch.no_grad():
-            found = net(pictures)
-        B, d = found.shape
-    except (RuntimeError, ValueError, OSError, AttributeError) as error:
+    except Exception as error:  # torch.jit fails in many ways
         raise BadInput(
-            f"{path} is no TorchScript file that maps uint8 {tuple(pictures.shape)} to features "
-            f"({str(error).splitlines()[0][:100]})"
+            f"{path} is no TorchScript file ({sde.brief(error)}): write one with "
+            "torch.jit.script(network).save(file)"
         ) from error
-    return register(lambda x: net(x.cpu()).float().to(x.device), d)
+
+    def body(x, wanted=None):
+        given = "×".join(map(str, x.shape))
+        try:
+            with torch.no_grad():
+                found = net(x.cpu())
+            (rows, d), real = found.shape, not found.is_complex()
+            found = found.float()
+        except Exception as error:  # so does the network itself: it is someone else's
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise BadInput(
+                f"{path} does not turn {given} uint8 numbers into features (B, d) "
+                f"({reason[0][:100]}): mend that network"
+            ) from error
+        if rows != len(x) or d < 2 or d != (wanted or d) or not real or not found.isfinite().all():
+            kind = ", some not finite" if real and not found.isfinite().all() else ""
+            raise BadInput(
+                f"{path} turns {given} uint8 numbers into {rows}×{d} features{kind}: it must give "
+                f"{len(x)}×{wanted or 'd'}, d of 2 or more, all real and finite"
+            )
+        return found.to(x.device)
+
+    d = body(pictures).shape[1]
+    return register(lambda x: body(x, d), d)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -924,23 +951,25 @@ def evaluate(images, reference, extractor, weights=""):
             "give two sets of 10 or more pictures of one size"
         )
     inception = extractor.startswith("inception")
+    how = dict(cuda=torch.cuda.is_available(), save_cpu_ram=True, verbose=False, cache=False)
     try:
-        found = torch_fidelity.calculate_metrics(
-            input1=Pictures(images),
-            input2=Pictures(reference),
-            feature_extractor=extractor,
-            feature_extractor_weights_path=weights or None,
-            isc=inception,
-            **dict(fid=True, kid=True, prc=True, kid_subset_size=min(n // 2, 1000)),
-            **dict(cuda=torch.cuda.is_available(), save_cpu_ram=True, verbose=False, cache=False),
-        )
+        with sde.patience():  # Inception's weights may have to be downloaded
+            found = torch_fidelity.calculate_metrics(
+                input1=Pictures(images),
+                input2=Pictures(reference),
+                feature_extractor=extractor,
+                feature_extractor_weights_path=weights or None,
+                isc=inception,
+                **dict(fid=True, kid=True, prc=True, kid_subset_size=min(n // 2, 1000)),
+                **how,
+            )
     except Exception as error:  # torch, torch-fidelity and the download each fail in their own way
         if not inception or sde.out_of_memory(error):
             raise
         raise BadInput(
-            f"Inception's weights cannot be had ({str(error).splitlines()[0][:120]}): give their "
-            f"file with --weights, put it into {torch.hub.get_dir()}/checkpoints, or give features "
-            "of your own with --features"
+            f"Inception's weights cannot be had ({sde.brief(error)}): give their file with "
+            f"--weights, put it into {torch.hub.get_dir()}/checkpoints (in place of a torn one), "
+            "or give features of your own with --features"
         ) from error
     keys = dict(frechet="frechet_inception_distance", kid="kernel_inception_distance_mean")
     keys.update(kid_std="kernel_inception_distance_std", precision="precision", recall="recall")
@@ -969,18 +998,23 @@ def real_halves(images, n):
 def read_reference(folder, size):
     """Read a folder of pictures of size × size to compare with: uint8 (N, 3, size, size).
 
-    Raises BadInput for pictures of another size: to resize them would change the metrics.
+    Raises BadInput for pictures of another size, because to resize them would change the metrics,
+    and where more than 1% are unreadable.
     """
     from PIL import Image
 
     files = sde.picture_files("folder", folder)
     for path in files:
-        with Image.open(path) as picture:
-            if picture.size != (size, size):
-                raise BadInput(
-                    f"reference {path} has {picture.size[0]}×{picture.size[1]} pixels, the "
-                    f"samples {size}×{size}: resize the folder first"
-                )
+        try:
+            with Image.open(path) as picture:
+                width, height = picture.size
+        except Exception:  # PIL refuses a file in many ways; `read_pictures` counts these
+            continue
+        if (width, height) != (size, size):
+            raise BadInput(
+                f"reference {path} has {width}×{height} pixels, the samples {size}×{size}: resize "
+                "the folder first"
+            )
     return sde.read_pictures(sde.PictureFiles(files, size))
 
 
@@ -1042,7 +1076,8 @@ if __name__ == "__main__":
         grid=grid or "own", seed=seed, weights="averaged", features=named, against=against, **table
     )
     with sde.replacing(run / "metrics.json") as aside:
-        aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        aside.write_text(text, encoding="utf-8", errors="surrogateescape")  # any name of a file
     print(f"grid: {run / 'samples.png'}\nmetrics: {run / 'metrics.json'}")
 
 # %% [markdown]
@@ -1096,7 +1131,7 @@ if __name__ == "__main__" and compare:
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncol=2)
     sde.show(run / "solvers.png")
     with sde.replacing(run / "solvers.json") as aside:
-        aside.write_text(json.dumps(rows) + "\n")
+        aside.write_text(json.dumps(rows) + "\n", encoding="utf-8")
 
 # %% [markdown]
 # **You have** samples, a picture of how they come about, and numbers with a yardstick beside them.

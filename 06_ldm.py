@@ -283,12 +283,13 @@ def load_lpips(where):
     from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
 
     try:
-        net = SampleSimilarityLPIPS("lpips-vgg16").to(where)
+        with sde.patience():
+            net = SampleSimilarityLPIPS("lpips-vgg16").to(where)
     except Exception as error:  # each host fails in its own way
         training.say(
-            f"LPIPS's weights cannot be had ({type(error).__name__}): going on without it; "
-            f"put vgg16-397923af.pth and weights-vgg16-lpips.pth into {torch.hub.get_dir()}"
-            "/checkpoints to train with it"
+            f"LPIPS's weights cannot be had ({sde.brief(error)}): going on without it; put "
+            f"vgg16-397923af.pth and weights-vgg16-lpips.pth into {torch.hub.get_dir()}"
+            "/checkpoints (in place of torn ones) to train with it"
         )
         return None
     grey = lambda x: (x.expand(-1, 3, -1, -1) + 1) * 127.5  # noqa: E731 - and colour as it is
@@ -741,7 +742,7 @@ if __name__ == "__main__" and not dry_run:
     started = resume and any((run / f"checkpoint{old}.pt").exists() for old in ("", ".previous"))
     content = training.load(run) if started else None
     with training.one_at_a_time():
-        pixels = training.open_pictures(dataset, root, size, memory)
+        pixels = training.open_pictures(dataset, root, size, memory, workers)
     if rank == 0:
         evaluation.check_number(samples, pixels)  # which are compared in the end
         training.claim(run, resume)
@@ -820,12 +821,22 @@ def decode(model, z, scale):
 
 
 def cut_out(images, first, last, workers):
-    """Return pictures first to last - 1 of a tensor, or the readable ones of `PictureFiles`."""
+    """Return pictures first to last - 1 of a tensor, or the readable ones of `PictureFiles`.
+
+    Raises BadInput where none of them is readable.
+    """
     if torch.is_tensor(images):
         return images[first:last]
     chosen = torch.utils.data.Subset(images, range(first, min(last, len(images))))
-    loader = DataLoader(chosen, batch_size=50, num_workers=workers, collate_fn=list)
-    return torch.stack([picture for some in loader for picture in some if picture is not None])
+    how = dict(num_workers=workers, collate_fn=list, worker_init_fn=sde.ignore_interrupts)
+    loader = DataLoader(chosen, batch_size=50, **how)
+    readable = [picture for some in loader for picture in some if picture is not None]
+    if not readable:
+        raise BadInput(
+            f"none of {len(chosen):,} pictures is readable, such as {images.files[first]}: mend or "
+            "remove them"
+        )
+    return torch.stack(readable)
 
 
 def encode_set(model, images, folder, about, shard=2000, workers=0):
@@ -1025,7 +1036,7 @@ def train_latents(settings, codes, run, content=None, compile=False, **options):
     if training.ranks()[0] == 0:
         training.write_settings(settings, run)
     finished = training.fit(state, codes, settings, run, **options)
-    training.release(run)
+    sde.release(run)
     return state, finished
 
 
@@ -1161,7 +1172,8 @@ if __name__ == "__main__" and not dry_run:
     record = dict(run=str(run), step=state["step"], sampler=sampler, nfe=nfe, grid=grid or "own")
     record.update(seed=seed + 1, features=named, error=float(error), **table)
     with sde.replacing(run / "metrics.json") as aside:
-        aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        aside.write_text(text, encoding="utf-8", errors="surrogateescape")  # any name of a file
 
 # %% [markdown]
 # **You have** all parts of the paper: the closed-form denoiser, the clustering, the multistage

@@ -495,6 +495,6 @@ def everything(experiments, read_result, figures, path):
         if all(ask in found for ask in asks):
             draw(found, figures / f"{name}.png")
     if path.is_file():
-        text = page(path.read_text(), found)
+        text = page(path.read_text(encoding="utf-8"), found)
         with sde.replacing(path) as aside:
-            aside.write_text(text)
+            aside.write_text(text, encoding="utf-8")

@@ -64,7 +64,7 @@ def read_experiments(folder):
     found = {}
     for path in sorted(Path(folder).glob("*.toml")):
         try:
-            content = tomllib.loads(path.read_text())
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise BadInput(f"{path.name} is no TOML: {error}") from None
         paper = {run.get("label"): run.get("paper") for run in content.get("runs", [])}
@@ -192,5 +192,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sde.printable()
     sys.excepthook = sde.one_sentence
     main()

@@ -70,14 +70,14 @@ def complete(definition):
     record.update(device=str(sde.device()), threads=torch.get_num_threads())
     record["torch"] = torch.__version__
     with sde.replacing(result_path(definition)) as aside:
-        aside.write_text(json.dumps(record, indent=1) + "\n")
+        aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
 def read_result(definition):
     """Read the result of a unit, or None."""
     path = result_path(definition)
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 # ---- data and measures -----------------------------------------------------------------------

@@ -107,7 +107,7 @@ def report(out, folder):
     """Say where the results are, and the one number that sums them up."""
     here = lambda path: path.relative_to(ROOT)  # noqa: E731
     for name, column in (("digits-multistage", "samples"), ("digits-latent", "multistage")):
-        metrics = json.loads((out / name / "metrics.json").read_text())
+        metrics = json.loads((out / name / "metrics.json").read_text(encoding="utf-8"))
         ours, real = (metrics[f"{key} / real"]["frechet"] for key in (column, "real"))
         print(f"{name}: Fréchet distance {ours:.2f} (real against real: {real:.2f})")
         print(f"  sample grid         {here(out / name / 'samples.png')}")
@@ -116,4 +116,5 @@ def report(out, folder):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the … above
     main()

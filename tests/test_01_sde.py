@@ -346,14 +346,14 @@ def test_missing_set_ends_in_one_sentence(sde, tmp_path, monkeypatch):
 def test_files_are_replaced_whole_or_not_at_all(sde, tmp_path):
     path = tmp_path / "deep" / "file.txt"
     with sde.replacing(path) as aside:
-        aside.write_text("first")
+        aside.write_text("first", encoding="utf-8")
     with pytest.raises(RuntimeError), sde.replacing(path) as aside:
-        aside.write_text("half")
+        aside.write_text("half", encoding="utf-8")
         raise RuntimeError
-    assert path.read_text() == "first"
+    assert path.read_text(encoding="utf-8") == "first"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
     with pytest.raises(sde.BadInput, match="cannot write"), sde.replacing(path / "below") as aside:
-        aside.write_text("never")
+        aside.write_text("never", encoding="utf-8")
 
 
 def test_pictures_are_tiled_with_space_between(sde):
@@ -365,7 +365,7 @@ def test_pictures_are_tiled_with_space_between(sde):
 def test_environment_names_what_is_missing(sde, monkeypatch, tmp_path):
     lines, complete = sde.environment()
     assert complete and any(line.startswith("torch ") for line in lines)
-    (tmp_path / "requirements.txt").write_text("torch>=2\nno-such-package>=1\n")
+    (tmp_path / "requirements.txt").write_text("torch>=2\nno-such-package>=1\n", encoding="utf-8")
     monkeypatch.setattr(sde, "ROOT", tmp_path)
     lines, complete = sde.environment()
     assert not complete and "no-such-package MISSING" in "\n".join(lines)

@@ -244,7 +244,7 @@ def test_an_earlier_run_is_kept(training, tmp_path):
     run = tmp_path / "run"
     for expected in ([], ["run.1"], ["run.1", "run.2"]):
         training.claim(run, resume=False)
-        (run / "checkpoint.pt").write_text("weights")
+        (run / "checkpoint.pt").write_text("weights", encoding="utf-8")
         kept = sorted(p.name for p in tmp_path.iterdir() if p.name != "run")
         assert kept == expected
     training.claim(run, resume=True)

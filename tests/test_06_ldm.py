@@ -184,7 +184,10 @@ def test_training_rebuilds_pictures(ldm, pixels, tmp_path, kind):
     rebuilt = ldm.decode(model, ldm.encode(model, pixels[:500]), 1.0)
     truth = pixels[:500] / 255
     assert F.mse_loss(rebuilt, truth) < 0.35 * truth.var()  # far better than the mean picture
-    rows = [json.loads(line) for line in (tmp_path / "autoencoder.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "autoencoder.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert rows[-1]["step"] == 250 and rows[-1]["error"] < rows[0]["error"]
     if kind == "vq":
         assert rows[-1]["perplexity"] > 8  # of 64; without revival a few entries serve all
@@ -295,7 +298,7 @@ def test_latents_have_unit_variance_and_come_back(ldm, tiny, pixels, tmp_path):
 def test_encoding_goes_on_where_it_stopped_and_refuses_stale_latents(ldm, tiny, pixels, tmp_path):
     about = dict(dataset="digits", size=8)
     scale = ldm.encode_set(tiny, pixels, tmp_path, about, shard=500)
-    note = json.loads((tmp_path / "latents.json").read_text())
+    note = json.loads((tmp_path / "latents.json").read_text(encoding="utf-8"))
     assert note["scale"] == scale and note["pictures"] == 1797
     kept, lost = tmp_path / "00000500.npy", tmp_path / "00001000.npy"
     content, when = lost.read_bytes(), kept.stat().st_mtime_ns
@@ -452,7 +455,7 @@ def test_a_run_goes_on_and_draws_again(root, tmp_path, training):
 
     again = ("--resume", "--name", "parts", "--sampler", "ddim", *flags, "--steps", "6")
     assert run(root, tmp_path, *again).returncode == 0
-    metrics = json.loads((tmp_path / "runs" / "parts" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "runs" / "parts" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["sampler"] == "ddim" and metrics["step"] == 6
     assert training.load(tmp_path / "runs" / "parts")["settings"]["autoencoder"] == step
 

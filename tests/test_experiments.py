@@ -45,8 +45,10 @@ def work(runner):
 @pytest.fixture
 def tiny(runner, tmp_path, monkeypatch):
     """A folder with one small experiment and a page; call it to run: the labels that were run."""
-    (tmp_path / "tiny.toml").write_text(TINY)
-    (tmp_path / "page.md").write_text("before\n<!-- tiny -->\n<!-- /tiny -->\nafter\n")
+    (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
+    (tmp_path / "page.md").write_text(
+        "before\n<!-- tiny -->\n<!-- /tiny -->\nafter\n", encoding="utf-8"
+    )
     done, complete = [], runner.work.complete
 
     def watched(definition):
@@ -69,8 +71,10 @@ def test_runs_what_is_missing_and_only_that(tiny):
     assert tiny() == [("unified", 0), ("multistage", 0)]
     results = sorted((tiny.folder / "results").glob("*.json"))
     assert len(results) == 2
-    page = (tiny.folder / "page.md").read_text()
-    ends = [json.loads(path.read_text())["curve"][-1]["frechet"] for path in results]
+    page = (tiny.folder / "page.md").read_text(encoding="utf-8")
+    ends = [
+        json.loads(path.read_text(encoding="utf-8"))["curve"][-1]["frechet"] for path in results
+    ]
     assert all(f"{end:.2f}" in page for end in ends)
     assert page.startswith("before\n") and page.endswith("after\n")
 
@@ -78,12 +82,14 @@ def test_runs_what_is_missing_and_only_that(tiny):
     assert tiny() == []
     assert before == [path.read_bytes() for path in results]
 
-    text = (tiny.folder / "tiny.toml").read_text()
+    text = (tiny.folder / "tiny.toml").read_text(encoding="utf-8")
     text = text.replace('boundaries = "0.1,0.44"', 'boundaries = "0.1,0.5"')
-    (tiny.folder / "tiny.toml").write_text(text.replace("points", "seeds = [0, 1]\npoints"))
+    (tiny.folder / "tiny.toml").write_text(
+        text.replace("points", "seeds = [0, 1]\npoints"), encoding="utf-8"
+    )
     # unified with seed 0 is unchanged
     assert sorted(tiny()) == [("multistage", 0), ("multistage", 1), ("unified", 1)]
-    (tiny.folder / "twin.toml").write_text(text.replace('"Tiny"', '"Twin"'))
+    (tiny.folder / "twin.toml").write_text(text.replace('"Tiny"', '"Twin"'), encoding="utf-8")
     assert tiny() == []  # the same units under another name
 
 
@@ -104,8 +110,10 @@ def test_an_interruption_loses_one_unit(work, tiny, monkeypatch):
 
 
 def test_a_seed_can_be_asked_for(tiny, sde):
-    text = (tiny.folder / "tiny.toml").read_text()
-    (tiny.folder / "tiny.toml").write_text(text.replace("points", "seeds = [0, 1]\npoints", 1))
+    text = (tiny.folder / "tiny.toml").read_text(encoding="utf-8")
+    (tiny.folder / "tiny.toml").write_text(
+        text.replace("points", "seeds = [0, 1]\npoints", 1), encoding="utf-8"
+    )
     assert tiny("--seeds", "1") == [("unified", 1), ("multistage", 1)]
     with pytest.raises(sde.BadInput, match="--seeds 'one' must be whole numbers"):
         tiny("--seeds", "one")
@@ -114,11 +122,17 @@ def test_a_seed_can_be_asked_for(tiny, sde):
 def test_solvers_are_compared_on_the_network_that_a_run_ended_with(tiny, capsys):
     asked = '[["ddim", 2], ["dpm-solver-3", 3]]'
     more = f'[[runs]]\nlabel = "solvers"\nkind = "solvers"\nof = "unified"\nsolvers = {asked}\n'
-    text = (tiny.folder / "tiny.toml").read_text().replace('[[runs]]\nlabel = "multistage"', more)
-    (tiny.folder / "tiny.toml").write_text(text.replace('boundaries = "0.1,0.44"', ""))
+    text = (
+        (tiny.folder / "tiny.toml")
+        .read_text(encoding="utf-8")
+        .replace('[[runs]]\nlabel = "multistage"', more)
+    )
+    (tiny.folder / "tiny.toml").write_text(
+        text.replace('boundaries = "0.1,0.44"', ""), encoding="utf-8"
+    )
     assert len(tiny()) == 2
     (path,) = (tiny.folder / "results").glob("solvers*.json")
-    curve = json.loads(path.read_text())["curve"]
+    curve = json.loads(path.read_text(encoding="utf-8"))["curve"]
     assert [row["solver"] for row in curve] == [["ddim", 2], ["dpm-solver-3", 3]]
     assert curve[0]["frechet"] != curve[1]["frechet"]
 
@@ -126,15 +140,16 @@ def test_solvers_are_compared_on_the_network_that_a_run_ended_with(tiny, capsys)
     for weights in (tiny.folder / "out").rglob("*.pt"):
         weights.unlink()
     (first,) = (tiny.folder / "results").glob("training*.json")
-    first.write_text(first.read_text() + " ")  # as if from another machine
+    text = first.read_text(encoding="utf-8") + " "  # as if from another machine
+    first.write_text(text, encoding="utf-8")
     assert len(tiny()) == 1 and "training them first" in capsys.readouterr().out
-    assert json.loads(path.read_text())["curve"] == curve
-    assert first.read_text().endswith(" ")  # a result that is there stays
+    assert json.loads(path.read_text(encoding="utf-8"))["curve"] == curve
+    assert first.read_text(encoding="utf-8").endswith(" ")  # a result that is there stays
 
 
 def test_drawing_alone_runs_nothing(tiny):
     assert tiny("--draw") == []
-    assert "| unified | – |" in (tiny.folder / "page.md").read_text()
+    assert "| unified | – |" in (tiny.folder / "page.md").read_text(encoding="utf-8")
 
 
 def settle(runner, **changes):
@@ -320,7 +335,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_bad_file_is_named_in_one_sentence(case, runner, sde, tmp_path):
     lines, sentence = BROKEN[case]
-    (tmp_path / "bad.toml").write_text(f"[[runs]]\n{lines}\n")
+    (tmp_path / "bad.toml").write_text(f"[[runs]]\n{lines}\n", encoding="utf-8")
     with pytest.raises(sde.BadInput, match=sentence) as error:
         runner.read_experiments(tmp_path)
     assert str(error.value).startswith("bad.toml")
@@ -334,7 +349,7 @@ def test_missing_data_is_a_sentence_and_is_asked_for_only_where_needed(
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", offline)
     text = 'asks = "CIFAR-10"\n[[runs]]\nlabel = "a"\nkind = "cuts"\ndataset = "cifar10"\n'
-    (tmp_path / "colour.toml").write_text(text)
+    (tmp_path / "colour.toml").write_text(text, encoding="utf-8")
     places = ["--folder", str(tmp_path), "--page", str(tmp_path / "x"), "--root", "nowhere"]
     runner.main(places)
     assert "colour: left out, it asks for CIFAR-10" in capsys.readouterr().out
@@ -362,7 +377,7 @@ def committed(runner, work):
 def test_the_page_has_the_numbers_of_the_committed_results(committed):
     import draw
 
-    text = (ROOT / "RESULTS.md").read_text()
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     for name in [*committed, "ran"]:
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
     assert draw.page(text, committed) == text

@@ -215,7 +215,7 @@ def test_two_runs_of_one_name(sde, training, tmp_path):
     training.claim(tmp_path / "r", False)  # the lock died with its process
     training.claim(tmp_path / "r", False)  # and one's own does not stand in the way
     assert (tmp_path / "r.1" / "checkpoint.pt").read_text() == "theirs"
-    training.release(tmp_path / "r")
+    sde.release(tmp_path / "r")
 
 
 def damage(path):

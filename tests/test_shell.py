@@ -26,7 +26,12 @@ def script(name):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_help_names_every_parameter(step, tmp_path):
-    cell = (ROOT / f"{step}.py").read_text().split('tags=["parameters"]\n')[1].split("# %%")[0]
+    cell = (
+        (ROOT / f"{step}.py")
+        .read_text(encoding="utf-8")
+        .split('tags=["parameters"]\n')[1]
+        .split("# %%")[0]
+    )
     names = [line.split(" = ")[0] for line in cell.splitlines() if " = " in line]
     done = run(script(step), "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
@@ -42,7 +47,7 @@ def test_import_is_silent_and_leaves_nothing(step, tmp_path):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_steps_import_only_earlier_steps(step):
-    text = (ROOT / f"{step}.py").read_text()
+    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
     used = [other for other in STEPS if f'import_module("{other}")' in text]
     assert all(other < step for other in used)
     assert step == STEPS[0] or used
@@ -74,13 +79,13 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_errors_are_one_sentence_and_status_2(case, tmp_path):
     step, flags, sentence = WRONG[case]
-    (tmp_path / "file").write_text("kept")
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
     done = run(script(step), *flags, cwd=tmp_path)
     last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert last.startswith(f"{step}.py: error: ") and sentence in last
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
 
 
 def test_check_prints_the_environment_and_stops(tmp_path):
@@ -93,7 +98,7 @@ def test_check_prints_the_environment_and_stops(tmp_path):
 
 def test_check_works_without_torch(tmp_path):
     """On a machine where nothing is installed yet, --check must say so instead of failing."""
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n", encoding="utf-8")
     done = run(script(STEPS[0]), "--check", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1 and "no torch here" in done.stdout
     assert "Traceback" not in done.stderr
@@ -113,7 +118,7 @@ def test_train_sample_and_resume_from_the_shell(tmp_path):
     assert "runs/r was trained with seed = 0, not 9" in contradiction.stderr
     more = run(script("04_train"), *common, "--resume", "--steps", "6", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
-    assert (run_folder / "metrics.jsonl").read_text().count('"step"') == 6
+    assert (run_folder / "metrics.jsonl").read_text(encoding="utf-8").count('"step"') == 6
     many = run(script("05_sample_eval"), "--name", "r", "--samples", "899", cwd=tmp_path)
     assert many.returncode == 2 and "take 898" in many.stderr
     assert not (run_folder / "sets").exists()  # said before anything is drawn
