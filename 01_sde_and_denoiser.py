@@ -823,7 +823,7 @@ def probability_flow(eps, kernel, x, nfe, generator=None):
 # %%
 @contextmanager
 def exact_products():
-    """Multiply float32 matrices as they are: TF32, which a setting may ask for, has three digits."""
+    """Multiply float32 matrices as they are: TF32, which a setting may allow, has three digits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,8 +1,15 @@
 """Make the numbered steps importable and hand them to the tests under short names."""
 
 import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
+
+# The tests mean the CPU, whatever this machine has: hidden before anything asks for a GPU, here and
+# in the processes that the tests start. The fixture `card` gives it back to those that want it.
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
@@ -55,6 +62,17 @@ def ldm():
 def digits(sde):
     """The digits as floats in [0, 1], (1797, 1, 8, 8)."""
     return sde.load_images("digits")[0].float() / 255
+
+
+@pytest.fixture(scope="session")
+def card():
+    """The environment of a process that may use this machine's GPU."""
+    env = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    env |= {} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE}
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    if subprocess.run(asked, env=env, capture_output=True, text=True).stdout.strip() != "True":
+        pytest.skip("there is no GPU that torch can use on this machine")
+    return env
 
 
 @pytest.fixture(scope="session")
