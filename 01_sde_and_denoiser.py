@@ -686,7 +686,7 @@ if __name__ == "__main__":
 # %%
 def per_image(value, x):
     """Reshape a value a batch entry, (B,) or scalar, so that it multiplies x (B, C, H, W)."""
-    value = torch.as_tensor(value)
+    value = as_time(value)
     if value.dim() == 0:  # goes with any x as it is, wherever that lies
         return value.to(x.dtype)
     return value.to(x.device).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, 1, 1)

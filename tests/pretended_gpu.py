@@ -34,6 +34,9 @@ class OnGPU(torch.Tensor):
     def __init__(self, held):
         self.held = held
 
+    def __repr__(self, **_):
+        return f"OnGPU({self.held})"
+
     def __reduce_ex__(self, protocol):  # on disk it is a tensor like any other
         return self.held.detach().__reduce_ex__(protocol)
 
