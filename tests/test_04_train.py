@@ -528,6 +528,7 @@ def test_bfloat16_only_where_the_hardware_has_it(training, monkeypatch):
     """An RTX 20xx says that it can: it emulates, but for convolutions."""
     emulates = lambda including_emulation=True: including_emulation  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulates)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     with training.half_precision(torch.device("cuda")):
         assert not torch.is_autocast_enabled("cuda")
 
