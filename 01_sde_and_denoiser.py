@@ -967,7 +967,7 @@ if __name__ == "__main__":
 # %%
 def per_image(value, x):
     """Reshape a value a batch entry, (B,) or scalar, so that it multiplies x (B, C, H, W)."""
-    value = torch.as_tensor(value)
+    value = as_time(value)
     if value.dim() == 0:  # goes with any x as it is, wherever that lies
         return value.to(x.dtype)
     return value.to(x.device).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, 1, 1)
@@ -1105,7 +1105,7 @@ def probability_flow(eps, kernel, x, nfe, generator=None):
 # %%
 @contextmanager
 def exact_products():
-    """Multiply float32 matrices as they are: TF32, which a setting may ask for, has three digits."""
+    """Multiply float32 matrices as they are: TF32, which a setting may allow, has three digits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

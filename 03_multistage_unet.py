@@ -58,9 +58,9 @@ sde.settings(globals(), "03_multistage_unet")
 # serves all three: `norm` (how many groups), `scale` (residual sums of NCSN++ and DDPM++ are divided
 # by $\sqrt2$) and `heads` (channels of an attention head; none: one head).
 #
-# A GPU computes in bfloat16 where that is allowed (*autocast*). Two layers have their own mind about
-# it: norms, which would fall back to float32 and then spend more time on moving numbers than all
-# convolutions, and the last layer, whose output is the prediction.
+# A GPU that can computes in bfloat16 (*autocast*). Two layers have their own mind about it: norms,
+# which would fall back to float32 and then spend more time on moving numbers than all convolutions
+# do on theirs, and the last layer, whose output is the prediction.
 
 
 # %%
@@ -485,7 +485,7 @@ class MultistageUNet(nn.Module):
 
 
 def in_turns(stages, n, device):
-    """Tell which of n pictures are in which stage where they take the stages in turns: {k: (b,)}."""
+    """Tell which of n pictures are in which stage where they take them in turns: {k: (b,)}."""
     places = torch.arange(n, device=device)
     return {k: places[i :: len(stages)] for i, k in enumerate(stages[:n])}
 

@@ -842,7 +842,7 @@ TEN_MINUTES = 600  # what a power cut may cost where --save_every does not count
 
 
 def due(step, every, last):
-    """Tell whether to save after a step: every so many, or (0) ten minutes after the `last` time."""
+    """Tell whether to save after a step: every so many, or (0) ten minutes after `last`."""
     return step % every == 0 if every else time.monotonic() - last > TEN_MINUTES
 
 
@@ -862,7 +862,8 @@ def fit(
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
     save_every: as in `due`. held_out: pictures for early stopping; decode: turns latents into
-    pictures for the grids; measure: gives numbers on the averaged network, a dictionary, which are logged with each grid.
+    pictures for the grids; measure: gives numbers on the averaged network, a dictionary, which are
+    logged with each grid.
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]

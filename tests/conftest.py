@@ -2,13 +2,18 @@
 
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+# The tests mean the CPU, whatever this machine has: hidden before anything asks for a GPU, here and
+# in the processes that the tests start. The fixture `card` gives it back to those that want it.
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# They run side by side, and OpenMP threads that share cores wait for each other: one will do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Tests run side by side, and OpenMP threads that share cores wait for each other: one is enough.
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +72,17 @@ def ldm():
 def digits(sde):
     """The digits as floats in [0, 1], (1797, 1, 8, 8)."""
     return sde.load_images("digits")[0].float() / 255
+
+
+@pytest.fixture(scope="session")
+def card():
+    """The environment of a process that may use this machine's GPU."""
+    env = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    env |= {} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE}
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
+    if subprocess.run(asked, env=env, capture_output=True, text=True).stdout.strip() != "True":
+        pytest.skip("there is no GPU that torch can use on this machine")
+    return env
 
 
 @pytest.fixture(scope="session")

@@ -369,3 +369,49 @@ def test_environment_names_what_is_missing(sde, monkeypatch, tmp_path):
     monkeypatch.setattr(sde, "ROOT", tmp_path)
     lines, complete = sde.environment()
     assert not complete and "no-such-package MISSING" in "\n".join(lines)
+
+
+def test_products_are_exact_whatever_was_set(sde):
+    """TF32, which a variable of the environment may turn on, would cost what is promised."""
+    seen, before = [], torch.get_float32_matmul_precision()
+
+    class Watched(sde.VE):
+        @classmethod
+        def sigma(cls, t):
+            seen.append(torch.get_float32_matmul_precision())
+            return sde.VE.sigma(t)
+
+    x, images = torch.zeros(2, 1, 8, 8), torch.rand(5, 1, 8, 8)
+    torch.set_float32_matmul_precision("high")
+    try:
+        sde.posterior_mean(x, 0.5, Watched, images)
+        assert torch.get_float32_matmul_precision() == "high"
+        with pytest.raises(sde.BadInput):
+            sde.posterior_mean(x, 0.0, Watched, images)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
+
+
+def test_memory_that_does_not_suffice_is_one_sentence(sde):
+    with pytest.raises(sde.BadInput, match="memory of this machine is used up.*smaller --batch"):
+        with sde.enough_memory():
+            torch.empty(2**50, dtype=torch.uint8)  # a pebibyte
+    with pytest.raises(sde.BadInput, match=r"for 20\.00 GiB more\): sell something"):
+        with sde.enough_memory("sell something"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0")
+    with pytest.raises(RuntimeError, match="another bug"), sde.enough_memory():
+        raise RuntimeError("another bug")
+
+
+def test_tables_stay_where_they_are_used(sde):
+    cpu = torch.device("cpu")
+    assert sde.LDM.table(cpu) is sde.LDM.table(cpu) is not sde.DDPM.table(cpu)
+    assert sde.LDM.table(cpu).dtype == sde.LDM.rate(cpu).dtype == torch.float64
+
+
+def test_a_number_goes_with_pictures_of_any_precision(sde):
+    x = torch.ones(2, 1, 3, 3, dtype=torch.float64)
+    assert (sde.per_image(0.1, x) * x == 0.1).all()
+    assert sde.per_image(torch.tensor([1.0, 2.0]), x).shape == (2, 1, 1, 1)

@@ -271,3 +271,10 @@ def test_algorithm_2_on_digits(sde, clustering, digits):
         clustering.algorithm_2(digits, 3, samples=5, objective="x")
     with pytest.raises(ValueError, match="NaN"):
         clustering.algorithm_2(digits * torch.nan, 3)
+
+
+def test_the_rival_s_network_asks_no_gpu_for_its_random_state(clustering, digits, monkeypatch):
+    asked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **how: asked.append(how) or fork(**how))
+    next(clustering.small_network_gradients(digits[:8], steps=1, checkpoints=1, batch=2, width=4))
+    assert asked == [{"devices": []}]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.fixture
@@ -374,3 +375,45 @@ def test_filters_are_the_published_ones(unet):
     torch.testing.assert_close(unet.Filter((1, 1), "down")(h), means)
     nearest = F.interpolate(h, scale_factor=2, mode="nearest")
     torch.testing.assert_close(unet.Filter((1, 1), "up")(h), nearest)
+
+
+def test_known_stages_in_turns_give_the_same_as_looking_at_the_times(unet, multistage):
+    """And in one graph for the compiler, which looking would break in two."""
+    x, t = torch.randn(8, 1, 8, 8), torch.tensor([0.9, 0.1, 0.5] * 3)[:8]
+    whole = torch.compile(multistage, fullgraph=True, backend="eager")
+    for model in (multistage, whole):
+        assert torch.equal(model(x, t, stage=[2, 0, 1]), multistage(x, t))
+    assert torch.equal(multistage(x[:1], t[:1], stage=[2, 0, 1]), multistage(x[:1], t[:1]))
+    separate = unet.randomize(unet.build("digits_separate"))
+    assert torch.equal(separate(x, t, stage=[2, 0, 1]), separate(x, t))
+
+
+def test_norms_without_autocast_are_torch_s_own(unet):
+    norm, h = unet.group_norm(16, 4, 1e-6, 24), torch.randn(3, 24, 5, 5)
+    unet.randomize(norm)
+    expected = F.group_norm(h, norm.num_groups, norm.weight, norm.bias, 1e-6)
+    assert torch.equal(norm(h), expected) and isinstance(norm, torch.nn.GroupNorm)
+    half = norm(h.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_on_a_gpu_norms_are_in_bfloat16_and_the_last_layer_is_not(unet, monkeypatch):
+    """By autocast's own rules for CUDA, on tensors that have a device and no numbers."""
+    kinds = {}
+    note = lambda part, x, out: kinds.setdefault(type(part), set()).add(out.dtype)  # noqa: E731
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    try:
+        torch._C._ensureCUDADeviceGuardSet()
+        with FakeTensorMode(), torch.device("cuda"):
+            model, x, t = unet.build("digits"), torch.empty(2, 1, 8, 8), torch.empty(2)
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f"torch's private parts have moved: {error}")
+    for part in model.modules():
+        if isinstance(part, (torch.nn.Conv2d, torch.nn.GroupNorm)):
+            part.register_forward_hook(note)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cuda", torch.bfloat16):
+        model(x, t, stage=1)
+    assert kinds[unet.GroupNorm] == kinds[torch.nn.Conv2d] == {torch.bfloat16}
+    assert kinds[unet.LastConv2d] == {torch.float32}

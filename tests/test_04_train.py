@@ -517,3 +517,67 @@ def test_a_run_can_be_loaded_for_sampling(training, pixels, tmp_path):
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.05, 0.3, 5.0])
     model, ema = model.cpu(), state["ema"]
     torch.testing.assert_close(model(x, t), ema(x, t))
+
+
+def test_bfloat16_only_where_the_hardware_has_it(training, monkeypatch):
+    """An RTX 20xx says that it can: it emulates, but for convolutions."""
+    emulates = lambda including_emulation=True: including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulates)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    with training.half_precision(torch.device("cuda")):
+        assert not torch.is_autocast_enabled("cuda")
+
+
+def test_more_processes_than_gpus_are_refused(sde, training, monkeypatch):
+    before = torch.backends.cudnn.benchmark
+    assert not before  # importing the steps has set nothing
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    try:
+        training.join()
+        assert torch.backends.cudnn.benchmark
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(sde.BadInput, match="among 1: give torchrun --nproc_per_node=1"):
+            training.join()
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def test_the_trial_takes_the_steps_that_training_takes(training, pixels, tmp_path):
+    for stages, kinds in (("mixed", [[0, 1, 2]]), ("uniform", [0, 1, 2])):
+        settings, seen = settings_for(stages=stages), []
+        state = training.new_state(training.network_of(settings), 1e-3, 0)
+        model = state["model"]
+        state["forward"] = lambda x, t, stage, m=model, s=seen: s.append(stage) or m(x, t, stage)
+        training.expect(state, settings)
+        assert seen == 2 * kinds
+        seen.clear()
+        loop = training.train(state, pixels, 6, batch=4, stages=stages)
+        assert all(list(losses) == sorted(losses) for _, losses in loop)
+        assert len(seen) == 6 and all(stage in kinds for stage in seen)
+
+
+def test_without_a_number_of_steps_time_tells_when_to_save(training, pixels, tmp_path, monkeypatch):
+    saved, state, settings = [], None, settings_for()
+    monkeypatch.setattr(training, "save", lambda state, *_: saved.append(state["step"]))
+    for minutes, expected in ((training.TEN_MINUTES, [6]), (-1, [1, 2, 3, 4, 5, 6])):
+        monkeypatch.setattr(training, "TEN_MINUTES", minutes)
+        state = training.new_state(training.network_of(settings), 1e-3, 0)
+        saved.clear()
+        assert training.fit(state, pixels, settings, tmp_path) and saved == expected
+    good = dict(arch="unified", process="vp", stages="mixed", patience=0)
+    good.update(steps=1, batch=1, lr=0.1, ema=0.9)
+    training.check_settings(**good, save_every=0)
+    with pytest.raises(training.BadInput, match="save_every = -1"):
+        training.check_settings(**good, save_every=-1)
+
+
+def test_training_without_enough_memory_is_one_sentence(sde, training, pixels, tmp_path):
+    def full(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    state = training.new_state(training.network_of(settings_for()), 1e-3, 0)
+    state["forward"] = full
+    with pytest.raises(sde.BadInput, match=r"\(for 2\.00 GiB more\): give a smaller --batch"):
+        training.fit(state, pixels, settings_for(), tmp_path)

@@ -456,3 +456,16 @@ def test_pfgm_is_sampled_by_heun(sde, evaluation, D):
     assert (gap < 0.02).double().mean() > 0.97
     share = nearest.bincount(minlength=3) / 3000
     assert share.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
+
+
+def test_memory_that_does_not_suffice_is_named(sde, evaluation, model, monkeypatch):
+    def full(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    pictures = torch.rand(20, 3, 32, 32)
+    monkeypatch.setattr("torch_fidelity.calculate_metrics", full)
+    with pytest.raises(sde.BadInput, match="memory .* is used up .*fewer --samples"):
+        evaluation.evaluate(pictures, pictures, "inception-v3-compat")
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(sde.BadInput, match="memory .* is used up .*a smaller --batch"):
+        evaluation.sample(model, "vp", 2)

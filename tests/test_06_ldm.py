@@ -530,3 +530,34 @@ def test_bad_input_is_one_sentence(ldm, root, tmp_path, case):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert sentence in done.stderr.replace("\r", "\n").strip().splitlines()[-1]
     assert not (tmp_path / "runs").exists()  # nothing has begun
+
+
+def test_an_autoencoder_is_saved_by_time_and_says_where_memory_ends(
+    ldm, training, pixels, tmp_path, monkeypatch
+):
+    saved = []
+    monkeypatch.setattr(ldm, "save_autoencoder", lambda state, *_: saved.append(state["step"]))
+    for minutes, expected in ((training.TEN_MINUTES, [3]), (-1, [1, 2, 3])):
+        monkeypatch.setattr(training, "TEN_MINUTES", minutes)
+        saved.clear()
+        state = ldm.new_autoencoder_state(TINY, 8, 1e-3, seed=0)
+        assert ldm.fit_autoencoder(state, pixels, 3, 8, tmp_path) and saved == expected
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    state = ldm.new_autoencoder_state(TINY, 8, 1e-3, seed=0)
+    state["model"].decoder.forward = full
+    with pytest.raises(ldm.BadInput, match="memory .* is used up .*smaller --size"):
+        ldm.fit_autoencoder(state, pixels, 3, 8, tmp_path)
+    with pytest.raises(ldm.BadInput, match="memory .* is used up .*smaller --size"):
+        ldm.decode(state["model"], torch.zeros(1, 2, 4, 4), 1.0)
+
+
+def test_what_an_autoencoder_gives_is_float32_under_autocast(ldm):
+    for kind in ("kl", "vq"):
+        model = ldm.Autoencoder(**{**TINY, "kind": kind})
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model.encode(torch.rand(2, 1, 8, 8))
+            assert z.dtype == model.decode(z).dtype == torch.float32
+            assert model.encoder[0](torch.rand(2, 1, 8, 8)).dtype == torch.bfloat16

@@ -1,0 +1,155 @@
+"""A pretended GPU: tensors that call themselves cuda:0, and whose numbers lie on the CPU.
+
+It finds two mistakes that a machine without a GPU hides: tensors of two devices in one operation,
+which raises as a GPU does, and waits of the host for the device, counted by line of the steps. It
+does not tell speed, rounding or memory. To torch's C++ the tensors are the CPU's: autograd works.
+"""
+
+import collections
+import sys
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+ROOT, GPU = Path(__file__).resolve().parent.parent, torch.device("cuda:0")
+WAITS = collections.Counter()  # (what, line) -> how often
+LOOKS = "_local_scalar_dense nonzero _unique2 bincount masked_select equal".split()
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the pretended GPU; `held` has its numbers."""
+
+    device = GPU
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held):
+        same = dict(strides=held.stride(), dtype=held.dtype, device="cpu")
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, **same)
+
+    def __init__(self, held):
+        self.held = held
+
+    def __repr__(self, **_):
+        return f"OnGPU({self.held})"
+
+    def __reduce_ex__(self, protocol):  # on disk it is a tensor like any other
+        return self.held.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        copy, parameter = OnGPU(self.held.detach().clone()), isinstance(self, torch.nn.Parameter)
+        copy = torch.nn.Parameter(copy, self.requires_grad) if parameter else copy
+        return memo.setdefault(id(self), copy)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        flat, form = tree_flatten((args, kwargs or {}))
+        check(func, args, [v for v in flat if isinstance(v, torch.Tensor)])
+        known = {id(v.held): v for v in flat if isinstance(v, OnGPU)}  # what is changed in place
+        args, kwargs = tree_unflatten([v.held if isinstance(v, OnGPU) else v for v in flat], form)
+        wrap = lambda v: known[id(v)] if id(v) in known else OnGPU(v)  # noqa: E731
+        return tree_map_only(torch.Tensor, wrap, func(*args, **kwargs))
+
+
+def check(func, args, tensors):
+    """Count the wait that an operation is, and refuse it where a GPU would."""
+    name = func._schema.name.removeprefix("aten::")
+    if name in LOOKS:
+        wait(name)
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        for i in args[1]:
+            if i is not None and (not isinstance(i, OnGPU) or i.dtype == torch.bool):
+                wait("index")  # it is copied over, or counted
+    elif name == "copy_" and isinstance(args[0], OnGPU):
+        wait("copy") if not isinstance(args[1], OnGPU) else None
+    else:  # a single number may come from anywhere, where numbers are combined one by one
+        single = torch.Tag.pointwise in func.tags
+        if any(not isinstance(v, OnGPU) and not (single and v.dim() == 0) for v in tensors):
+            raise RuntimeError(f"Expected all tensors to be on the same device: {name}, cpu, cuda")
+
+
+def wait(what):
+    """Count a wait, at the line of the steps that it happens in."""
+    frame = sys._getframe(1)
+    while frame and Path(frame.f_code.co_filename).parent != ROOT:
+        frame = frame.f_back
+    WAITS[what, frame and f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"] += 1
+
+
+def move(x, *where, device=None, dtype=None, memory_format=torch.preserve_format, **_):
+    """Do what Tensor.to does."""
+    for v in where:
+        device = v if isinstance(v, (str, torch.device)) else getattr(v, "device", device)
+        dtype = v if isinstance(v, torch.dtype) else getattr(v, "dtype", dtype)
+    there = torch.device(device or x.device).type == "cuda"
+    if there != isinstance(x, OnGPU):
+        wait("copy")
+        x = OnGPU(x.detach().clone()) if there else x.held.detach().clone()
+    return x.to(dtype=dtype or x.dtype, memory_format=memory_format)
+
+
+class Calls(TorchFunctionMode):
+    """Take part where Python still knows the device that was asked for."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        device, dice, first = kwargs.get("device"), kwargs.get("generator"), (*args, None)[0]
+        if func is torch.Tensor.to or (func is torch.as_tensor and torch.is_tensor(first)):
+            return move(*args, **kwargs)
+        if isinstance(first, OnGPU) and func in (torch.Tensor.cpu, torch.Tensor.tolist):
+            return func(move(first, "cpu"))
+        if isinstance(first, OnGPU) and func is torch.Tensor.numpy:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        if isinstance(first, OnGPU) and device is None:
+            return func(*args, **kwargs)
+        there = torch.device(device or "cpu").type == "cuda"
+        if dice is not None and there != (dice.device.type == "cuda"):
+            raise RuntimeError(f"Expected a generator of the device that is drawn on: {func}")
+        if not there:
+            return func(*args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor):
+            wait("copy")
+        made = func(*args, **{**kwargs, "device": "cpu"})
+        return made if isinstance(made, OnGPU) else OnGPU(made)
+
+
+class Generator(torch.Generator):
+    """Random numbers of the CPU that may call themselves the GPU's."""
+
+    device = None
+
+    def __new__(cls, device="cpu"):
+        new = super().__new__(cls, "cpu")
+        new.device = GPU if torch.device(device).type == "cuda" else torch.device("cpu")
+        return new
+
+    def manual_seed(self, seed):
+        super().manual_seed(seed)
+        return self
+
+
+@contextmanager
+def pretended_gpu():
+    """Pretend that this machine has one GPU, which can bfloat16; gives the counter of waits."""
+    clip, autocast, state = torch.nn.utils.clip_grad, torch.autocast, torch.zeros(16).byte()
+    group = clip._group_tensors_by_device_and_dtype  # asks C++, which knows of no GPU here
+    groups = lambda v: {(v[0][0].device, kind): g for (_, kind), g in group(v).items()}  # noqa: E731
+    on_cpu = lambda kind, *args, **how: autocast("cpu", *args, **how)  # noqa: E731
+    cuda = dict(is_available=lambda: True, is_bf16_supported=lambda **_: True)
+    cuda.update(get_rng_state=lambda *_: state, set_rng_state=lambda *_: None)
+    asks_driver = {"_accelerator_graph_capture_health_check": lambda optimizer: None}
+    WAITS.clear()
+    with ExitStack() as stack:
+        for place, new in (
+            *((torch.cuda, cuda), (torch, dict(autocast=on_cpu, Generator=Generator))),
+            *((clip, {group.__name__: groups}), (torch.optim.Optimizer, asks_driver)),
+        ):
+            stack.enter_context(mock.patch.multiple(place, **new))
+        swap = torch.__future__.set_overwrite_module_params_on_conversion
+        stack.callback(swap, swap(True) or False)
+        stack.enter_context(Calls())
+        yield WAITS
