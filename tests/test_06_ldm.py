@@ -303,9 +303,8 @@ def test_encoding_goes_on_where_it_stopped_and_refuses_stale_latents(ldm, tiny, 
     kept, lost = tmp_path / "00000500.npy", tmp_path / "00001000.npy"
     content, when = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    (tmp_path / "latents.json").write_text(
-        json.dumps({k: v for k, v in note.items() if k != "scale"})
-    )
+    unscaled = json.dumps({k: v for k, v in note.items() if k != "scale"})
+    (tmp_path / "latents.json").write_text(unscaled, encoding="utf-8")
     assert ldm.encode_set(tiny, pixels, tmp_path, about, shard=500) == scale
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == when
 
