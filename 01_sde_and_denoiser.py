@@ -431,9 +431,9 @@ def _torchvision_set(dataset, root, **options):
     except Exception as error:  # torn files make torchvision fail in many ways
         if not (isinstance(error, RuntimeError) and str(error).startswith("Dataset")):
             raise _damaged(dataset, root, brief(error)) from error
-    if Path(root).exists() and not Path(root).is_dir():
+    if os.path.exists(root) and not os.path.isdir(root):
         raise BadInput(f"{root} is no folder: give --root one that holds {name} or can take it")
-    state = "damaged or incomplete" if place.exists() else "missing"
+    state = "damaged or incomplete" if os.path.exists(place) else "missing"
     print(f"{place} is {state}: downloading {name}")
     try:
         with patience():
@@ -601,14 +601,15 @@ def _keep(path, pixels, bad):
         with replacing(path) as aside, open(aside, "wb") as file:
             np.save(file, pixels.numpy())
             np.save(file, np.array(bad, dtype=np.int64))
-        print(f"kept, decoded, as {path}")
+        print(f"decoded pictures: kept as {path} for the next time")
     except BadInput as error:
-        print(f"not kept, to be decoded again the next time: {brief(error.__cause__)}")
+        reason = brief(error.__cause__)
+        print(f"decoded pictures are not kept as {path} ({reason}): going on without")
 
 
 def _read_kept(pictures):
     """Read what `_keep` wrote, as `_decode` gives it; None where it is not there or does not fit."""
-    if not pictures.kept.is_file():
+    if not os.path.isfile(pictures.kept):
         return None
     try:
         with open(pictures.kept, "rb") as file:
@@ -656,6 +657,8 @@ def show_images(rows, titles, path, columns=16):
     figure, axes = plt.subplots(len(rows), 1, figsize=(10, height), squeeze=False)
     for ax, grid, title in zip(axes[:, 0], grids, titles, strict=True):
         ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        # a run may be named by letters that the locale lacks: Python keeps their bytes in its own way
+        title = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         ax.set_title(title, fontsize=10, loc="left")
         ax.axis("off")
     figure.tight_layout()

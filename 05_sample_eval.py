@@ -636,12 +636,14 @@ def stage_shares(model, process, sampler, nfe, grid=""):
     return len(calls), {k: calls.count(k) / len(calls) for k in sorted(set(calls))}
 
 
-def check_number(n, real):
-    """Raise BadInput where real pictures do not suffice for two sets of n, or n is too small."""
-    if len(real) < 20:
-        raise BadInput(f"there are {len(real)} real pictures: to measure takes 20 or more")
-    if n < 10:
-        raise BadInput(f"samples = {n} is too few to measure: take 10 or more")
+def check_number(n, real, least=10):
+    """Raise BadInput where real pictures do not suffice for two sets of n, or n is below least."""
+    if len(real) < 2 * least:
+        raise BadInput(
+            f"{len(real)} real pictures are too few to measure: give {2 * least} or more"
+        )
+    if n < least:
+        raise BadInput(f"samples = {n} is too few to measure: take {least} or more")
     if n > len(real) // 2:
         raise BadInput(f"samples = {n} is more than half the data set: take {len(real) // 2}")
 
@@ -990,7 +992,7 @@ def real_halves(images, n):
 
     Raises BadInput where it has fewer than 2 n.
     """
-    check_number(n, images)
+    check_number(n, images, least=1)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[:n]], images[order[n : 2 * n]]
 

@@ -287,7 +287,7 @@ def load_lpips(where):
             net = SampleSimilarityLPIPS("lpips-vgg16").to(where)
     except Exception as error:  # each host fails in its own way
         training.say(
-            f"LPIPS's weights cannot be had ({sde.brief(error)}): going on without it; put "
+            f"LPIPS's weights cannot be had ({type(error).__name__}): going on without it; put "
             f"vgg16-397923af.pth and weights-vgg16-lpips.pth into {torch.hub.get_dir()}"
             "/checkpoints (in place of torn ones) to train with it"
         )

@@ -1,11 +1,18 @@
 """Step 01: kernels against integration, the optimal denoiser against its definition, data sets."""
 
+import contextlib
 import gzip
 import math
+import os
 import pickle
+import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -341,6 +348,288 @@ def test_missing_set_ends_in_one_sentence(sde, tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "download", unreachable)
     with pytest.raises(sde.BadInput, match="put its files there"):
         sde.load_images("cifar10", str(tmp_path))
+
+
+def write_mnist(folder, pixels, labels):
+    """Write training files of MNIST's format, and of the test set those that are looked for."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    images = struct.pack(">4i", 2051, *pixels.shape) + pixels.tobytes()
+    marks = struct.pack(">2i", 2049, len(labels)) + bytes(labels)
+    for split in ("train", "t10k"):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(marks)
+    return raw / "train-images-idx3-ubyte"
+
+
+def test_damaged_mnist_is_named_with_the_way_out(sde, tmp_path):
+    pixels = np.zeros((5, 28, 28), dtype=np.uint8)
+    path = write_mnist(tmp_path, pixels, [0, 1, 2, 3, 4])
+    whole, noise = path.read_bytes(), np.random.default_rng(0).bytes(5000)
+    for content in (b"", noise, whole[:-1], whole[:10], b"\0" * 5000):
+        path.write_bytes(content)
+        with pytest.raises(
+            sde.BadInput, match=r"MNIST/raw is damaged \(.*\): remove it, and it is"
+        ):
+            sde.load_images("mnist", str(tmp_path))
+    for wrong, labels in (  # whole files that are no MNIST
+        (pixels, [1, 2, 3]),
+        (pixels, [1, 2, 3, 4, 10]),
+        (np.zeros((5, 14, 28), dtype=np.uint8), [1, 2, 3, 4, 5]),
+        (pixels[:0], []),
+    ):
+        write_mnist(tmp_path, wrong, labels)
+        with pytest.raises(sde.BadInput, match="MNIST/raw is damaged"):
+            sde.load_images("mnist", str(tmp_path))
+
+
+def test_damaged_cifar10_is_named_with_the_way_out(sde, tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(np.random.default_rng(0).bytes(5000))
+
+    def unreachable(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR10, "download", unreachable)
+    sentence = r"cifar-10-batches-py is damaged or incomplete and CIFAR10 could not be .*no network"
+    with pytest.raises(sde.BadInput, match=sentence):
+        sde.load_images("cifar10", str(tmp_path))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # right sums, wrong content
+    for content in (b"", b"random", pickle.dumps({"labels": [1]})):
+        (folder / "data_batch_1").write_bytes(content)
+        with pytest.raises(sde.BadInput, match=r"cifar-10-batches-py is damaged \(.*remove it"):
+            sde.load_images("cifar10", str(tmp_path))
+
+
+@contextlib.contextmanager
+def silent_host():
+    """Listen as a host that takes every connection and never answers: its address."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(20)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "celeba"])
+def test_a_host_that_never_answers_is_given_up(sde, tmp_path, monkeypatch, dataset):
+    import requests
+    from torchvision import datasets
+
+    monkeypatch.setattr(sde, "PATIENCE", 0.3)
+    before, begin = requests.adapters.HTTPAdapter.send, time.monotonic()
+    with silent_host() as url:
+        monkeypatch.setattr(datasets.MNIST, "mirrors", [url, url])
+        monkeypatch.setattr(datasets.CIFAR10, "url", url + "cifar.tar.gz")
+        # what gdown does, which fetches CelebA
+        fetch = lambda *args: requests.get(url, stream=True)  # noqa: E731
+        monkeypatch.setattr("torchvision.datasets.celeba.download_file_from_google_drive", fetch)
+        with pytest.raises(
+            sde.BadInput, match=r"is missing and .* could not be downloaded \(.*time"
+        ):
+            sde.load_images(dataset, str(tmp_path))
+    assert time.monotonic() - begin < 10
+    assert socket.getdefaulttimeout() is None and requests.adapters.HTTPAdapter.send is before
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_roots_that_are_no_folders(sde, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_bytes(b"kept")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link", "missing"):
+        with pytest.raises(sde.BadInput, match=f"cannot read the folder .*{name} "):
+            sde.load_images("folder", str(tmp_path / name))
+    for dataset in ("mnist", "cifar10", "celeba"):
+        with pytest.raises(sde.BadInput, match="file is no folder: give --root one that holds"):
+            sde.load_images(dataset, str(file))
+    assert file.read_bytes() == b"kept"
+
+
+def save_pictures(folder, n, side=8):
+    """Save n coloured pictures under names that sort."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.new("RGB", (side, side), (i % 256, i // 256, 30)).save(folder / f"{i:04}.png")
+
+
+def test_folders_with_what_is_no_picture(sde, tmp_path, monkeypatch):
+    save_pictures(tmp_path / "deep", 3)
+    (tmp_path / "x.png").mkdir()  # a folder in spite of its name
+    assert len(sde.load_images("folder", tmp_path, 8)[0]) == 3
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    with pytest.raises(sde.BadInput, match=r"1 of 4 pictures are unreadable, .*gone\.png: mend or"):
+        sde.load_images("folder", tmp_path, 8)
+    scan = os.scandir
+
+    def locked(path):
+        if Path(path).name == "deep":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", locked)  # as root one may read everything
+    with pytest.raises(sde.BadInput, match=r"cannot read the folder .*deep \(Permission denied\)"):
+        sde.load_images("folder", tmp_path, 8)
+    with pytest.raises(sde.BadInput, match="size = 0 must be 1 or more"):
+        sde.PictureFiles([], 0)
+
+
+def test_pictures_of_every_kind_are_read(sde, tmp_path):
+    from PIL import Image
+
+    colour = Image.new("RGB", (20, 20), (200, 100, 50))
+    for kind, file in dict(P="p.png", LA="la.png", RGBA="a.webp", CMYK="c.jpg").items():
+        colour.convert(kind).save(tmp_path / file)
+    colour.convert("1").save(tmp_path / "1.png")
+    Image.fromarray(np.full((20, 20), 257 * 90, dtype=np.uint16)).save(tmp_path / "16.png")
+    Image.new("RGB", (1, 300)).save(tmp_path / "thin.png")
+    files = sde.picture_files("folder", tmp_path)
+    found = {path.name: sde.PictureFiles([path], 8)[0] for path in files}
+    assert all(x.shape == (3, 8, 8) and x.dtype == torch.uint8 for x in found.values())
+    assert found["16.png"].unique().tolist() == [90]  # the upper 8 of its 16 bits
+    assert found["p.png"][:, 4, 4].tolist() == pytest.approx([200, 100, 50], abs=30)
+
+
+@pytest.mark.parametrize("what", ["torn", "empty", "bomb", "warning", "floats"])
+def test_pictures_that_pil_refuses_are_counted(sde, tmp_path, capsys, monkeypatch, what):
+    from PIL import Image
+
+    save_pictures(tmp_path, 120)
+    path = tmp_path / "0005.png"
+    if what in ("torn", "empty"):
+        path.write_bytes(path.read_bytes()[:50] if what == "torn" else b"")
+    elif what == "floats":  # of unknown range: they would come out black
+        Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "0005.tiff")
+        path.unlink()
+    else:
+        Image.new("RGB", (40, 40)).save(path)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500 if what == "bomb" else 1000)
+    images, _ = sde.load_images("folder", tmp_path, 8)
+    assert images[:, 0, 4, 4].tolist() == [i for i in range(120) if i != 5]
+    said = capsys.readouterr().out
+    assert "unreadable, skipped" in said and "1 of 120 pictures were unreadable" in said
+
+
+class Watched:
+    """Stand in for PictureFiles: tell whether a process decodes apart, and ignores Ctrl-C."""
+
+    size, kept = 2, None
+
+    def __len__(self):
+        return 500
+
+    def __getitem__(self, i):
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        return torch.full((3, 2, 2), ignored, dtype=torch.uint8)
+
+
+def test_workers_decode_and_leave_ctrl_c_to_the_main_process(sde, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    state = torch.get_rng_state()
+    assert sde.read_pictures(Watched(), workers=2).min() == 1
+    assert sde.read_pictures(Watched(), workers=0).max() == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def celeba(sde, tmp_path, monkeypatch):
+    """300 files in CelebA's place, two of them unreadable; call it to load them."""
+    from torchvision.datasets import CelebA
+
+    folder = tmp_path / "celeba" / "img_align_celeba"
+    save_pictures(folder, 300)
+    for name in ("0007.png", "0250.png"):
+        (folder / name).write_bytes(b"torn")
+
+    class Made(CelebA):
+        def __init__(self, root, split, download):
+            self.filename = [f"{i:04}.png" for i in range(300)]
+
+    monkeypatch.setattr("torchvision.datasets.CelebA", Made)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    return lambda workers=0: sde.read_pictures(sde.open_files("celeba", tmp_path, 8), workers)
+
+
+def test_celeba_is_kept_decoded(sde, celeba, tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    kept = tmp_path / "celeba" / "train-8.npy"
+    first = celeba()
+    counted = "2 of 300 pictures were unreadable and skipped"
+    assert counted in capsys.readouterr().out and kept.is_file()
+    alone = [i for i in range(300) if i not in (7, 250)]
+    assert (first[:, 0, 0, 0] + 256 * first[:, 1, 0, 0].int()).tolist() == alone
+    decode = sde.open_picture
+
+    def refused(path):
+        assert path.name in ("0007.png", "0250.png")  # these are looked at again
+        return decode(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sde, "open_picture", refused)
+        assert torch.equal(celeba(), first)
+        assert torch.equal(sde.load_images("celeba", tmp_path, 8)[0], first)
+    said = capsys.readouterr().out
+    assert said.count(counted) == 2 and "does not fit" not in said
+    whole = kept.read_bytes()
+    wrong = [b"", b"nothing", whole[:100], whole[:30_000], whole[:-8], whole[:-300]]
+    for content in wrong:  # torn, wherever it may be
+        kept.write_bytes(content)
+        assert torch.equal(celeba(workers=2), first)
+        assert "train-8.npy does not fit" in capsys.readouterr().out
+        assert kept.read_bytes() == whole
+    for shape in ((298, 3, 16, 16), (299, 3, 8, 8), (300, 3, 8)):  # whole, and not theirs
+        with kept.open("wb") as file:
+            np.save(file, np.zeros(shape, dtype=np.uint8))
+            np.save(file, np.array([7, 250]))
+        assert torch.equal(celeba(), first)
+        assert "does not fit" in capsys.readouterr().out
+    Image.new("RGB", (8, 8), (7, 0, 30)).save(kept.parent / "img_align_celeba" / "0007.png")
+    assert len(celeba()) == 299  # mended meanwhile
+    assert "no longer is" in capsys.readouterr().out
+
+
+def test_celeba_is_read_where_nothing_can_be_written(sde, celeba, tmp_path, capsys, monkeypatch):
+    def refuse(*args, **how):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "save", refuse)
+    assert len(celeba()) == 298
+    said = capsys.readouterr().out
+    assert "are not kept as" in said and "Permission denied" in said and "going on without" in said
+    assert [path.name for path in (tmp_path / "celeba").iterdir()] == ["img_align_celeba"]
+
+
+def test_celeba_that_was_not_wholly_unpacked(sde, celeba, tmp_path):
+    folder = tmp_path / "celeba" / "img_align_celeba"
+    for i in range(200, 300):
+        (folder / f"{i:04}.png").unlink()
+    with pytest.raises(
+        sde.BadInput, match="lacks 100 of 300 pictures, such as 0200.png: remove it"
+    ):
+        celeba()
+    shutil.rmtree(folder)
+    with pytest.raises(sde.BadInput, match="cannot read the folder .*img_align_celeba"):
+        celeba()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_step_works_with_a_handful_of_pictures(tmp_path, n):
+    from PIL import Image
+
+    (tmp_path / "few").mkdir()
+    for i in range(n):
+        noise = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((32, 32), 0).save(tmp_path / "few" / f"{i}.png")
+    command = [sys.executable, str(ROOT / "01_sde_and_denoiser.py"), "--dataset", "folder"]
+    command += ["--root", "few", "--samples", "2", "--steps", "20"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "figures" / "01_films.png").exists()
 
 
 def test_files_are_replaced_whole_or_not_at_all(sde, tmp_path):

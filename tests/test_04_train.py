@@ -453,6 +453,58 @@ def test_unreadable_files_are_named_and_counted(sde, training, tmp_path, capsys)
         list(training.pictures_of_steps(files, 50, 0, range(1, 30), bad=[]))
 
 
+def test_a_batch_without_a_readable_picture_is_one_sentence(sde, training, tmp_path):
+    """From a worker too, whose exceptions arrive with its whole trace."""
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    files = sde.PictureFiles(sde.picture_files("folder", tmp_path) * 1000, 8)
+    for workers in (0, 1):
+        # all of them are one file, so that it counts once: far below the 1% that are refused
+        with pytest.raises(sde.BadInput, match="^none of the pictures of a batch is readable") as e:
+            list(training.pictures_of_steps(files, 4, 0, range(1, 3), workers, bad=[]))
+        assert "\n" not in str(e.value)
+
+
+def test_pictures_are_opened_by_as_many_workers_as_asked(sde, training, tmp_path, monkeypatch):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(tmp_path / "a.png")
+    asked, read = [], sde.read_pictures
+    watched = lambda pictures, workers: asked.append(workers) or read(pictures)  # noqa: E731
+    monkeypatch.setattr(sde, "read_pictures", watched)
+    found = training.open_pictures("folder", tmp_path, 8, 4.0, 3)
+    assert found[:, :, 0, 0].tolist() == [[9, 8, 7]] and asked == [3]
+    large = training.open_pictures("folder", tmp_path, 8, 0.0, 3)
+    assert isinstance(large, sde.PictureFiles) and asked == [3]
+
+
+def test_a_few_pictures_take_the_published_boundaries(sde, unet, training, capsys, monkeypatch):
+    def fail(*args, **how):
+        raise sde.BadInput("alpha = 0.9 leaves no t_1 < t_2")
+
+    def find(n):
+        return training.find_boundaries("", "folder", torch.zeros(n, 3, 8, 8).byte(), "vp")
+
+    assert find(1) == pytest.approx(unet.PUBLISHED)  # clustering needs two
+    assert "1 pictures are too few to find boundaries" in capsys.readouterr().out
+    monkeypatch.setattr(training.clustering, "algorithm_1", fail)
+    assert find(training.FEW - 1) == pytest.approx(unet.PUBLISHED)
+    with pytest.raises(sde.BadInput, match=r"no boundaries \(alpha = 0.9 .*\): give --boundaries"):
+        find(training.FEW)
+
+
+@pytest.mark.parametrize("n", [1, 3, 10])
+def test_a_handful_of_pictures_can_be_trained_on(root, training, tmp_path, n):
+    from PIL import Image
+
+    (tmp_path / "few").mkdir()
+    for i in range(n):
+        Image.new("RGB", (20, 20), (80 * i % 256, 30, 200)).save(tmp_path / "few" / f"{i}.png")
+    flags = ("--dataset", "folder", "--root", str(tmp_path / "few"), "--size", "8", "--steps", "2")
+    run_step(root, tmp_path, *flags, "--network", "digits", "--boundaries", "", "--name", "few")
+    assert training.load(tmp_path / "few")["settings"]["boundaries"]
+    assert (tmp_path / "few" / "denoised.png").is_file()
+
+
 def run_step(root, out, *flags, launcher=(), wait=True):
     """Start step 04 on `digits` as a user would, one thread a process."""
     command = [sys.executable, *launcher, str(root / "04_train.py")]

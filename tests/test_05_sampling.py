@@ -2,6 +2,8 @@
 
 import json
 import math
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -394,6 +396,98 @@ def test_features_of_ones_own(sde, evaluation, tmp_path):
     (tmp_path / "torn.pt").write_bytes(b"nothing")
     with pytest.raises(sde.BadInput, match=r"torn\.pt is no TorchScript file"):
         evaluation.own_features(str(tmp_path / "torn.pt"), pictures[:4])
+
+
+class Answer(torch.nn.Module):
+    """Give features that are wrong in one way, at once or (late) only for 20 pictures."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        f = x.float().flatten(1)
+        late = len(x) >= 20
+        if self.how == "raise" or (self.how == "raise late" and late):
+            raise ValueError("the network's own words")
+        if self.how == "nan" or (self.how == "nan late" and late):
+            f = f * float("nan")
+        if self.how == "infinite":
+            f = f * 1e38 * 1e38
+        if self.how == "one number":
+            f = f.mean(1, keepdim=True)
+        if self.how == "none":
+            f = f[:, :0]
+        if self.how == "rows" or (self.how == "rows late" and late):
+            f = f[:2]
+        if self.how == "width late":
+            f = f[:, : len(x)]
+        if self.how == "flat":
+            f = f[:, 0]
+        return f
+
+
+@pytest.mark.parametrize(
+    "how, sentence",
+    [
+        ("raise", "does not turn 4×3×4×4 uint8 numbers into features .*own words"),
+        ("raise late", "does not turn 20×3×4×4 uint8 numbers into features .*own words"),
+        ("flat", "does not turn 4×3×4×4 uint8 numbers into features"),
+        ("nan", "into 4×48 features, some not finite"),
+        ("nan late", "into 20×48 features, some not finite"),
+        ("infinite", "into 4×48 features, some not finite"),
+        ("one number", "into 4×1 features: it must give 4×d, d of 2 or more"),
+        ("none", "into 4×0 features: it must give 4×d, d of 2 or more"),
+        ("rows", "into 2×48 features: it must give 4×d"),
+        ("rows late", "into 2×48 features: it must give 20×48"),
+        ("width late", "into 20×20 features: it must give 20×4"),
+    ],
+)
+def test_features_that_cannot_be_measured_with(sde, evaluation, tmp_path, how, sentence):
+    path, pictures = str(tmp_path / "odd.pt"), torch.randint(0, 200, (40, 3, 4, 4)).byte()
+    torch.jit.script(Answer(how)).save(path)
+    with pytest.raises(sde.BadInput, match=rf"odd\.pt .*{sentence}") as found:
+        name = evaluation.own_features(path, pictures[:4])
+        evaluation.evaluate(pictures[:20], pictures[20:], name)
+    assert "\n" not in str(found.value)
+
+
+def test_sets_too_small_to_measure(sde, evaluation):
+    evaluation.check_number(10, range(20))
+    with pytest.raises(sde.BadInput, match="19 real pictures are too few to measure: give 20 or"):
+        evaluation.check_number(10, range(19))
+    with pytest.raises(sde.BadInput, match="samples = 9 is too few to measure: take 10 or more"):
+        evaluation.check_number(9, range(100))
+
+
+def test_an_unreadable_reference_is_one_sentence(sde, evaluation, tmp_path):
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "torn.png").write_bytes(b"nothing")
+    with pytest.raises(sde.BadInput, match=r"1 of 4 pictures are unreadable, .*torn\.png: mend or"):
+        evaluation.read_reference(tmp_path, 32)
+    for folder in ("missing", "torn.png"):
+        with pytest.raises(sde.BadInput, match=f"cannot read the folder .*{folder}"):
+            evaluation.read_reference(tmp_path / folder, 32)
+
+
+def test_a_host_of_weights_that_never_answers_is_given_up(sde, evaluation, tmp_path, monkeypatch):
+    from torch_fidelity import feature_extractor_inceptionv3 as library
+
+    monkeypatch.setattr(sde, "PATIENCE", 0.3)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    pictures, begin = torch.rand(20, 3, 32, 32), time.monotonic()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(20)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/weights.pth"
+        monkeypatch.setattr(library, "URL_INCEPTION_V3", url)
+        with pytest.raises(sde.BadInput, match=r"weights cannot be had \(.*timed out.*\): give"):
+            evaluation.evaluate(pictures, pictures, "inception-v3-compat")
+    assert time.monotonic() - begin < 20 and socket.getdefaulttimeout() is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_reference_of_another_size_is_refused(sde, evaluation, tmp_path):

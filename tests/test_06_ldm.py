@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -275,6 +277,23 @@ def test_lpips_takes_part_and_training_goes_on_without_its_weights(
     assert torch.autograd.grad(lpips(a, b), b)[0].abs().sum() > 0
 
 
+def test_a_host_of_lpips_that_never_answers_is_given_up(ldm, sde, tmp_path, monkeypatch, capsys):
+    from torch_fidelity import sample_similarity_lpips as library
+
+    monkeypatch.setattr(sde, "PATIENCE", 0.3)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    begin = time.monotonic()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(20)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/vgg16.pth"
+        monkeypatch.setattr(library, "URL_VGG16_LPIPS", url)
+        assert ldm.load_lpips("cpu") is None
+    assert time.monotonic() - begin < 20 and socket.getdefaulttimeout() is None
+    assert "(TimeoutError): going on without it" in capsys.readouterr().out
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 # ------------------------------------------------------------------------------------ latents
 
 
@@ -303,9 +322,8 @@ def test_encoding_goes_on_where_it_stopped_and_refuses_stale_latents(ldm, tiny, 
     kept, lost = tmp_path / "00000500.npy", tmp_path / "00001000.npy"
     content, when = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
-    (tmp_path / "latents.json").write_text(
-        json.dumps({k: v for k, v in note.items() if k != "scale"})
-    )
+    unscaled = json.dumps({k: v for k, v in note.items() if k != "scale"})
+    (tmp_path / "latents.json").write_text(unscaled, encoding="utf-8")
     assert ldm.encode_set(tiny, pixels, tmp_path, about, shard=500) == scale
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == when
 
@@ -336,6 +354,9 @@ def test_files_are_encoded_without_the_unreadable(ldm, sde, tmp_path):
     known = sde.read_pictures(sde.PictureFiles([f for f in files.files if f.name != "005.png"], 16))
     torch.testing.assert_close(codes, scale * ldm.encode(model, known), rtol=1e-3, atol=1e-3)
     assert [len(half) for half in ldm.reference(files, 5)] == [5, 5]  # 11 can be read
+    torn = sde.PictureFiles([f for f in files.files if f.name == "005.png"], 16)
+    with pytest.raises(ldm.BadInput, match=r"none of 1 pictures is readable, such as .*005\.png"):
+        ldm.cut_out(torn, 0, 1, 0)
 
 
 # --------------------------------------------------------------------------- the latent model

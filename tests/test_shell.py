@@ -1,5 +1,6 @@
 """From the shell: help, silent imports, and every error as one sentence with exit status 2."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -131,3 +132,67 @@ def test_train_sample_and_resume_from_the_shell(tmp_path):
         script("05_sample_eval"), "--name", "r", "--samples", "899", "--nfe", "1", cwd=tmp_path
     )
     assert many.returncode == 2 and "more than half the data set" in many.stderr
+
+
+# what a terminal without a locale is: no character beyond ASCII can be read or printed
+ASCII = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_help_is_printed_in_any_locale(step, tmp_path):
+    done = run(script(step), "--help", cwd=tmp_path, env=ASCII)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "--seed" in done.stdout and done.stdout.isascii()
+
+
+def test_steps_run_in_any_locale(tmp_path):
+    """With a run whose name the locale cannot write, too."""
+    flags = ["--steps", "2", "--batch", "8", "--boundaries", "0.1,0.44", "--name", "größe"]
+    trained = run(script("04_train"), *flags, cwd=tmp_path, env=ASCII)
+    assert trained.returncode == 0, trained.stderr
+    few = ["--name", "größe", "--samples", "20", "--nfe", "3"]
+    drawn = run(script("05_sample_eval"), *few, cwd=tmp_path, env=ASCII)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "recall ?" in drawn.stdout  # in place of its arrow
+    text = (tmp_path / "runs" / "größe" / "metrics.json").read_text(encoding="utf-8")
+    assert '"run": "runs/größe"' in text
+    wrong = run(script("04_train"), "--arch", "ü", cwd=tmp_path, env=ASCII)
+    assert wrong.returncode == 2 and "unknown arch" in wrong.stderr.splitlines()[-1]
+
+
+def unencoded(text):
+    """List the lines of Python code that open text without saying in which encoding."""
+    lines = []
+    for call in ast.walk(ast.parse(text)):
+        if not isinstance(call, ast.Call):
+            continue
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        owner = getattr(getattr(call.func, "value", None), "id", "")
+        mode = [v.value for v in call.args if isinstance(v, ast.Constant)]
+        mode += [k.value.value for k in call.keywords if k.arg == "mode"]
+        binary = any(isinstance(v, str) and "b" in v and set(v) <= set("rwaxb+") for v in mode)
+        opens = name == "open" and owner not in ("Image", "os", "PIL") and not binary
+        if opens or name in ("read_text", "write_text", "fdopen"):
+            if not any(k.arg == "encoding" for k in call.keywords):
+                lines.append(call.lineno)
+    return lines
+
+
+def test_text_is_read_and_written_as_utf_8():
+    wrong = ["p.read_text()", "p.write_text(x)", "open(p)", "p.open('a')", "open(b, mode='w')"]
+    right = ["p.read_text(encoding='utf-8')", "open(p, 'rb')", "p.open('wb')", "Image.open(p)"]
+    assert unencoded("\n".join(wrong)) == [1, 2, 3, 4, 5] and unencoded("\n".join(right)) == []
+    files = [
+        path
+        for pattern in (
+            "*.py",
+            "experiments/*.py",
+            "benchmarks/*.py",
+            "notebooks/*.py",
+            "tests/*.py",
+        )
+        for path in sorted(ROOT.glob(pattern))
+    ]
+    assert len(files) > 15
+    found = {path.name: unencoded(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: lines for name, lines in found.items() if lines} == {}
