@@ -125,3 +125,9 @@ def test_train_sample_and_resume_from_the_shell(tmp_path):
         script("05_sample_eval"), "--name", "r", "--samples", "899", "--nfe", "1", cwd=tmp_path
     )
     assert many.returncode == 2 and "more than half the data set" in many.stderr
+
+
+def test_a_gpu_trains_and_draws(card, tmp_path):
+    for step, *flags in (("04_train", "--steps", "3"), ("05_sample_eval", "--samples", "20")):
+        done = run(script(step), "--batch", "8", *flags, cwd=tmp_path, env=card)
+        assert done.returncode == 0 and " on cuda" in done.stdout, done.stderr
