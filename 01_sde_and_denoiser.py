@@ -1122,7 +1122,7 @@ def posterior_mean(x, t, kernel, images, chunk=0, best=8):
     """Average the data set as x sees it at time t: y_hat of Prop. 1.
 
     x: (B, C, H, W) at times t, (B,) or scalar; images: (N, C, H, W) floats in [0, 1]. chunk: images
-    to compare with at a time; 0: 1,000, or 16,384 on a GPU, which small products leave idle.
+    to compare with at a time; 0: 1,000, or up to 16,384 on a GPU, which small products leave idle.
     Returns (B, C, H, W) in x's dtype. If x or images is float64 all of it is, else the two matrix
     products are float32 and the result is good to 1e-5 for any sigma from 1e-3 to 1e3.
     Raises BadInput where shapes do not match or a time has no noise. Source: paper, Prop. 1.
@@ -1134,10 +1134,11 @@ def posterior_mean(x, t, kernel, images, chunk=0, best=8):
         raise BadInput("the posterior mean needs noise: every time must give a sigma above 0")
     t = t.to(x.device).expand(len(x))
     s, sigma = kernel.s(t)[:, None], kernel.sigma(t)[:, None]  # (B, 1)
-    chunk = chunk or (1000 if x.device.type == "cpu" else 16_384)
     exact = torch.float64 in (x.dtype, images.dtype) or images.numel() <= 2**22  # small: cheap
     dtype = torch.float64 if exact else torch.float32
     y, z = images.flatten(1), x.flatten(1).double() / s  # (N, n), (B, n)
+    at_once = 1000 if x.device.type == "cpu" else min(16_384, 2**26 // y.shape[1] + 1)
+    chunk = chunk or at_once  # of 2^26 numbers: a quarter of a GiB
     centre = y[:chunk].mean(0)  # any point is right, one amid the pictures keeps q and d small
     q, variance = (z - centre).to(dtype), (sigma**2).to(dtype)
     top = torch.full_like(variance, -torch.inf)  # the largest logit so far, (B, 1)

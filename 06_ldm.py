@@ -759,7 +759,8 @@ if __name__ == "__main__" and not dry_run:
         judges = {key: ask(globals()[key], recipe, key) for key in JUDGES}
         lpips = load_lpips(sde.device()) if judges["perceptual"] else None
         state = new_autoencoder_state(plan, shape[1], ask(code_lr, recipe, "code_lr"), seed)
-        compile_parts(state["model"], compile)
+        # the discriminator's weight takes two gradients of one pass, which compiled parts refuse
+        compile_parts(state["model"], compile and not judges["adversarial"])
         if resume:
             resume_autoencoder(state, unfinished)
         how = dict(save_every=save_every, lpips=lpips, workers=workers, bad=[], **judges)

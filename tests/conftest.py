@@ -8,7 +8,7 @@ from pathlib import Path
 
 # The tests mean the CPU, whatever this machine has: hidden before anything asks for a GPU, here and
 # in the processes that the tests start. The fixture `card` gives it back to those that want it.
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # They run side by side, and OpenMP threads that share cores wait for each other: one will do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,8 +77,7 @@ def digits(sde):
 @pytest.fixture(scope="session")
 def card():
     """The environment of a process that may use this machine's GPU."""
-    env = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    env |= {} if VISIBLE is None else {"CUDA_VISIBLE_DEVICES": VISIBLE}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": VISIBLE}
     asked = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
     if subprocess.run(asked, env=env, capture_output=True, text=True).stdout.strip() != "True":
         pytest.skip("there is no GPU that torch can use on this machine")

@@ -123,13 +123,9 @@ class Generator(torch.Generator):
     device = None
 
     def __new__(cls, device="cpu"):
-        new = super().__new__(cls, "cpu")
-        new.device = GPU if torch.device(device).type == "cuda" else torch.device("cpu")
+        new = super().__new__(cls)
+        new.device = torch.device(device)
         return new
-
-    def manual_seed(self, seed):
-        super().manual_seed(seed)
-        return self
 
 
 @contextmanager

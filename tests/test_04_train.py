@@ -618,11 +618,6 @@ def test_without_a_number_of_steps_time_tells_when_to_save(training, pixels, tmp
         state = training.new_state(training.network_of(settings), 1e-3, 0)
         saved.clear()
         assert training.fit(state, pixels, settings, tmp_path) and saved == expected
-    good = dict(arch="unified", process="vp", stages="mixed", patience=0)
-    good.update(steps=1, batch=1, lr=0.1, ema=0.9)
-    training.check_settings(**good, save_every=0)
-    with pytest.raises(training.BadInput, match="save_every = -1"):
-        training.check_settings(**good, save_every=-1)
 
 
 def test_training_without_enough_memory_is_one_sentence(sde, training, pixels, tmp_path):

@@ -100,7 +100,7 @@ def test_what_papermill_hands_over_is_checked(sde, monkeypatch, injected, senten
 
 
 @pytest.mark.parametrize(
-    "key, value", [("steps", -1), ("lr", -0.1), ("ema", 1.0), ("patience", -1), ("ema", -0.1)]
+    "key, value", [("steps", -1), ("lr", -0.1), ("ema", 1.0), ("patience", -1), ("save_every", -1)]
 )
 def test_where_a_range_ends(sde, key, value):
     comment = next(comment for name, _, comment in parameters("04_train") if name == key)

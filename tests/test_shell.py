@@ -196,3 +196,9 @@ def test_text_is_read_and_written_as_utf_8():
     assert len(files) > 15
     found = {path.name: unencoded(path.read_text(encoding="utf-8")) for path in files}
     assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_a_gpu_trains_and_draws(card, tmp_path):
+    for step, *flags in (("04_train", "--steps", "3"), ("05_sample_eval", "--samples", "20")):
+        done = run(script(step), "--batch", "8", *flags, cwd=tmp_path, env=card)
+        assert done.returncode == 0 and " on cuda" in done.stdout, done.stderr
