@@ -54,7 +54,7 @@ ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
 
 
-SPINS = "2000"  # turns of an idle thread before it sleeps; OpenMP's own default is 300,000
+SPINS = "1000"  # turns of an idle thread before it sleeps; OpenMP's own default is 300,000
 
 
 def let_threads_sleep():
