@@ -429,19 +429,22 @@ def _torchvision_set(dataset, root, **options):
     try:
         return kind(root, download=False, **options)
     except Exception as error:  # torn files make torchvision fail in many ways
-        if not (isinstance(error, RuntimeError) and str(error).startswith("Dataset")):
+        missing = isinstance(error, RuntimeError) and str(error).startswith("Dataset")
+        if os.path.exists(place) and not missing:
             raise _damaged(dataset, root, brief(error)) from error
     if os.path.exists(root) and not os.path.isdir(root):
         raise BadInput(f"{root} is no folder: give --root one that holds {name} or can take it")
-    state = "damaged or incomplete" if os.path.exists(place) else "missing"
-    print(f"{place} is {state}: downloading {name}")
+    state = f"{name} is not in {root}"
+    if os.path.exists(place):
+        state = f"{name} in {place} is damaged or incomplete"
+    print(f"{state}: downloading it")
     try:
         with patience():
             return kind(root, download=True, **options)
     except Exception as error:  # each host fails in its own way
         raise BadInput(
-            f"{place} is {state} and {name} could not be downloaded ({brief(error)}): put its "
-            f"files there as torchvision.datasets.{name} documents, or give --root"
+            f"{state} and could not be downloaded ({brief(error)}): put its files there as "
+            f"torchvision.datasets.{name} documents, or give --root"
         ) from error
 
 
