@@ -145,6 +145,14 @@ def device():
 
 
 # %%
+def parameters(step):
+    """Read the `parameters` cell of a step: a list of (name, default, comment)."""
+    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
+    cell = text.split('# %% tags=["parameters"]\n')[1].split("# %%")[0]
+    entries = re.findall(r"^(\w+) = (.+?)  # (.+)$", cell, re.MULTILINE)
+    return [(name, ast.literal_eval(value), comment) for name, value, comment in entries]
+
+
 def settings(namespace, step):
     """Let the `parameters` cell of `step` be set from the shell, papermill or the cell itself.
 
@@ -156,28 +164,25 @@ def settings(namespace, step):
     """
     if namespace["__name__"] != "__main__":
         return
-    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
-    cell = text.split('# %% tags=["parameters"]\n')[1].split("# %%")[0]
-    entries = re.findall(r"^(\w+) = (.+?)  # (.+)$", cell, re.MULTILINE)
-    defaults = {name: ast.literal_eval(value) for name, value, _ in entries}
+    known = parameters(step)
     if NOTEBOOK:  # papermill's own cell may hold names that no parameter has
         injected = [source for source in namespace["In"] if source.startswith("# Parameters\n")]
         for name in re.findall(r"^(\w+) =", "\n".join(injected), re.MULTILINE):
-            if name not in defaults:
-                raise BadInput(f"unknown parameter {name!r}: take one of {', '.join(defaults)}")
+            if name not in (names := [name for name, _, _ in known]):
+                raise BadInput(f"unknown parameter {name!r}: take one of {', '.join(names)}")
     else:
         printable()
         sys.excepthook = one_sentence
         parser = argparse.ArgumentParser(f"{step}.py", usage="%(prog)s [flags]", allow_abbrev=False)
         parser.error = lambda message: _exit(f"{message} (--help lists the flags)")
-        for name, _, comment in entries:
-            kind = type(defaults[name])
+        for name, default, comment in known:
+            kind = type(default)
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
-            text = f"{comment} (default: {defaults[name]!r})".replace("%", "%%")
-            parser.add_argument(f"--{name}", default=defaults[name], help=text, **how)
+            text = f"{comment} (default: {default!r})".replace("%", "%%")
+            parser.add_argument(f"--{name}", default=default, help=text, **how)
         namespace.update(vars(parser.parse_args()))
-    for name, _, comment in entries:
-        namespace[name] = checked(name, namespace[name], type(defaults[name]), comment)
+    for name, default, comment in known:
+        namespace[name] = checked(name, namespace[name], type(default), comment)
 
 
 def checked(name, value, kind, comment):

@@ -110,13 +110,13 @@ def main(parts, description, gpu=True):
         parser.error("there is no GPU here: give --quick to see that the parts run")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part in hand ends too
     if args.out:
-        Path(args.out).write_text("")
+        Path(args.out).write_text("", encoding="utf-8")
 
     def say(line):
         text = json.dumps(tidy(line))
         print(text, flush=True)
         if args.out:
-            with open(args.out, "a") as file:
+            with open(args.out, "a", encoding="utf-8") as file:
                 file.write(f"{text}\n")
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

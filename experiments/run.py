@@ -114,7 +114,10 @@ def check(run):
     if run["kind"] != "training":
         return
     keys = ("arch", "process", "stages", "patience")
-    training.check_settings(*(run[k] for k in keys), 1, run["batch"], run["lr"], run["ema"], 1)
+    training.check_settings(*(run[k] for k in keys))
+    for key, default, comment in sde.parameters("04_train"):
+        if key in ("batch", "lr", "ema"):
+            sde.checked(key, run[key], type(default), comment)
     if run["by"] not in ("gflops", "steps"):
         raise BadInput(f"by = {run['by']!r} must be gflops or steps")
     if not 0 < run["held_out"] < 1:

@@ -434,11 +434,11 @@ def test_reaching_a_distance(ldm):
     assert ldm.reach(points, 1.0) is None
 
 
-def test_what_autograd_keeps_is_counted(ldm):
+def test_what_autograd_keeps_is_counted(unet):
     net = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU(), torch.nn.Linear(20, 5))
     x = torch.randn(3, 10)
     # the input of the first layer, and the output of the rectifier, which two layers share
-    assert ldm.kept_bytes(lambda: net(x), net) == 4 * (3 * 10 + 3 * 20)
+    assert unet.kept_bytes(lambda: net(x), net) == 4 * (3 * 10 + 3 * 20)
 
 
 # ----------------------------------------------------------------------------- from the shell
@@ -537,7 +537,7 @@ WRONG = {
     "grid": (["--grid", "even"], "unknown grid 'even'"),
     "sampler": (["--sampler", "dpm"], "unknown sampler 'dpm'"),
     "samples": (["--samples", "899"], "samples = 899 is more than half the data set: take 898"),
-    "evaluations": (["--nfe", "0"], "nfe = 0 must be 1 or more"),
+    "evaluations": (["--nfe", "0"], "nfe = 0 must lie in [1, 10000]"),
     "solver's grid": (["--sampler", "heun", "--nfe", "3"], "leave out grid = 'time'"),
 }
 

@@ -52,7 +52,7 @@ def run(*arguments):
 def trial(tmp_path):
     """Run the parts above by the benchmark's own runner, with flags: the process."""
     script = tmp_path / "trial.py"
-    script.write_text(PARTS.replace("BENCHMARKS", repr(str(ROOT / "benchmarks"))))
+    script.write_text(PARTS.replace("BENCHMARKS", repr(str(ROOT / "benchmarks"))), encoding="utf-8")
     return lambda *flags: run(script, *flags)
 
 
@@ -89,7 +89,7 @@ def test_quick_parts_of_the_benchmark(tmp_path):
     out, parts = tmp_path / "gpu.jsonl", "algorithm_1,machine,agree_networks"
     where = ("--data", tmp_path, "--out", out)
     done = run(ROOT / "benchmarks" / "gpu.py", "--quick", "--parts", parts, *where)
-    assert done.stdout == out.read_text()
+    assert done.stdout == out.read_text(encoding="utf-8")
     found = lines_of(done)
     assert list(found) == [*parts.split(","), "summary"]
     assert found["summary"]["error"] == ["algorithm_1"] and done.returncode == 1

@@ -1,6 +1,5 @@
 """What users and machines do wrong: one sentence, exit status 2, and nothing is lost."""
 
-import ast
 import os
 import re
 import resource
@@ -17,13 +16,6 @@ from papermill.translators import PythonTranslator
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
 FLAGS = ["--boundaries", "0.1,0.44", "--steps", "4", "--batch", "8", "--name", "r"]
-
-
-def parameters(name):
-    """The lines of a step's parameters cell: (name, default, comment)."""
-    cell = (ROOT / f"{name}.py").read_text(encoding="utf-8").split('tags=["parameters"]\n')[1]
-    found = re.findall(r"^(\w+) = (.+?)  # (.+)$", cell.split("# %%")[0], re.MULTILINE)
-    return [(name, ast.literal_eval(value), comment) for name, value, comment in found]
 
 
 def start(step, *flags, cwd, **how):
@@ -49,7 +41,7 @@ def fails(step, *flags, cwd, **how):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_every_number_has_a_range_and_its_default_lies_in_it(sde, name):
-    numbers = [entry for entry in parameters(name) if type(entry[1]) in (int, float)]
+    numbers = [entry for entry in sde.parameters(name) if type(entry[1]) in (int, float)]
     assert numbers
     for key, default, comment in numbers:
         assert re.search(r"[\[(]\S+, \S+[\])]$", comment), f"{key} has no range"
@@ -60,10 +52,10 @@ def test_every_number_has_a_range_and_its_default_lies_in_it(sde, name):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_papermill_understands_every_parameter(name, caplog):
+def test_papermill_understands_every_parameter(sde, name, caplog):
     cell = (ROOT / f"{name}.py").read_text(encoding="utf-8").split('tags=["parameters"]\n')[1]
     found = PythonTranslator.inspect({"source": cell.split("# %%")[0]})
-    assert [p.name for p in found] == [key for key, _, _ in parameters(name)]
+    assert [p.name for p in found] == [key for key, _, _ in sde.parameters(name)]
     assert caplog.text == ""
 
 
@@ -83,7 +75,7 @@ def test_papermill_understands_every_parameter(name, caplog):
 )
 def test_what_papermill_hands_over_is_checked(sde, monkeypatch, injected, sentence):
     monkeypatch.setattr(sde, "NOTEBOOK", True)
-    defaults = {key: default for key, default, _ in parameters("04_train")}
+    defaults = {key: default for key, default, _ in sde.parameters("04_train")}
     cell = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in injected.items())
     kernel = {"__name__": "__main__", **defaults, **injected, "In": ["", cell]}
     with pytest.raises(sde.BadInput, match=sentence):
@@ -103,7 +95,7 @@ def test_what_papermill_hands_over_is_checked(sde, monkeypatch, injected, senten
     "key, value", [("steps", -1), ("lr", -0.1), ("ema", 1.0), ("patience", -1), ("save_every", -1)]
 )
 def test_where_a_range_ends(sde, key, value):
-    comment = next(comment for name, _, comment in parameters("04_train") if name == key)
+    comment = next(comment for name, _, comment in sde.parameters("04_train") if name == key)
     with pytest.raises(sde.BadInput, match=rf"{key} = {value} must lie in \[0, "):
         sde.checked(key, value, type(value), comment)
 
@@ -205,7 +197,7 @@ def test_two_runs_of_one_name(sde, training, tmp_path):
     how = dict(cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, text=True)
     other = subprocess.Popen([sys.executable, "-uc", code], **how)
     assert other.stdout.readline() == "held\n"
-    (tmp_path / "r" / "checkpoint.pt").write_text("theirs")
+    (tmp_path / "r" / "checkpoint.pt").write_text("theirs", encoding="utf-8")
     for resume in (True, False):
         with pytest.raises(sde.BadInput, match="another process is training in .*--name"):
             training.claim(tmp_path / "r", resume)
@@ -214,7 +206,7 @@ def test_two_runs_of_one_name(sde, training, tmp_path):
     other.communicate()
     training.claim(tmp_path / "r", False)  # the lock died with its process
     training.claim(tmp_path / "r", False)  # and one's own does not stand in the way
-    assert (tmp_path / "r.1" / "checkpoint.pt").read_text() == "theirs"
+    assert (tmp_path / "r.1" / "checkpoint.pt").read_text(encoding="utf-8") == "theirs"
     sde.release(tmp_path / "r")
 
 
@@ -323,7 +315,7 @@ def test_idle_threads_sleep_soon_in_a_script_and_nowhere_else(sde, monkeypatch):
             monkeypatch.delenv(key, raising=False)
         for key, value in env.items():
             monkeypatch.setenv(key, value)
-        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / main))
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / main), raising=False)
         sde.ready_script()
         return os.environ.get("GOMP_SPINCOUNT")
 
