@@ -616,7 +616,7 @@ def _keep(path, pixels, bad):
 
 
 def _read_kept(pictures):
-    """Read what `_keep` wrote, as `_decode` gives it; None where it is not there or does not fit."""
+    """Read what `_keep` wrote, as `_decode` gives it; None where there is none that fits."""
     if not os.path.isfile(pictures.kept):
         return None
     try:
@@ -665,7 +665,7 @@ def show_images(rows, titles, path, columns=16):
     figure, axes = plt.subplots(len(rows), 1, figsize=(10, height), squeeze=False)
     for ax, grid, title in zip(axes[:, 0], grids, titles, strict=True):
         ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
-        # a run may be named by letters that the locale lacks: Python keeps their bytes in its own way
+        # the name of a run may have letters that the locale lacks: their bytes stand for them
         title = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         ax.set_title(title, fontsize=10, loc="left")
         ax.axis("off")

@@ -402,7 +402,7 @@ STATES = ("model", "ema", "optimizer")
 
 
 def write_tensors(content, path):
-    """Save tensors as the file `path`. Raises OSError on a full disk, which torch says otherwise."""
+    """Save tensors as the file `path`. Raises OSError on a full disk, unlike torch."""
     try:
         torch.save(content, path)
     except RuntimeError as error:
@@ -595,8 +595,8 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     """Decide on the inner boundaries, in the time of the process: list of floats.
 
     text: what the user gave, comma-separated, or empty for step 02's answer; a network that has not
-    three stages brings its own. Raises BadInput where there is no such answer, but for less than FEW
-    pictures takes the published cuts then, and says so.
+    three stages brings its own. Raises BadInput where there is no such answer; for less than FEW
+    pictures the published cuts are taken then, which is said.
     """
     own = unet.NETWORKS.get(network, unet.NETWORKS["digits"])["boundaries"]
     if text:

@@ -34,9 +34,6 @@ class OnGPU(torch.Tensor):
     def __init__(self, held):
         self.held = held
 
-    def __repr__(self, **_):
-        return f"OnGPU({self.held})"
-
     def __reduce_ex__(self, protocol):  # on disk it is a tensor like any other
         return self.held.detach().__reduce_ex__(protocol)
 
@@ -49,7 +46,7 @@ class OnGPU(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         flat, form = tree_flatten((args, kwargs or {}))
         check(func, args, [v for v in flat if isinstance(v, torch.Tensor)])
-        known = {id(v.held): v for v in flat if isinstance(v, OnGPU)}  # what is changed in place
+        known = {id(getattr(v, "held", v)): v for v in flat}  # what is changed in place
         args, kwargs = tree_unflatten([v.held if isinstance(v, OnGPU) else v for v in flat], form)
         wrap = lambda v: known[id(v)] if id(v) in known else OnGPU(v)  # noqa: E731
         return tree_map_only(torch.Tensor, wrap, func(*args, **kwargs))
@@ -64,8 +61,10 @@ def check(func, args, tensors):
         for i in args[1]:
             if i is not None and (not isinstance(i, OnGPU) or i.dtype == torch.bool):
                 wait("index")  # it is copied over, or counted
-    elif name == "copy_" and isinstance(args[0], OnGPU):
-        wait("copy") if not isinstance(args[1], OnGPU) else None
+            if isinstance(i, OnGPU) and not isinstance(args[0], OnGPU):
+                raise RuntimeError("Expected all indices to be on the same device: cpu, cuda")
+    elif name == "copy_" and isinstance(args[0], OnGPU) != isinstance(args[1], OnGPU):
+        wait("copy")
     else:  # a single number may come from anywhere, where numbers are combined one by one
         single = torch.Tag.pointwise in func.tags
         if any(not isinstance(v, OnGPU) and not (single and v.dim() == 0) for v in tensors):
