@@ -28,317 +28,21 @@
 # | $\omega(t)$ | `weight` | the weight of the loss (step 04) |
 
 # %%
-import argparse
-import ast
-import builtins
-import functools
-import importlib.metadata
+import importlib
 import os
-import platform
-import re
-import signal
-import socket
-import sys
-import warnings
-from contextlib import contextmanager
-from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs under one name are not told apart
-    fcntl = None
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
-ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
+workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
+import functools
+from contextlib import contextmanager
 
-SPINS = "1000"  # turns of an idle thread before it sleeps; OpenMP's own default is 300,000
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
 
-
-def let_threads_sleep():
-    """Let idle threads of processes that load torch from now on sleep soon, unless the user chose.
-
-    Two OpenMP threads that spin while they wait for each other stall as soon as another process
-    takes one of their cores.
-    """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPINS
-
-
-def ready_script():
-    """Ready the process of a step that runs as a script; later steps import this one first.
-
-    A signal ends it quietly with status 130 or 143, and what waits in a `finally` is done.
-    """
-    main = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
-    if NOTEBOOK or main.parent != ROOT or not re.match(r"0\d_", main.name):
-        return  # a step that is imported as a library leaves the process as it is
-    let_threads_sleep()
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(kind) != signal.SIG_IGN:  # as a shell's background job has it
-            signal.signal(kind, lambda number, _: sys.exit(128 + number))
-
-
-ready_script()
-
-
-# %% [markdown]
-# ## The plumbing: settings, pictures, errors
-#
-# Four uses of one file (read it, run it, run it through papermill, import it) need a few short
-# helpers. Skip to *A data set* on a first reading.
-
-
-# %%
-class BadInput(ValueError):
-    """Say in one sentence what is wrong with what the user gave, and the way out."""
-
-
-def environment():
-    """Describe this machine: (lines to print, whether everything required is there and fits)."""
-    lines, complete = (
-        [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"],
-        True,
-    )
-    required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
-    for name in re.findall(r"^([\w-]+)", required, re.MULTILINE):
-        try:
-            lines.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{name} MISSING: pip install -r requirements.txt -c constraints.txt")
-            complete = False
-    try:
-        import torch
-        import torchvision  # noqa: F401 - fails to load beside a torch it was not built for
-
-        lines.append(f"device {device()}, {torch.get_num_threads()} threads, {free_memory()}")
-    except Exception as error:  # whatever it is, the reader should see it in one line
-        lines.append(f"torch DOES NOT LOAD ({error}): install the versions of constraints.txt")
-        complete = False
-    return lines, complete
-
-
-def free_memory():
-    """Describe the free memory of this machine, and of its GPU where it has one (GiB)."""
-    import psutil
-    import torch
-
-    text = f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory free"
-    if torch.cuda.is_available():
-        text += f", {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB on the GPU"
-    return text
-
-
-def device():
-    """Return the torch device that the steps run on: the first CUDA GPU, else the CPU."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-# %% [markdown]
-# A step keeps its settings in one cell tagged `parameters`. `settings` makes flags of them when the
-# file runs as a script; in a notebook the cell itself is what you edit, and what papermill
-# overrides.
-
-
-# %%
-def parameters(step):
-    """Read the `parameters` cell of a step: a list of (name, default, comment)."""
-    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
-    cell = text.split('# %% tags=["parameters"]\n')[1].split("# %%")[0]
-    entries = re.findall(r"^(\w+) = (.+?)  # (.+)$", cell, re.MULTILINE)
-    return [(name, ast.literal_eval(value), comment) for name, value, comment in entries]
-
-
-def settings(namespace, step):
-    """Let the `parameters` cell of `step` be set from the shell, papermill or the cell itself.
-
-    namespace: the step's `globals()`. As a script every assignment of the cell becomes a flag: its
-    value is the default and the type, its comment the help, which ends with a number's range. In a
-    notebook the values are only checked (papermill hands over whatever was typed).
-    An unknown name, a value of the wrong type or out of its range exits with status 2, in a
-    notebook as `BadInput`.
-    """
-    if namespace["__name__"] != "__main__":
-        return
-    known = parameters(step)
-    if NOTEBOOK:  # papermill's own cell may hold names that no parameter has
-        injected = [source for source in namespace["In"] if source.startswith("# Parameters\n")]
-        for name in re.findall(r"^(\w+) =", "\n".join(injected), re.MULTILINE):
-            if name not in (names := [name for name, _, _ in known]):
-                raise BadInput(f"unknown parameter {name!r}: take one of {', '.join(names)}")
-    else:
-        printable()
-        sys.excepthook = one_sentence
-        parser = argparse.ArgumentParser(f"{step}.py", usage="%(prog)s [flags]", allow_abbrev=False)
-        parser.error = lambda message: _exit(f"{message} (--help lists the flags)")
-        for name, default, comment in known:
-            kind = type(default)
-            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
-            text = f"{comment} (default: {default!r})".replace("%", "%%")
-            parser.add_argument(f"--{name}", default=default, help=text, **how)
-        namespace.update(vars(parser.parse_args()))
-    for name, default, comment in known:
-        namespace[name] = checked(name, namespace[name], type(default), comment)
-
-
-def checked(name, value, kind, comment):
-    """Bring a parameter's value to its kind (bool, int, float or str), within its range.
-
-    comment: ends with the range of a number, as in "pictures to draw [1, 100]" or "[0, 1)".
-    Raises BadInput for a value that is of another kind, or outside.
-    """
-    wrong = BadInput(
-        f"{name} = {value!r} is no {kind.__name__}" + ": give True or False" * (kind is bool)
-    )
-    if value is None or isinstance(value, bool) != (kind is bool):
-        raise wrong
-    try:
-        found = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
-    if kind is int and isinstance(value, float) and found != value:
-        raise wrong
-    limits = re.search(r"([\[(])(\S+), (\S+)([\])])$", comment)
-    if limits and kind is not str:
-        low, high = float(limits[2]), float(limits[3])
-        above = found > low if limits[1] == "(" else found >= low
-        below = found < high if limits[4] == ")" else found <= high
-        if not (above and below):  # so that nan is refused as well
-            raise BadInput(f"{name} = {found} must lie in {limits[0]}")
-    return found
-
-
-def printable():
-    """Print a question mark in place of what the terminal's encoding lacks, such as a ×."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
-
-
-def one_sentence(kind, error, trace):
-    """Report what a user can mend in one line with exit status 2; leave real bugs their trace."""
-    if not issubclass(kind, BadInput):
-        return sys.__excepthook__(kind, error, trace)
-    _exit(error)
-
-
-def _exit(message):
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def check_memory(size, what):
-    """Raise BadInput where `what` needs `size` bytes or more and this machine has not as many free.
-
-    The size is a lower bound: what passes may still be too much, what is refused always is. A GPU
-    is not asked: it refuses by itself, where a CPU's operating system would kill the process.
-    """
-    import psutil
-
-    if device().type != "cpu":
-        return
-    free = psutil.virtual_memory().available
-    if size > free:
-        raise BadInput(
-            f"{what} would take {size / 2**30:,.0f} GiB of memory or more, and "
-            f"{free / 2**30:.1f} GiB are free: take fewer, or smaller ones"
-        )
-
-
-# %% [markdown]
-# Files are written aside and renamed, so that nobody ever reads half of one. Pictures go through
-# `show`: into a PNG always, and on the page as well when this is a notebook.
-
-
-# %%
-@contextmanager
-def replacing(path):
-    """Give a path to write to and rename it to `path` once it is whole.
-
-    Raises BadInput where the file cannot be written: no such place, no permission, disk full.
-    """
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        os.replace(aside, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(f"cannot write {path} ({reason}): choose another place") from error
-    finally:
-        if aside.is_file():
-            aside.unlink()
-
-
-def out_of_memory(error):
-    """Tell whether an error says that the memory of a GPU, or of this machine, is used up."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def enough_memory(way_out="give a smaller --batch"):
-    """Say what to do where what is done within, or in the function below, runs out of memory.
-
-    Raises BadInput with the way out in place of torch's error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        wanted = re.search(r"allocate ([\d.,]+ \w+)", str(error))  # of a page of other numbers
-        wanted = f" (for {wanted[1]} more)" if wanted else ""
-        whose = "GPU" if device().type == "cuda" else "machine"
-        raise BadInput(f"the memory of this {whose} is used up{wanted}: {way_out}") from error
-
-
-HELD = {}  # the folders that this process writes into, each open and locked: {path: descriptor}
-
-
-def hold(folder):
-    """Lock a folder, until `release` or the end of this process.
-
-    Raises BadInput where another process holds it.
-    """
-    release(folder)
-    if fcntl is None:
-        return
-    HELD[Path(folder).resolve()] = place = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        release(folder)
-        raise BadInput(
-            f"another process is training in {folder}: wait for it, or give this run a --name"
-        ) from None
-    except OSError:  # some network's file system knows no locks
-        pass
-
-
-def release(folder):
-    """Give back a folder that `hold` locked, if it did."""
-    if (place := HELD.pop(Path(folder).resolve(), None)) is not None:
-        os.close(place)
-
-
-def show(path):
-    """Save the current matplotlib figure as `path` and, in a notebook, put it on the page."""
-    import matplotlib.pyplot as plt
-
-    with replacing(path) as aside:
-        plt.savefig(aside, dpi=110, bbox_inches="tight", format="png")
-    if NOTEBOOK:
-        plt.show()
-    else:
-        print(f"figure: {path}")
-    plt.close()
-
+BadInput = workshop.BadInput
 
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
@@ -346,341 +50,18 @@ root = "data"  # where the data set lies or is downloaded to
 samples = 16  # pictures drawn with the optimal denoiser [1, 100000]
 steps = 200  # solver steps for drawing them [2, 10000]
 seed = 0  # seed of every random number [0, 4294967295]
-check = False  # print versions, device, threads, free memory and what is missing, then stop
 
 # %%
-settings(globals(), "01_sde_and_denoiser")
-if __name__ == "__main__":
-    report, complete = environment()
-    print("\n".join(report))
-    if check and not NOTEBOOK:
-        sys.exit(0 if complete else 1)
-
-# %%
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-
-# %% [markdown]
-# ## A data set
-#
-# The default is `digits`: 1,797 real handwritten digits of 8×8 pixels that come with scikit-learn,
-# so nothing is downloaded. Every data set is one uint8 tensor; the kernels want floats in [0, 1].
-
-
-# %%
-def load_images(dataset="digits", root="data", size=32):
-    """Load a data set as (images uint8 (N, C, H, W), labels int64 (N,) or None).
-
-    `size` is the side in pixels for `celeba` and `folder` (centre crop, then antialiased resize);
-    the others have their own. Raises BadInput where the set is unknown, damaged or not to be had.
-    """
-    if dataset == "digits":
-        from sklearn.datasets import load_digits
-
-        data = load_digits()
-        pixels = torch.tensor(data.images / 16 * 255).round().to(torch.uint8)  # 17 grey levels
-        return pixels[:, None], torch.tensor(data.target)
-    if dataset in ("mnist", "cifar10"):
-        data = _torchvision_set(dataset, root)
-        pixels = torch.as_tensor(data.data)  # (N, 28, 28) or (N, 32, 32, 3)
-        pixels = pixels[:, None] if dataset == "mnist" else pixels.permute(0, 3, 1, 2)
-        labels, shape = torch.as_tensor(data.targets), SHAPES[dataset]
-        if pixels.shape[1:] != shape or not 0 < len(pixels) == len(labels) or labels.max() > 9:
-            found = f"{tuple(pixels.shape)} pictures and {len(labels)} labels"
-            raise _damaged(dataset, root, f"its files hold {found}")
-        return pixels.contiguous(), labels
-    if dataset in ("celeba", "folder"):
-        return read_pictures(open_files(dataset, root, size)), None
-    raise BadInput(f"unknown dataset {dataset!r}: take digits, mnist, cifar10, celeba or folder")
-
-
-SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
-NAMES = {"mnist": "MNIST", "cifar10": "CIFAR10", "celeba": "CelebA"}  # in torchvision
-PLACES = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "celeba": "celeba"}
-PATIENCE = 30  # seconds without a byte after which a download has failed
-
-
-@contextmanager
-def patience():
-    """Let downloads fail, in place of waiting for ever, where a host is silent for PATIENCE s."""
-    import requests  # what gdown fetches CelebA with: it does not heed the sockets' default
-
-    adapter, before = requests.adapters.HTTPAdapter, socket.getdefaulttimeout()
-    send = adapter.send
-    adapter.send = lambda *args, timeout=None, **how: send(
-        *args, timeout=PATIENCE if timeout is None else timeout, **how
-    )
-    socket.setdefaulttimeout(PATIENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-        adapter.send = send
-
-
-def _damaged(dataset, root, reason):
-    return BadInput(
-        f"{Path(root) / PLACES[dataset]} is damaged ({reason}): remove it, and it is downloaded "
-        "again"
-    )
-
-
-def _torchvision_set(dataset, root, **options):
-    from torchvision import datasets
-
-    name, place = NAMES[dataset], Path(root) / PLACES[dataset]
-    kind = getattr(datasets, name)
-    try:
-        return kind(root, download=False, **options)
-    except Exception as error:  # torn files make torchvision fail in many ways
-        missing = isinstance(error, RuntimeError) and str(error).startswith("Dataset")
-        if os.path.exists(place) and not missing:
-            raise _damaged(dataset, root, brief(error)) from error
-    if os.path.exists(root) and not os.path.isdir(root):
-        raise BadInput(f"{root} is no folder: give --root one that holds {name} or can take it")
-    state = f"{name} is not in {root}"
-    if os.path.exists(place):
-        state = f"{name} in {place} is damaged or incomplete"
-    print(f"{state}: downloading it")
-    try:
-        with patience():
-            return kind(root, download=True, **options)
-    except Exception as error:  # each host fails in its own way
-        raise BadInput(
-            f"{state} and could not be downloaded ({brief(error)}): put its files there as "
-            f"torchvision.datasets.{name} documents, or give --root"
-        ) from error
-
-
-def brief(error):
-    """Say on one line and in short what an exception of someone else's code says."""
-    return " ".join(str(error).split())[:150] or type(error).__name__
-
-
-# %% [markdown]
-# Pictures in files are decoded by several processes. CelebA's 162,770 take minutes even so, and are
-# therefore kept decoded, as one array beside the data.
-
-
-# %%
-def picture_files(dataset, root):
-    """List the picture files of `celeba` (its training split) or of all folders below root.
-
-    Raises BadInput where there are none, or a folder cannot be read.
-    """
-    from torchvision import datasets
-
-    files = []
-    if dataset == "celeba":
-        folder = Path(root) / "celeba" / "img_align_celeba"
-        names = _torchvision_set("celeba", root, split="train").filename
-        files = [folder / name for name in names]
-        there = {name for *_, some in os.walk(folder, onerror=_refuse_folder) for name in some}
-        lost = [name for name in names if name not in there]
-        if len(lost) > 0.01 * len(names):
-            raise BadInput(
-                f"{folder} lacks {len(lost):,} of {len(names):,} pictures, such as {lost[0]}: "
-                "remove it, and it is unpacked again"
-            )
-    else:
-        for folder, _, names in os.walk(root, onerror=_refuse_folder):
-            files += [Path(folder) / name for name in names]
-        files = sorted(p for p in files if p.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
-    if not files:
-        raise BadInput(f"no pictures under {str(root)!r}: give a folder that holds some")
-    return files
-
-
-def _refuse_folder(error):
-    raise BadInput(
-        f"cannot read the folder {error.filename} ({error.strerror}): give one that can be read"
-    ) from error
-
-
-class PictureFiles:
-    """Decode picture files when they are asked for: item i is uint8 (3, size, size).
-
-    Centre crop, antialiased resize. An unreadable file gives None. kept: the file in which
-    `read_pictures` keeps the decoded set; None: it does not. Raises BadInput for a size below 1.
-    """
-
-    def __init__(self, files, size, kept=None):
-        from torchvision.transforms import v2
-
-        if size < 1:
-            raise BadInput(f"size = {size} must be 1 or more")
-        self.files, self.size, self.kept = files, size, kept
-        self.crop = v2.Compose(
-            [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
-        )
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        try:
-            return self.crop(open_picture(self.files[i]))
-        except Exception:  # PIL refuses a file in many ways
-            return None
-
-
-def open_files(dataset, root, size):
-    """Open the pictures of `celeba` or `folder` as PictureFiles. Raises as `picture_files`."""
-    kept = Path(root) / "celeba" / f"train-{size}.npy" if dataset == "celeba" else None
-    return PictureFiles(picture_files(dataset, root), size, kept)
-
-
-def open_picture(path):
-    """Decode a picture file to a PIL image in RGB.
-
-    Raises what PIL raises; what PIL only warns of, because it is suspiciously large, raises too.
-    """
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as picture:
-            if picture.mode == "F":
-                raise ValueError("pixels that are no whole numbers have no known range")
-            if picture.mode.startswith("I"):  # 16 bits, of which PIL's RGB would cut off the upper
-                grey = np.clip(np.asarray(picture) / 257, 0, 255).round()
-                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-            return picture.convert("RGB")
-
-
-def read_pictures(pictures, workers=0):
-    """Read all of PictureFiles into one uint8 tensor (N, 3, size, size), without the unreadable.
-
-    workers: processes that decode them; 0, or few pictures: this one does.
-    Raises BadInput where more than 1% of the files are unreadable.
-    """
-    known = _read_kept(pictures) if pictures.kept else None
-    pixels, bad = known or _decode(pictures, workers)
-    for i in bad:
-        print(f"unreadable, skipped: {pictures.files[i]}")
-    report_unreadable([pictures.files[i] for i in bad], len(pictures))
-    if pictures.kept and not known:
-        _keep(pictures.kept, pixels, bad)
-    return pixels
-
-
-def _decode(pictures, workers):
-    """Decode PictureFiles: (uint8 tensor without the unreadable, the indices of these)."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    n, size = len(pictures), pictures.size
-    pixels, good, bad, first = torch.empty(n, 3, size, size, dtype=torch.uint8), 0, [], 0
-    loader = DataLoader(
-        pictures,
-        batch_size=max(1, min(64, 2**21 // (3 * size**2))),
-        num_workers=min(workers, n // 200, os.cpu_count() or 1),
-        collate_fn=_stack,
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else it draws from the random numbers of everybody
-    )
-    with tqdm(total=n, desc="reading pictures", leave=False) as bar:
-        for readable, some in loader:
-            bad += [first + j for j, fine in enumerate(readable) if not fine]
-            pixels[good : good + sum(readable)] = some
-            good, first = good + sum(readable), first + len(readable)
-            bar.update(len(readable))
-    return pixels[:good], bad
-
-
-def _stack(items):
-    """Stack what is readable: ([whether each is], uint8 (n, 3, size, size))."""
-    good = [picture for picture in items if picture is not None]
-    return [picture is not None for picture in items], torch.stack(good) if good else 0
-
-
-def ignore_interrupts(worker):
-    """Leave Ctrl-C to the main process, and to it alone what it holds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for folder in list(HELD):
-        release(folder)
-
-
-def _keep(path, pixels, bad):
-    """Write a decoded set: two arrays in one file, the pixels and the indices of the unreadable."""
-    try:
-        with replacing(path) as aside, open(aside, "wb") as file:
-            np.save(file, pixels.numpy())
-            np.save(file, np.array(bad, dtype=np.int64))
-        print(f"decoded pictures: kept as {path} for the next time")
-    except BadInput as error:
-        reason = brief(error.__cause__)
-        print(f"decoded pictures are not kept as {path} ({reason}): going on without")
-
-
-def _read_kept(pictures):
-    """Read what `_keep` wrote, as `_decode` gives it; None where there is none that fits."""
-    if not os.path.isfile(pictures.kept):
-        return None
-    try:
-        with open(pictures.kept, "rb") as file:
-            pixels, bad = np.load(file), np.load(file).tolist()
-        shape = (len(pictures) - len(bad), 3, pictures.size, pictures.size)
-        if pixels.shape != shape or pixels.dtype != np.uint8:
-            raise ValueError(f"{pixels.dtype} {pixels.shape} in place of uint8 {shape}")
-        if any(pictures[i] is not None for i in bad):
-            raise ValueError("a picture that was unreadable no longer is")
-    except Exception as error:  # numpy fails in many ways on a torn or foreign file
-        print(f"{pictures.kept} does not fit ({brief(error)}): decoding the pictures again")
-        return None
-    return torch.from_numpy(pixels), bad
-
-
-def report_unreadable(bad, total):
-    """Print how many files were skipped. Raises BadInput where they are more than 1% of total."""
-    if len(bad) > 0.01 * total:
-        raise BadInput(
-            f"{len(bad)} of {total:,} pictures are unreadable, which is more than 1%, "
-            f"such as {bad[0]}: mend or remove them"
-        )
-    if bad:
-        print(f"{len(bad)} of {total:,} pictures were unreadable and skipped")
-
-
-# %% [markdown]
-# `show_images` enlarges small pictures and leaves space between them, so that one can look at them.
-
-
-# %%
-def tile(images, columns=16, scale=0):
-    """Arrange images (N, C, H, W), floats in [0, 1], as one spaced and enlarged (C, H', W')."""
-    from torchvision.utils import make_grid
-
-    scale = scale or max(1, 48 // images.shape[-1])
-    big = images.clamp(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    return make_grid(big, nrow=columns, padding=6, pad_value=1.0)
-
-
-def show_images(rows, titles, path, columns=16):
-    """Draw titled grids of images under each other: `rows` is a list of (n, C, H, W) in [0, 1]."""
-    grids = [tile(row.detach().cpu().float(), columns) for row in rows]
-    height = sum(grid.shape[1] for grid in grids) / grids[0].shape[2] * 10 + 0.35 * len(rows)
-    figure, axes = plt.subplots(len(rows), 1, figsize=(10, height), squeeze=False)
-    for ax, grid, title in zip(axes[:, 0], grids, titles, strict=True):
-        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
-        # the name of a run may have letters that the locale lacks: their bytes stand for them
-        title = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        ax.set_title(title, fontsize=10, loc="left")
-        ax.axis("off")
-    figure.tight_layout()
-    show(path)
-
+workshop.settings(globals(), "01_sde_and_denoiser")
 
 # %%
 if __name__ == "__main__":
     torch.manual_seed(seed)
-    pixels, labels = load_images(dataset, root)
-    images = pixels[:50_000].to(device()).float() / 255  # (N, C, H, W) in [0, 1]
+    pixels, labels = workshop.load_images(dataset, root)
+    images = pixels[:50_000].to(workshop.device()).float() / 255  # (N, C, H, W) in [0, 1]
     states_size = 4 * samples * (steps + 1) * images[0].numel()  # of all paths, in bytes
-    check_memory(states_size, f"samples = {samples} with steps = {steps}")
-    show_images(
+    workshop.check_memory(states_size, f"samples = {samples} with steps = {steps}")
+    workshop.show_images(
         [images[:16]], [f"{dataset}: the first 16 of {len(pixels):,}"], "figures/01_data.png"
     )
 
@@ -889,7 +270,7 @@ class PFGM(EDM):
     def with_D(cls, D):
         """Return the kernel for another D. Raises BadInput unless D > 0."""
         if not D > 0:
-            raise BadInput(f"PFGM needs D above 0, got {D:g}")
+            raise workshop.BadInput(f"PFGM needs D above 0, got {D:g}")
         return type(f"PFGM{D:g}", (cls,), {"D": float(D)})
 
 
@@ -992,13 +373,13 @@ def perturb(x0, eps, t, kernel):
 
 # %%
 if __name__ == "__main__":
-    generator = torch.Generator(device()).manual_seed(seed)
-    eps = torch.randn(images[:1].shape, generator=generator, device=device())
-    times = torch.linspace(VP.t_min, 1, 12, device=device())
+    generator = torch.Generator(workshop.device()).manual_seed(seed)
+    eps = torch.randn(images[:1].shape, generator=generator, device=workshop.device())
+    times = torch.linspace(VP.t_min, 1, 12, device=workshop.device())
     shown = sorted({min(i, len(images) - 1) for i in (0, 3, 9)})  # fewer of a small set
     noisy = [perturb(image.expand(12, -1, -1, -1), eps, times, VP) for image in images[shown]]
     title = "VP kernel, t from 0.001 to 1 in equal steps, the same noise in each row"
-    show_images([torch.cat(noisy)], [title], "figures/01_forward.png", columns=12)
+    workshop.show_images([torch.cat(noisy)], [title], "figures/01_forward.png", columns=12)
 
 # %% [markdown]
 # From the third column on ($t\approx0.2$) one has to guess, and from the sixth there is nothing
@@ -1136,10 +517,14 @@ def posterior_mean(x, t, kernel, images, chunk=0, best=8):
     Raises BadInput where shapes do not match or a time has no noise. Source: paper, Prop. 1.
     """
     if x.dim() != 4 or images.dim() != 4 or x.shape[1:] != images.shape[1:] or len(images) < 1:
-        raise BadInput(f"x {tuple(x.shape)} and images {tuple(images.shape)} must share C, H, W")
+        raise workshop.BadInput(
+            f"x {tuple(x.shape)} and images {tuple(images.shape)} must share C, H, W"
+        )
     t = as_time(t).double()
     if not (kernel.sigma(t) > 0).all():
-        raise BadInput("the posterior mean needs noise: every time must give a sigma above 0")
+        raise workshop.BadInput(
+            "the posterior mean needs noise: every time must give a sigma above 0"
+        )
     t = t.to(x.device).expand(len(x))
     s, sigma = kernel.s(t)[:, None], kernel.sigma(t)[:, None]  # (B, 1)
     exact = torch.float64 in (x.dtype, images.dtype) or images.numel() <= 2**22  # small: cheap
@@ -1257,13 +642,13 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     times = torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0])
-    xt = perturb(images[shown[-1]].expand(12, -1, -1, -1), eps, times.to(device()), VP)
+    xt = perturb(images[shown[-1]].expand(12, -1, -1, -1), eps, times.to(workshop.device()), VP)
     seen = posterior_mean(xt, times, VP, images)
     titles = [
         "with noise, t = " + ", ".join(f"{t:.2g}" for t in times.tolist()),
         r"what $\hat y_t$ sees",
     ]
-    show_images([xt, seen], titles, "figures/01_posterior_mean.png", columns=12)
+    workshop.show_images([xt, seen], titles, "figures/01_posterior_mean.png", columns=12)
 
 # %% [markdown]
 # Near the image it returns the very picture; near the noise the mean of all digits, whatever it is
@@ -1278,7 +663,7 @@ if __name__ == "__main__":
 
 
 # %%
-def paths(solver, eps, kernel, x, nfe, generator=None):
+def collect_paths(solver, eps, kernel, x, nfe, generator=None):
     """Collect a solver's (times, states): (nfe + 1,) and (nfe + 1, B, C, H, W), noise first."""
     states = [x, *solver(eps, kernel, x, nfe, generator)]
     return log_snr_times(kernel, nfe), torch.stack(states)
@@ -1297,7 +682,7 @@ def draw_paths(points, kernel, runs, path):
         ax.set(title=title, xlabel="t", xlim=(1, 0))
     axes[0].set_ylabel("x")
     figure.tight_layout()
-    show(path)
+    workshop.show_figure(path)
 
 
 if __name__ == "__main__":
@@ -1306,8 +691,8 @@ if __name__ == "__main__":
     quantiles = torch.distributions.Normal(0, 1).icdf((torch.arange(12) + 0.5) / 12)
     noise, dice = quantiles.reshape(12, 1, 1, 1), torch.Generator().manual_seed(seed)
     runs = [
-        ("probability-flow ODE", *paths(probability_flow, toy, VP, noise, 300)),
-        ("reverse SDE", *paths(euler_maruyama, toy, VP, noise, 300, dice)),
+        ("probability-flow ODE", *collect_paths(probability_flow, toy, VP, noise, 300)),
+        ("reverse SDE", *collect_paths(euler_maruyama, toy, VP, noise, 300, dice)),
     ]
     draw_paths(points, VP, runs, "figures/01_paths.png")
 
@@ -1321,13 +706,13 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     best = lambda x, t: optimal_denoiser(x, t, VP, images)  # noqa: E731
-    start = torch.randn(samples, *images.shape[1:], generator=generator, device=device())
+    start = torch.randn(samples, *images.shape[1:], generator=generator, device=workshop.device())
     *_, from_sde = euler_maruyama(best, VP, start, steps, generator)
-    times, states = paths(probability_flow, best, VP, start, steps)
+    times, states = collect_paths(probability_flow, best, VP, start, steps)
     ode = states[-1]
     gap, nearest = torch.cdist(from_sde.flatten(1), images.flatten(1)).min(1)
     titles = ["reverse SDE", "probability-flow ODE, same start", "training picture nearest to SDE"]
-    show_images([from_sde, ode, images[nearest]], titles, "figures/01_samples.png")
+    workshop.show_images([from_sde, ode, images[nearest]], titles, "figures/01_samples.png")
 
 # %%
 if __name__ == "__main__":
@@ -1363,7 +748,7 @@ if __name__ == "__main__":
     ax.set(xlabel="t", ylabel="distance to the final picture", xlim=(1, 0))
     ax.set_title("where the estimate turns from the mean (1) into a picture (0)", fontsize=10)
     ax.legend(fontsize=8)
-    show("figures/01_decides.png")
+    workshop.show_figure("figures/01_decides.png")
 
 # %%
 if __name__ == "__main__":
@@ -1371,7 +756,7 @@ if __name__ == "__main__":
     at += [int((times - t).abs().argmin()) for t in (0.25, 0.2, 0.1, 0.01)]
     films = [posterior_mean(states[at, k], times[at], VP, images) for k in range(min(3, samples))]
     title = r"$\hat y_t$ on some paths, t = " + ", ".join(f"{t:.2g}" for t in times[at].tolist())
-    show_images([torch.cat(films)], [title], "figures/01_films.png", columns=12)
+    workshop.show_images([torch.cat(films)], [title], "figures/01_films.png", columns=12)
 
 # %% [markdown]
 # (The 0.04 that remain are the noise that $t_\min$ leaves.) One function for the right end (return

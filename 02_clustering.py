@@ -22,7 +22,7 @@ import os
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
 import math
 from collections import namedtuple
@@ -33,7 +33,8 @@ import torch
 from scipy.interpolate import PchipInterpolator
 from tqdm import tqdm
 
-BadInput, VP, match_snr = sde.BadInput, sde.VP, sde.match_snr
+sde = importlib.import_module("01_sde_and_denoiser")
+BadInput, VP, match_snr = workshop.BadInput, sde.VP, sde.match_snr
 
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
@@ -45,7 +46,7 @@ pairs = 300  # pictures that Algorithm 2 compares at all of its times [1, 100000
 seed = 0  # seed of every random number [0, 4294967295]
 
 # %%
-sde.settings(globals(), "02_clustering")
+workshop.settings(globals(), "02_clustering")
 
 # %% [markdown]
 # ## How alike are two noise levels?
@@ -156,14 +157,14 @@ def similarity_curves(
     spend. eta as in `similarity`, reference as in `compare_with_ends`.
     Raises BadInput for unusable images or settings. Source: paper, Algorithm 1, lines 4 to 9.
     """
-    _check(images, samples, reference)
+    _check_input(images, samples, reference)
     generator = torch.Generator().manual_seed(seed)
     cells = min(200, samples // 10, max(40, samples // 50))
     edges = np.linspace(kernel.t_min, kernel.t_max, cells + 1)
     with tqdm(total=samples, desc="Algorithm 1", disable=not progress, leave=False) as bar:
         same = bar, generator, images, images.mean(0, keepdim=True), kernel, eta, reference
         pilot = _sample_cells(edges, np.full(cells, 2), *same)
-        weight = _worth(pilot, alpha)
+        weight = _weigh_cells(pilot, alpha)
         left = samples - 4 * cells  # after the pilot and two samples a cell
         counts = 2 + np.floor(left * weight / weight.sum()).astype(int)
         return _sample_cells(edges, counts, *same)
@@ -181,7 +182,7 @@ def _sample_cells(edges, counts, bar, generator, images, *settings):
     t = torch.from_numpy(edges[cell] + u * np.diff(edges)[cell]).reshape(-1, group)
     D = []
     for part in t.split(1000):
-        D.append(_samples(part, generator, images, *settings))
+        D.append(_draw_samples(part, generator, images, *settings))
         bar.update(len(part))
     cell, D = cell[::group], torch.cat(D).numpy()
     means, variances = [], []
@@ -193,7 +194,7 @@ def _sample_cells(edges, counts, bar, generator, images, *settings):
     return Curves(edges, *means, *variances)
 
 
-def _samples(t, generator, images, y_mean, kernel, eta, reference):
+def _draw_samples(t, generator, images, y_mean, kernel, eta, reference):
     """Draw lines 5 and 6 of Algorithm 1 at times t (K, group): one sample of both D a row, (K, 2).
 
     With a group of one a sample is D itself. Otherwise it is D of one draw of the group, corrected
@@ -217,13 +218,13 @@ def _samples(t, generator, images, y_mean, kernel, eta, reference):
     return D - guesses[one] + guesses.reshape(K, group, 2).mean(1)
 
 
-def _worth(pilot, alpha):
+def _weigh_cells(pilot, alpha):
     """Weigh cells by the scatter of D in them, where it enters t_1 or t_2 (with a margin)."""
     centre = (pilot.edges[1:] + pilot.edges[:-1]) / 2
     spread = lambda S: smooth(S**2) - smooth(S) ** 2  # noqa: E731 - of a cell and its neighbours
     v0, v1 = (smooth(2 * v) + spread(S) for v, S in ((pilot.v0, pilot.S0), (pilot.v1, pilot.S1)))
     try:
-        t_1, t_2 = cut(pilot, alpha)
+        t_1, t_2 = read_cuts(pilot, alpha)
     except BadInput:
         t_1, t_2 = pilot.edges[-1], pilot.edges[0]
     least = 0.03 * (pilot.edges[-1] - pilot.edges[0])
@@ -254,7 +255,7 @@ def smooth(values, width=7):
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _check(images, samples, reference):
+def _check_input(images, samples, reference):
     if images.dim() != 4 or len(images) < 2:
         raise BadInput(f"clustering needs 2 images or more (N, C, H, W), got {tuple(images.shape)}")
     if not torch.isfinite(images).all():
@@ -288,7 +289,7 @@ def running_averages(curves, grid=10_000):
     return tau, up, down
 
 
-def cut(curves, alpha=0.9):
+def read_cuts(curves, alpha=0.9):
     """Read t_1 and t_2 off similarity curves: lines 10 and 11 of Algorithm 1.
 
     Raises BadInput where no tau keeps an average of alpha.
@@ -335,15 +336,15 @@ def algorithm_1(
     Arguments and errors as `similarity_curves` and `cut`. Source: paper, Algorithm 1.
     """
     curves = similarity_curves(images, kernel, samples, alpha, eta, seed, reference, progress)
-    return cut(curves, alpha)
+    return read_cuts(curves, alpha)
 
 
 # %%
 if __name__ == "__main__":
-    pixels, _ = sde.load_images(dataset, root)
-    images = pixels[:50_000].to(sde.device()).float() / 255  # (N, C, H, W) in [0, 1]
+    pixels, _ = workshop.load_images(dataset, root)
+    images = pixels[:50_000].to(workshop.device()).float() / 255  # (N, C, H, W) in [0, 1]
     curves = similarity_curves(images, VP, samples, alpha, eta, seed, progress=True)
-    ours = cut(curves, alpha)
+    ours = read_cuts(curves, alpha)
     errors = standard_errors(curves, ours, alpha)
     print(f"{dataset}, {len(images):,} pictures, K = {samples:,}, cuts and their standard errors:")
     print(f"t1 = {ours[0]:.4f} ± {errors[0]:.4f}, t2 = {ours[1]:.4f} ± {errors[1]:.4f}")
@@ -356,8 +357,8 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__" and len(images) < 5000:
     runs = [similarity_curves(images, VP, 500, alpha, eta, seed=i + 1) for i in range(50)]
-    found = np.array([cut(run, alpha) for run in runs])
-    said = np.array([standard_errors(run, cut(run, alpha), alpha) for run in runs])
+    found = np.array([read_cuts(run, alpha) for run in runs])
+    said = np.array([standard_errors(run, read_cuts(run, alpha), alpha) for run in runs])
     for k in range(2):
         print(f"t{k + 1}: mean of 50 runs {found[:, k].mean():.4f}", end=" ")
         print(f"± {found[:, k].std(ddof=1) / 50**0.5:.4f}, their standard deviation", end=" ")
@@ -389,7 +390,7 @@ def draw_similarity(curves, alpha, boundaries, title):
 
 if __name__ == "__main__":
     draw_similarity(curves, alpha, ours, f"Two regimes and what lies between: {dataset}")
-    sde.show("figures/02_similarity.png")
+    workshop.show_figure("figures/02_similarity.png")
 
 # %% [markdown]
 # (Where a thin line is ragged the cells hold two samples each: no cut depends on them.)
@@ -562,7 +563,7 @@ if __name__ == "__main__":
         ("log-SNR", "0.348  0.709", snr_clusters(VP, 3)),
         ("gradient (a small network's)", "0.360  0.660", gradient_clusters(affinity, 3)),
         ("Algorithm 1", "0.442  0.631", ours),
-        ("Algorithm 1, noise end as printed", "", cut(printed, alpha)),
+        ("Algorithm 1, noise end as printed", "", read_cuts(printed, alpha)),
     ]
     print(f"{'Table 4, three stages':36s} published*     {dataset}")
     for name, published, (low, high) in table:
@@ -587,7 +588,7 @@ if __name__ == "__main__":
     names = [name for name, _, _ in table]
     ax.set(yticks=range(len(table)), yticklabels=names, xlim=(0, 1), xlabel="t", title=dataset)
     ax.invert_yaxis()
-    sde.show("figures/02_cuts.png")
+    workshop.show_figure("figures/02_cuts.png")
 
 # %% [markdown]
 # ## Any number of stages (Algorithm 2)
@@ -609,7 +610,7 @@ def similarity_matrix(
     compare: "noise" compares eps*, "picture" the posterior means. The nodes are VP times; another
     kernel is met at the same SNR. Source: paper, Algorithm 2, lines 4 to 8.
     """
-    _check(images, max(samples, 50), "mean")
+    _check_input(images, max(samples, 50), "mean")
     if samples < 1 or compare not in ("noise", "picture"):
         raise BadInput(
             f"samples = {samples}, compare = {compare!r}: take 1 or more, noise or picture"
@@ -716,7 +717,7 @@ def draw_matrix(S, stages, path):
         ax.set(title=f"{n} stages", xlabel="t", aspect="equal")
     axes[0].set_ylabel("t")
     figure.colorbar(mesh, ax=axes, label="share of pixels alike", shrink=0.8)
-    sde.show(path)
+    workshop.show_figure(path)
 
 
 if __name__ == "__main__":

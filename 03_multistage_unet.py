@@ -24,7 +24,7 @@ import os
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
 import math
 import sys
@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-BadInput = sde.BadInput
+sde = importlib.import_module("01_sde_and_denoiser")
+BadInput = workshop.BadInput
 
 # %% tags=["parameters"]
 network = "digits"  # the data set whose three networks are compared: digits, mnist or cifar10
@@ -44,7 +45,7 @@ table = 0  # 5, 6 or 7: print that table of the paper and stop [0, 7]
 seed = 0  # seed of every random number [0, 4294967295]
 
 # %%
-sde.settings(globals(), "03_multistage_unet")
+workshop.settings(globals(), "03_multistage_unet")
 
 # %% [markdown]
 # ## The parts
@@ -234,14 +235,14 @@ def embed_time(t, width, time):
 
 
 # %%
-def resize(c, change, block, taps):
+def resizing_part(c, change, block, taps):
     """Build the part that halves ("down") or doubles ("up") the resolution of c channels."""
     if taps is None:
         return Down(c) if change == "down" else Up(c)
     return block(c, c, resample=Filter(taps, change))
 
 
-def bottom(c, block, attend):
+def middle_block(c, block, attend):
     """Build the middle of the U: (B, c, H, W) at the lowest resolution to the same shape."""
     return Layers(block(c, c), attend(c), block(c, c))
 
@@ -265,12 +266,12 @@ class Encoder(nn.Module):
                 self.layers.append(Layers(*row))
                 self.skip_widths.append(c)
             if level < len(mults) - 1:
-                self.layers.append(Layers(resize(c, "down", block, taps)))
+                self.layers.append(Layers(resizing_part(c, "down", block, taps)))
                 self.skip_widths.append(c)
                 size //= 2
                 if pyramid:
                     self.layers.append(Pyramid(p, p := c, taps))
-        self.middle = bottom(c, block, attend) if middle else Layers()
+        self.middle = middle_block(c, block, attend) if middle else Layers()
 
     def forward(self, x, t):
         emb = self.embed(embed_time(t.to(x.device), self.width, self.time).to(x.dtype))
@@ -304,7 +305,7 @@ class Decoder(nn.Module):
         block, attend, taps = parts
         waiting, norm = list(skips), block.keywords["norm"]
         c = waiting[-1]
-        self.middle = bottom(c, block, attend) if middle else Layers()
+        self.middle = middle_block(c, block, attend) if middle else Layers()
         size //= 2 ** (len(mults) - 1)
         self.layers = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
@@ -313,7 +314,7 @@ class Decoder(nn.Module):
                 if size in attention and (attended == "every" or (attended, i) == ("last", blocks)):
                     row.append(attend(c))
                 if level and i == blocks:
-                    row.append(resize(c, "up", block, taps))
+                    row.append(resizing_part(c, "up", block, taps))
                 self.layers.append(Layers(*row))
             size *= 2
         self.norm, self.last = norm(c), LastConv2d(c, channels, 3, padding=1)
@@ -415,7 +416,7 @@ class MultistageUNet(nn.Module):
         )
         self.register_buffer("boundaries", torch.tensor(cuts), persistent=False)
         self.cuts = cuts  # the same as plain numbers, which can be compared with times anywhere
-        self.apply(initialize)
+        self.apply(initialize_part)
 
     def stage(self, t):
         """Tell which stage each time belongs to: (B,) int64; a boundary opens the later stage.
@@ -458,12 +459,14 @@ class MultistageUNet(nn.Module):
             )
         if isinstance(stage, int) or len(self.decoders) == 1:
             return self.branch(x, t, stage if isinstance(stage, int) else 0)
-        places = self._places(t) if stage is None else in_turns(stage, len(x), x.device)
+        places = self._places(t) if stage is None else places_in_turns(stage, len(x), x.device)
         if len(places) == 1:
             return self.branch(x, t, *places)
         shared, parts = self.encoders[0](x, t) if len(self.encoders) == 1 else None, []
         for k, mine in places.items():
-            features = select(shared, mine) if shared else self.encoders[k](x[mine], t[mine])
+            features = (
+                select_entries(shared, mine) if shared else self.encoders[k](x[mine], t[mine])
+            )
             parts.append(self.decoders[k](*features))
         order = torch.cat(list(places.values())).argsort()
         return self._finish(x, torch.cat(parts)[order])  # in the order of x
@@ -484,19 +487,19 @@ class MultistageUNet(nn.Module):
         return self.encoders[k if len(self.encoders) > 1 else 0]
 
 
-def in_turns(stages, n, device):
+def places_in_turns(stages, n, device):
     """Tell which of n pictures are in which stage where they take them in turns: {k: (b,)}."""
     places = torch.arange(n, device=device)
     return {k: places[i :: len(stages)] for i, k in enumerate(stages[:n])}
 
 
-def select(features, i):
+def select_entries(features, i):
     """Take the batch entries i (b,) out of the encoder's (middle, skips, emb)."""
     middle, skips, emb = features
     return middle[i], [skip[i] for skip in skips], emb[i]
 
 
-def initialize(part):
+def initialize_part(part):
     """Start as DDPM does: weights uniform by fan, biases zero, the last layer of each part zero.
 
     Every residual block then begins as the identity, and the first prediction is zero.
@@ -522,33 +525,20 @@ STEPS = (0.4425, 0.6315)  # amid two steps of LDM: 442 and 631 are the times 0.4
 LATENT = dict(boundaries=STEPS, time="ldm")
 
 NETWORKS = {}
-for name, small in {
-    "digits": dict(channels=1, size=8, encoder=32, decoders=(48, 32, 16), attention=(4,)),
-    "digits_latent": dict(
-        channels=2, size=4, encoder=32, decoders=(48, 32, 16), attention=(4,), **LATENT
-    ),
-    "mnist": dict(channels=1, size=28, encoder=32, decoders=(48, 32, 16), mults=(1, 2, 2)),
-    "mnist_latent": dict(
-        channels=2, size=14, encoder=32, decoders=(48, 32, 16), attention=(7,), **LATENT
-    ),
-    "cifar10": dict(
-        channels=3,
-        size=32,
-        encoder=64,
-        decoders=(96, 64, 16),
-        mults=(1, 2, 2),
-        blocks=2,
-        attention=(16,),
-        dropout=0.1,
-    ),
-    "cifar10_latent": dict(
-        channels=4, size=16, encoder=64, decoders=(96, 64, 16), blocks=2, attention=(8,), **LATENT
-    ),
-}.items():
-    small = {"boundaries": PUBLISHED, "add_input": True, **small}
-    NETWORKS[name] = small
-    NETWORKS[f"{name}_unified"] = {**small, "decoders": (small["encoder"],), "boundaries": ()}
-    NETWORKS[f"{name}_separate"] = {**small, "decoders": (small["encoder"],) * 3, "shared": False}
+for name, known in workshop.DATASETS.items():
+    if "network" not in known:
+        continue  # of those the paper's are trained
+    (C, size, _), plan = known["shape"], known["autoencoder"]
+    latent = dict(channels=plan["code"], size=size // 2 ** (len(plan["mults"]) - 1))
+    for kind, small in {
+        name: dict(channels=C, size=size, boundaries=PUBLISHED, **known["network"]),
+        f"{name}_latent": {**latent, **LATENT, **known["latent_network"]},
+    }.items():
+        NETWORKS[kind] = small = {**small, "add_input": True}
+        NETWORKS[f"{kind}_unified"] = {**small, "decoders": (small["encoder"],), "boundaries": ()}
+        NETWORKS[f"{kind}_separate"] = {**small, "decoders": (small["encoder"],) * 3}
+        NETWORKS[f"{kind}_separate"]["shared"] = False
+SMALL_NETWORKS = [name for name in NETWORKS if not name.endswith(("_unified", "_separate"))]
 
 # %% [markdown]
 # Then the published ones, named by their row: `table5_1` is the paper's choice for CIFAR-10,
@@ -596,7 +586,7 @@ for name, (backbone, cuts), encoder, decoders, more in [
     NETWORKS[name] = {**backbone, **widths, **more}
 
 
-def build(name, **changes):
+def build_network(name, **changes):
     """Build a network of NETWORKS by name, with some arguments of `MultistageUNet` changed.
 
     Raises BadInput for an unknown name.
@@ -625,7 +615,10 @@ def randomize(model, seed=0):
 
 if __name__ == "__main__" and not table:
     torch.manual_seed(seed)
-    unified, model = randomize(build(f"{network}_unified")), randomize(build(network))
+    unified, model = (
+        randomize(build_network(f"{network}_unified")),
+        randomize(build_network(network)),
+    )
     x = torch.randn(6, model.channels, model.size, model.size)
     t = torch.tensor([0.9, 0.1, 0.5, 0.05, 0.5, 0.7])
     plain = x + unified.decoders[0](*unified.encoders[0](x, t))
@@ -652,25 +645,25 @@ if __name__ == "__main__" and not table:
 
 
 # %%
-def count(parts):
+def count_parameters(*modules):
     """Count the parameters of modules."""
-    return sum(p.numel() for part in parts for p in part.parameters())
+    return sum(p.numel() for part in modules for p in part.parameters())
 
 
 def draw_architecture(name, path):
     """Draw a network of NETWORKS: a column for the encoder, one for each decoder."""
     with torch.device("meta"):
-        model = build(name)
+        model = build_network(name)
         x, t = torch.empty(1, model.channels, model.size, model.size), torch.empty(1)
         _, skips, _ = model.encoders[0](x, t)
     sizes = [skip.shape[2] for skip in skips]
     columns = [[skip.shape[1] for skip in skips]]
     columns += [[part[0].conv1.out_channels for part in d.layers][::-1] for d in model.decoders]
-    titles = [f"encoder\nall stages\n{count(model.encoders[:1]) / 1e6:.3g}M"]
+    titles = [f"encoder\nall stages\n{count_parameters(model.encoders[0]) / 1e6:.3g}M"]
     cuts = [0, *NETWORKS[name]["boundaries"], model.latest]
     for k, decoder in enumerate(model.decoders):
         titles.append(
-            f"decoder {k}\n{cuts[k]:.3g} to {cuts[k + 1]:.3g}\n{count([decoder]) / 1e6:.3g}M"
+            f"decoder {k}\n{cuts[k]:.3g} to {cuts[k + 1]:.3g}\n{count_parameters(decoder) / 1e6:.3g}M"
         )
     gap, high = 1.35 * max(map(max, columns)), len(sizes)
     figure, ax = plt.subplots(figsize=(9, 1.5 + 0.08 * max(high, 16)))
@@ -692,7 +685,7 @@ def draw_architecture(name, path):
     ax.invert_yaxis()
     ax.axis("off")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    sde.show(path)
+    workshop.show_figure(path)
 
 
 if __name__ == "__main__" and not table:
@@ -749,7 +742,7 @@ def cost(name, **changes):
     work depends on the sampler. Changes as in `build`.
     """
     with torch.device("meta"):
-        return cost_of(build(name, **changes))
+        return cost_of(build_network(name, **changes))
 
 
 def cost_of(model):
@@ -762,10 +755,10 @@ def cost_of(model):
     for k, decoder in enumerate(model.decoders):
         alone = count_work(lambda decoder=decoder: decoder(*features), model)
         rows[k] = {kind: shared[kind] + alone[kind] for kind in shared}
-        rows[k]["parameters"] = count([model._encoder(k), decoder])
+        rows[k]["parameters"] = count_parameters(model._encoder(k), decoder)
     if len(model.encoders) == 1:
-        rows["shared"] = {**shared, "parameters": count(model.encoders)}
-    rows["total"] = dict(parameters=count([model]))
+        rows["shared"] = {**shared, "parameters": count_parameters(*model.encoders)}
+    rows["total"] = dict(parameters=count_parameters(model))
     return rows
 
 
@@ -813,7 +806,7 @@ def draw_costs(networks, path):
             ax.set_xlabel("stage")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
-    sde.show(path)
+    workshop.show_figure(path)
 
 
 if __name__ == "__main__" and not table:
@@ -909,7 +902,7 @@ if __name__ == "__main__":
         raise BadInput(f"table = {table}: take 5, 6 or 7, or 0 for the whole step")
     for number in [table] if table else TABLES:
         print_table(number)
-    if table and not sde.NOTEBOOK:
+    if table and not workshop.NOTEBOOK:
         sys.exit()
 
 # %% [markdown]
@@ -1072,13 +1065,13 @@ def load_release_checkpoint(path, averaged=True):
         reason = "it lacks their entries" if width is None else f"none has an encoder of {width}"
         for name in [n for n, kind in NETWORKS.items() if kind["encoder"] == width]:
             with torch.device("meta"):
-                blank = build(name)
+                blank = build_network(name)
             try:
                 found = match_release(blank, named)
             except BadInput as error:
                 reason = f"{name}: {error}"
                 continue
-            model = build(name)
+            model = build_network(name)
             model.load_state_dict(found)
             return model.eval()
     except (AttributeError, TypeError, ValueError, IndexError) as error:

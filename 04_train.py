@@ -19,13 +19,11 @@ import os
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
 import contextlib
 import copy
-import datetime
-import json
-import signal
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -34,12 +32,11 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+sde = importlib.import_module("01_sde_and_denoiser")
 clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
-BadInput = sde.BadInput
+BadInput = workshop.BadInput
 
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
@@ -67,7 +64,7 @@ compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on from the checkpoint of that run
 
 # %%
-sde.settings(globals(), "04_train")
+workshop.settings(globals(), "04_train")
 
 # %% [markdown]
 # ## The loss
@@ -116,12 +113,6 @@ def predict_noise(model, x, t, process, **stage):
     return sigma / norm**2 * x - d / norm * model(x / norm, t, **stage)  # (x - D) / sigma
 
 
-def half_precision(device):
-    """Compute in bfloat16 where the hardware is made for it: a context."""
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast("cuda", torch.bfloat16, enabled=able)
-
-
 def noise_function(model, process, calls=None, half=True):
     """Return eps(x, t) of a network for the solvers, which ask for one time at a time.
 
@@ -133,7 +124,7 @@ def noise_function(model, process, calls=None, half=True):
         if calls is not None:
             calls.append(k)
         times = torch.full(t.shape, float(t[0]), dtype=x.dtype, device=x.device)
-        with half_precision(x.device) if half else contextlib.nullcontext():
+        with workshop.half_precision(x.device) if half else contextlib.nullcontext():
             return predict_noise(model, x, times, process, stage=k)
 
     return eps
@@ -192,7 +183,7 @@ def stage_chances(edges, process, active):
     return chance / chance.sum()
 
 
-def in_turns(active, batch):
+def stages_in_turns(active, batch):
     """Deal the stages to the pictures of a mixed batch, over and over: (batch,) int64."""
     return torch.tensor(active).repeat(batch)[:batch]
 
@@ -218,74 +209,6 @@ def draw_times(edges, process, k, generator):
 
 
 # %%
-def step_generator(seed, step):
-    """Make the random numbers that all processes share in a step.
-
-    Twice the step gives the pictures, one more the stage.
-    """
-    return torch.Generator().manual_seed(2_000_003 * seed + step)
-
-
-def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
-    """Yield the uint8 pictures (b, C, H, W) of each step of the range `steps`.
-
-    images: a tensor, or `PictureFiles` to read from. b is this process' part of `batch`. bad: a
-    list that gets the unreadable files; others of the batch stand in for them.
-    """
-    rank, world = ranks()
-
-    def picks():
-        for step in steps:
-            i = torch.randint(len(images), (batch,), generator=step_generator(seed, 2 * step))
-            yield i.chunk(world)[rank]
-
-    if torch.is_tensor(images):
-        for i in picks():
-            yield images[i.to(images.device)]
-        return
-    loader = DataLoader(
-        Indexed(images),
-        batch_sampler=(i.tolist() for i in picks()),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=sde.ignore_interrupts,
-    )
-    for pictures, unreadable in loader:
-        for i in unreadable:
-            if images.files[i] not in bad:
-                bad.append(images.files[i])
-                tqdm.write(f"unreadable, skipped: {bad[-1]}")
-        if len(bad) > 0.01 * len(images):
-            sde.report_unreadable(bad, len(images))
-        if pictures is None:
-            raise BadInput("none of the pictures of a batch is readable: see the files named above")
-        yield pictures.to(sde.device(), non_blocking=True)
-
-
-class Indexed:
-    """Give (i, picture) in place of the picture."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __getitem__(self, i):
-        return i, self.images[i]
-
-
-def collate(items):
-    """Stack pictures, with readable ones in the place of None: (pictures, unreadable indices).
-
-    Where none is readable there are no pictures either, but None.
-    """
-    good = [picture for _, picture in items if picture is not None]
-    stack = [good[j % len(good)] if p is None else p for j, (_, p) in enumerate(items) if good]
-    return torch.stack(stack) if good else None, [i for i, picture in items if picture is None]
-
-
-def ranks():
-    """Tell which process this is, of how many: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 # %% [markdown]
@@ -296,9 +219,6 @@ def ranks():
 
 
 # %%
-def network_space(images):
-    """Bring uint8 pictures into [-1, 1], where the network works; floats are there already."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def new_state(model, lr, seed):
@@ -343,20 +263,19 @@ def train(
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
     kernel, peak, device = kernel_of(process), optimizer.defaults["lr"], generator.device
     pairs = list(state["ema"].parameters()), list(model.parameters())
-    edges, (rank, world) = stage_edges(model, process), ranks()
+    edges, (rank, world) = stage_edges(model, process), workshop.ranks()
     there = edges.to(device, torch.float32)
     todo = range(state["step"] + 1, steps + 1)
-    source = pictures_of_steps(images, batch, state["seed"], todo, workers, bad)
+    going = itertools.takewhile(lambda _: state["active"], todo)  # until no stage is left
+    source = workshop.pictures_of_steps(images, batch, state["seed"], todo, workers, bad)
     model.train()
-    for step, pictures in zip(todo, source, strict=False):
-        x0 = network_space(pictures)  # (b, C, H, W)
-        if not state["active"]:
-            return
+    for step, pictures in zip(going, source, strict=False):
+        x0 = workshop.to_network_space(pictures)  # (b, C, H, W)
         chance = stage_chances(edges, process, state["active"])
-        dice = step_generator(state["seed"], 2 * step + 1)
+        dice = workshop.step_generator(state["seed"], 2 * step + 1)
         k = torch.multinomial(chance, 1, generator=dice).expand(batch)  # one stage for all
         if stages == "mixed":
-            k = in_turns(state["active"], batch)
+            k = stages_in_turns(state["active"], batch)
         share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # (batch,), sums to 1
         turns = k.chunk(world)[rank][: len(state["active"]) if stages == "mixed" else 1].tolist()
         k, share = torch.stack([k.double(), share.double()]).to(device)  # one copy to wait for
@@ -368,7 +287,7 @@ def train(
         if flip:
             x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
         stage = turns if len(turns) > 1 else turns[0]
-        with half_precision(device):
+        with workshop.half_precision(device):
             error = weighted_error(state["forward"], x0, eps, t, process, stage=stage)
         # the processes' gradients are averaged, their losses shall be summed
         loss = world * (share.to(error) * error).sum()
@@ -401,15 +320,7 @@ def train(
 STATES = ("model", "ema", "optimizer")
 
 
-def write_tensors(content, path):
-    """Save tensors as the file `path`. Raises OSError on a full disk, unlike torch."""
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:
-        raise OSError(f"{str(error).splitlines()[0]}; is the disk full?") from error
-
-
-def save(state, settings, folder):
+def save_checkpoint(state, settings, folder):
     """Write state and settings to `folder`/checkpoint.pt; the one before becomes .previous.pt.
 
     Raises BadInput where it cannot be written, such as on a full disk; what was there stays.
@@ -422,87 +333,21 @@ def save(state, settings, folder):
     content["torch_rng"] = torch.get_rng_state()  # dropout draws from it
     if torch.cuda.is_available():
         content["cuda_rng"] = torch.cuda.get_rng_state()
-    path = Path(folder) / "checkpoint.pt"
-    with sde.replacing(path) as aside:
-        write_tensors(content, aside)
-        if path.exists():
-            os.replace(path, path.with_name("checkpoint.previous.pt"))
+    workshop.write_checkpoint(content, folder)
 
 
-def load(folder):
-    """Read `folder`/checkpoint.pt onto the CPU, or the one before it where it is torn.
-
-    Raises BadInput where there is none that can be read.
-    """
-    paths = [Path(folder) / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
-    if not any(path.is_file() for path in paths):
-        raise BadInput(f"there is no checkpoint {paths[0]}: train one with 04_train.py")
-    for path in paths:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            content["settings"], content["ema"]  # noqa: B018 - some other file has neither
-        except Exception:  # torch.load fails in many ways on a broken or foreign file
-            continue
-        if path != paths[0]:
-            print(f"{paths[0]} is missing or torn: going back to {path}, step {content['step']:,}")
-        return content
-    raise BadInput(f"{paths[0]} is no readable checkpoint of 04_train.py: train anew")
-
-
-@contextlib.contextmanager
-def fitting(what):
-    """Raise BadInput where `what`, a checkpoint, lacks an entry or has one of another shape."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, (BadInput, torch.OutOfMemoryError)):
-            raise
-        last = (str(error).splitlines() or [""])[-1].strip()[:150]
-        reason = f"it has no {error}" if isinstance(error, KeyError) else last
-        raise BadInput(
-            f"{what} does not fit its run ({reason}): put an intact one in its place, such as "
-            "checkpoint.previous.pt, or train anew"
-        ) from error
-
-
-def restore(state, content):
+def restore_checkpoint(state, content):
     """Put a checkpoint's content back into a fresh state. Raises BadInput where it does not fit."""
-    with fitting("the checkpoint"):
+    with workshop.fitting_checkpoint("the checkpoint"):
         for key in STATES:
             state[key].load_state_dict(content[key])
-        restore_layout(state["optimizer"])
+        workshop.restore_moments(state["optimizer"])
         kept = ("step", "active", "stopping", "petaflops")
         state.update({key: content[key] for key in kept if key in content})
-        restore_generator(state, content)
+        workshop.restore_generator(state, content)
         torch.set_rng_state(content["torch_rng"])
         if torch.cuda.is_available() and "cuda_rng" in content:
             torch.cuda.set_rng_state(content["cuda_rng"])
-
-
-def restore_layout(optimizer):
-    """Lay Adam's moments out in memory like their weights: fused Adam takes that for granted.
-
-    They come as they were saved, and on a GPU weights have their channels last.
-    """
-    for weight, moments in optimizer.state.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments[key] = torch.empty_like(weight).copy_(moments[key])
-
-
-def restore_generator(state, content):
-    """Put a generator back, or start another where the device is of another kind."""
-    saved, generator = content["generator"], state["generator"]
-    if len(saved) == len(generator.get_state()):
-        generator.set_state(saved)
-    else:
-        say("saved on another kind of device: going on with other random numbers")
-        generator.manual_seed(1_000_003 * state["seed"] + content["step"])
-
-
-def write_settings(settings, folder):
-    """Write a run's settings to `folder`/settings.json, for people; checkpoints hold them too."""
-    with sde.replacing(Path(folder) / "settings.json") as aside:
-        aside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def network_of(settings):
@@ -516,16 +361,7 @@ def network_of(settings):
         kind.update(time="edm", add_input=False)
     elif time != "vp":
         raise BadInput(f"network {settings['network']!r} is made for times of {time!r}, not of vp")
-    return unet.build(settings["network"], **kind)
-
-
-def on_device(model):
-    """Move a module to the device; on a GPU with the channels last, as its convolutions want it."""
-    device = sde.device()
-    return model.to(
-        device,
-        memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format,
-    )
+    return unet.build_network(settings["network"], **kind)
 
 
 def averaged_model(content):
@@ -533,15 +369,15 @@ def averaged_model(content):
 
     With early stopping each stage has the weights of its best look at held-out pictures.
     """
-    with fitting("the checkpoint"):
+    with workshop.fitting_checkpoint("the checkpoint"):
         model = network_of(content["settings"])
         model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
-    return on_device(model).eval()
+    return workshop.move_to_device(model).eval()
 
 
 def load_model(folder):
     """Load the averaged network of a run: (model in eval mode on the device, its settings)."""
-    content = load(folder)
+    content = workshop.read_checkpoint(folder)
     return averaged_model(content), content["settings"]
 
 
@@ -555,20 +391,11 @@ def load_model(folder):
 # `--arch multistage`.
 
 # %%
-PAPER = dict(steps=450_000, batch=128, lr=2e-4, warmup=5000, flip=True)
-RECIPES = {
-    "digits": dict(steps=900, batch=64, lr=3e-3, warmup=100, flip=False),
-    "mnist": dict(steps=10_000, batch=128, lr=1e-3, warmup=500, flip=False),
-    "cifar10": PAPER,
-    "celeba": PAPER,
-    "folder": PAPER,
-}
 PAPER_NETWORKS = {
     "vp": dict(multistage="table5_1", unified="table7_1", separate="table3_separate"),
     "edm": dict(multistage="edm", unified="edm_unified", separate="edm_separate"),
     "ldm": dict(multistage="table6_4", unified="ldm_unified", separate="ldm_separate"),
 }
-SMALL_NETWORKS = ("digits", "mnist", "cifar10", "digits_latent", "mnist_latent", "cifar10_latent")
 
 
 def network_name(network, dataset, arch, process):
@@ -577,7 +404,8 @@ def network_name(network, dataset, arch, process):
     Raises BadInput for an own one that is of another arch.
     """
     base = network or dataset
-    if base in SMALL_NETWORKS and (base != "cifar10" or network):
+    paper = workshop.about(dataset)["recipe"] is workshop.PAPER  # and its networks with it
+    if base in unet.SMALL_NETWORKS and (network or not paper):
         return base if arch == "multistage" else f"{base}_{arch}"
     if network in unet.NETWORKS:
         kind = unet.NETWORKS[network]
@@ -609,7 +437,7 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     elif dataset == "celeba" or not torch.is_tensor(images):
         cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
     else:
-        progress = ranks()[0] == 0
+        progress = workshop.ranks()[0] == 0
         try:
             cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
         except BadInput as error:
@@ -617,7 +445,9 @@ def find_boundaries(text, dataset, images, process, network="digits"):
                 raise BadInput(
                     f"step 02 finds no boundaries ({error}): give --boundaries"
                 ) from None
-            say(f"{len(images)} pictures are too few to find boundaries: taking the published ones")
+            workshop.print_once(
+                f"{len(images)} pictures are too few to find boundaries: taking the published ones"
+            )
             cuts = unet.PUBLISHED
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
 
@@ -644,70 +474,37 @@ def check_settings(arch, process, stages, patience):
 
 
 # %%
-def say(*lines):
-    """Print, but only in the first of several processes."""
-    if ranks()[0] == 0:
-        print(*lines, sep="\n")
 
 
-def claim(folder, resume):
-    """Make the folder of a run and hold it; an earlier run of that name is kept as `folder`.1, …
-
-    Raises BadInput where the folder cannot be made, or another process writes into it.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sde.hold(folder)
-        left = [name for name in ("checkpoint.pt", "autoencoder.pt") if (folder / name).exists()]
-        if left and not resume:
-            n = next(n for n in range(1, 10_000) if not Path(f"{folder}.{n}").exists())
-            folder.rename(f"{folder}.{n}")
-            print(f"an earlier run is kept as {folder}.{n}")
-            folder.mkdir()
-            sde.hold(folder)  # the lock on the old one went with it
-    except OSError as error:
-        raise BadInput(
-            f"cannot write to {folder} ({error.strerror}): choose another --out"
-        ) from error
-
-
-def agree(asked, old, folder):
-    """Raise BadInput where a resumed run is asked for other settings than it has (but steps)."""
-    for key in sorted(set(asked) - {"steps"}):
-        if asked[key] != old.get(key):
-            raise BadInput(
-                f"{folder} was trained with {key} = {old.get(key)!r}, not {asked[key]!r}"
-            )
-
-
-def expect(state, settings):
+def estimate_training(state, settings):
     """Say what will be trained and, after a trial of each kind of step, until when: stages' costs.
 
     The trial changes nothing: neither weights nor random numbers.
     """
     device, model, process = state["generator"].device, state["model"], settings["process"]
-    costs, (rank, world) = unet.cost_of(copy.deepcopy(model).to("meta")), ranks()
+    costs, (rank, world) = unet.cost_of(copy.deepcopy(model).to("meta")), workshop.ranks()
     left, n = settings["steps"] - state["step"], len(model.decoders)
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
-    say(
+    workshop.print_once(
         f"{left:,} steps of {settings['batch']} pictures on {device}, processes: {world}",
         f"{settings['arch']} network {settings['network']}, boundaries {cuts}",
     )
     for k in range(n):
         million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
-        say(f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture")
+        workshop.print_once(
+            f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture"
+        )
     x = torch.zeros(settings["batch"] // world, model.channels, model.size, model.size).to(device)
     t, seconds = torch.full((len(x),), 0.5, device=device), {}
     chance = stage_chances(stage_edges(model, process), process, state["active"]).tolist()
     kinds = list(enumerate(chance))
     if settings.get("stages") == "mixed" and len(state["active"]) > 1:  # no other is ever compiled
-        mine = in_turns(state["active"], settings["batch"]).chunk(world)[rank]
+        mine = stages_in_turns(state["active"], settings["batch"]).chunk(world)[rank]
         kinds = [(mine[: len(state["active"])].tolist(), 1.0)]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for i, (stage, _) in [*enumerate(kinds), *enumerate(kinds)]:  # the first round warms up
             begin = time.perf_counter()
-            with half_precision(device):
+            with workshop.half_precision(device):
                 predicted = predict_noise(state["forward"], x, t, process, stage=stage)
             predicted.float().square().mean().backward()
             state["optimizer"].zero_grad(set_to_none=True)
@@ -716,7 +513,9 @@ def expect(state, settings):
             seconds[i] = time.perf_counter() - begin
     step = sum(p * seconds[i] for i, (_, p) in enumerate(kinds))
     end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * step))
-    say(f"about {settings['batch'] / step:,.0f} pictures a second, done about {end}")
+    workshop.print_once(
+        f"about {settings['batch'] / step:,.0f} pictures a second, done about {end}"
+    )
     return costs
 
 
@@ -729,12 +528,14 @@ def draw_grid(state, process, path, decode=None, n=32, nfe=25):
     x = torch.empty(n, model.channels, model.size, model.size)
     x = sde.start_noise(x, torch.Generator().manual_seed(1), kernel).to(device)
     *_, x = sde.probability_flow(noise_function(model, process), kernel, x, nfe)
-    with sde.replacing(path) as aside:
-        save_image(sde.tile(decode(x) if decode else (x.cpu() + 1) / 2), aside, format="png")
+    with workshop.replacing(path) as aside:
+        save_image(
+            workshop.tile_images(decode(x) if decode else (x.cpu() + 1) / 2), aside, format="png"
+        )
 
 
 @torch.no_grad()
-def look(state, held_out, process, patience):
+def check_held_out(state, held_out, process, patience):
     """Early stopping: compare each active stage's held-out loss with its best: {stage: loss}.
 
     The weights of a stage's best look are kept; after `patience` looks without gain it is no longer
@@ -746,10 +547,10 @@ def look(state, held_out, process, patience):
     for k in list(state["active"]):
         generator, total = torch.Generator(device).manual_seed(k), 0.0
         for part in held_out.split(500):
-            x0, stage = network_space(part), torch.full((len(part),), k, device=device)
+            x0, stage = workshop.to_network_space(part), torch.full((len(part),), k, device=device)
             t = draw_times(edges, process, stage, generator)
             eps = sde.fresh_noise(x0, generator, kernel_of(process))
-            with half_precision(device):
+            with workshop.half_precision(device):
                 error = weighted_error(model, x0, eps, t, process, stage=k)
             total += float(error.sum())
         found[k] = total / len(held_out)
@@ -763,36 +564,10 @@ def look(state, held_out, process, patience):
             stopping["waited"][k] += 1
             if stopping["waited"][k] >= patience:
                 state["active"].remove(k)
-                say(f"stage {k} stops: no gain on held-out pictures in {patience} looks")
+                workshop.print_once(
+                    f"stage {k} stops: no gain on held-out pictures in {patience} looks"
+                )
     return found
-
-
-@contextlib.contextmanager
-def stopping_gently():
-    """Note Ctrl-C and SIGTERM in place of dying of them: a list, empty until one comes."""
-    stop = []
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    for kind in before:
-        signal.signal(kind, lambda *_: stop.append(True))
-    try:
-        yield stop
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-def halts(stop, step, device):
-    """Tell all processes alike whether one was asked to stop; several talk every tenth step."""
-    return (ranks()[1] == 1 or step % 10 == 0) and all_agree(bool(stop), device)
-
-
-def all_agree(flag, device):
-    """Tell whether any process has raised its flag, to all of them alike."""
-    if ranks()[1] == 1:
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
 
 
 def mean_losses(recent, n, device):
@@ -802,51 +577,12 @@ def mean_losses(recent, n, device):
         for k, loss in losses.items():
             table[0, k] += loss
             table[1, k] += 1
-    if ranks()[1] > 1:
+    if workshop.ranks()[1] > 1:
         dist.all_reduce(table)
     return {k: (table[0, k] / table[1, k]).item() for k in range(n) if table[1, k]}
 
 
-def trim(log, step):
-    """Keep of a log, a file of JSON lines, what was written until `step`; make it if need be."""
-    old = read_metrics(log.parent, log.name) if log.is_file() else []
-    with sde.replacing(log) as aside:
-        kept = (json.dumps(row) for row in old if row["step"] <= step)
-        aside.write_text("".join(f"{row}\n" for row in kept), encoding="utf-8")
-
-
-def append(row, log):
-    """Add a row, a dictionary, to a log. Raises BadInput where it cannot be written."""
-    try:
-        with log.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise BadInput(
-            f"cannot write to {log} ({error.strerror}): make room, then --resume goes on from the "
-            "last checkpoint"
-        ) from error
-
-
-def read_metrics(folder, file="metrics.jsonl"):
-    """Read a run's log as a list of dictionaries; torn rows, as of a full disk, are dropped."""
-    rows, path = [], Path(folder) / file
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            say(f"{path}: a torn row is dropped: {line[:60]}")
-    return rows
-
-
-TEN_MINUTES = 600  # what a power cut may cost where --save_every does not count steps
-
-
-def due(step, every, last):
-    """Tell whether to save after a step: every so many, or (0) ten minutes after `last`."""
-    return step % every == 0 if every else time.monotonic() - last > TEN_MINUTES
-
-
-@sde.enough_memory()
+@workshop.enough_memory()
 def fit(
     state,
     images,
@@ -867,61 +603,62 @@ def fit(
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
-    folder, first, device = Path(folder), ranks()[0] == 0, state["generator"].device
-    recent, bad, saved, n = [], [], state["step"], len(state["model"].decoders)
-    last_save = time.monotonic()
-    every, log, costs = max(1, steps // 40), folder / "metrics.jsonl", expect(state, settings)
-    state.setdefault("petaflops", [0.0, 0.0])
-    if first:
-        trim(log, state["step"])
+    folder, first, bad = Path(folder), workshop.ranks()[0] == 0, []
+    log, costs = folder / "metrics.jsonl", estimate_training(state, settings)
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
     options.update(stages=settings.get("stages", "uniform"), workers=workers, bad=bad)
     loop, begin = train(state, images, steps, **options), time.perf_counter()
-    done = dict(total=steps * batch, initial=state["step"] * batch)
-    done.update(unit="img", unit_scale=True, disable=not first)
-    with stopping_gently() as stop, tqdm(**done) as bar:
-        for step, losses in loop:
-            bar.update(batch)
-            recent.append(losses)
-            # As Table 2 counts (forward, of one picture a step) and in truth (all, backward twice).
-            # paper: iterations times the average over a sampler's evaluations; here: the stages
-            # that were drawn, because they are what training costs.
-            for k in losses:
-                state["petaflops"][0] += costs[k]["gflops"] / len(losses) / 1e6
-                state["petaflops"][1] += 3 * costs[k]["true_gflops"] * batch / len(losses) / 1e6
-            if step % every == 0 or step == steps:
-                seconds, begin = time.perf_counter() - begin, time.perf_counter()
-                row = dict(step=step, images_per_s=round(len(recent) * batch / seconds))
-                means = mean_losses(recent, n, device)
-                row.update({f"loss_{k}": round(loss, 7) for k, loss in means.items()})
-                bar.set_postfix({key: f"{row[key]:.4g}" for key in row if key.startswith("loss")})
-                if held_out is not None:
-                    found = look(state, held_out, process, settings["patience"])
-                    row.update({f"held_out_{k}": round(loss, 7) for k, loss in found.items()})
-                petaflops = zip(("petaflops", "true_petaflops"), state["petaflops"], strict=True)
-                row.update({key: float(f"{value:.6g}") for key, value in petaflops})
-                recent = []
-                if first:
-                    append(row, log)
-            halt = halts(stop, step, device)
-            if due(step, save_every, last_save) or step == steps or halt or not state["active"]:
-                if not all(torch.isfinite(loss) for loss in losses.values()):
-                    raise BadInput(
-                        f"the loss is no longer finite at step {step}: train with a lower --lr "
-                        f"(step {saved} is saved)"
-                    )
-                if first:
-                    save(state, settings, folder)
-                saved, last_save = step, time.monotonic()
-            if first and (step % (sample_every or -(-steps // 5)) == 0 or step == steps):
-                draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
-                if measure:
-                    row = dict(step=step, petaflops=state["petaflops"][0])
-                    append({**row, **measure(state["ema"])}, log)
-            if halt:
-                return False
-        sde.report_unreadable(bad, len(images))
-    return True
+
+    def summarize(recent):
+        nonlocal begin
+        seconds, begin = time.perf_counter() - begin, time.perf_counter()
+        row = dict(images_per_s=round(len(recent) * batch / seconds))
+        means = mean_losses(recent, len(state["model"].decoders), state["generator"].device)
+        row.update({f"loss_{k}": round(loss, 7) for k, loss in means.items()})
+        if held_out is not None:
+            found = check_held_out(state, held_out, process, settings["patience"])
+            row.update({f"held_out_{k}": round(loss, 7) for k, loss in found.items()})
+        petaflops = zip(("petaflops", "true_petaflops"), state["petaflops"], strict=True)
+        return row | {key: float(f"{value:.6g}") for key, value in petaflops}
+
+    def save(losses):
+        if not all(torch.isfinite(loss) for loss in losses.values()):
+            raise BadInput(
+                f"the loss is no longer finite at step {state['step']}: train with a lower --lr "
+                "(the last checkpoint is kept)"
+            )
+        if first:
+            save_checkpoint(state, settings, folder)
+
+    def after(step):
+        if step % (sample_every or -(-steps // 5)) == 0 or step == steps:
+            draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
+            if measure:
+                row = dict(step=step, petaflops=state["petaflops"][0])
+                workshop.append_row({**row, **measure(state["ema"])}, log)
+
+    finished = workshop.keep_training(
+        *(count_petaflops(loop, state, costs, batch), state, steps, log, summarize, save, after),
+        **dict(save_every=save_every, batch=batch, shown="loss", unit="img", unit_scale=True),
+    )
+    if finished:
+        workshop.report_unreadable(bad, len(images))
+    return finished
+
+
+def count_petaflops(loop, state, costs, batch):
+    """Pass a training's (step, losses) on and add up in state["petaflops"] what the steps cost.
+
+    As Table 2 counts (forward, of one picture a step) and in truth (all, backward twice).
+    """
+    state.setdefault("petaflops", [0.0, 0.0])
+    for step, losses in loop:
+        # paper: iterations times the average over a sampler's evaluations; here: the stages that
+        # were drawn, because they are what training costs.
+        for k in losses:
+            state["petaflops"][0] += costs[k]["gflops"] / len(losses) / 1e6
+            state["petaflops"][1] += 3 * costs[k]["true_gflops"] * batch / len(losses) / 1e6
+        yield step, losses
 
 
 # %% [markdown]
@@ -930,52 +667,11 @@ def fit(
 
 
 # %%
-def join():
-    """Make ready for long work: fast convolutions, and the other processes of torchrun, if any.
-
-    Raises BadInput where there are more processes than GPUs.
-    """
-    torch.backends.cudnn.benchmark = torch.cuda.is_available()  # try its algorithms, take the best
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if torch.cuda.is_available():
-            place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if place >= there:
-                raise BadInput(
-                    f"process {place + 1} of this machine finds no GPU of its own among {there}: "
-                    f"give torchrun --nproc_per_node={there}"
-                )
-            torch.cuda.set_device(place)
-        # one process may have to wait long for another that downloads
-        patient = dict(timeout=datetime.timedelta(hours=12))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **patient)
 
 
-@contextlib.contextmanager
-def one_at_a_time():
-    """Let the first process go ahead, such as to download, and the others follow."""
-    rank, world = ranks()
-    if rank > 0:
-        dist.barrier()
-    yield
-    if world > 1 and rank == 0:
-        dist.barrier()
-
-
-def open_pictures(dataset, root, size, memory, workers=0):
-    """Load a data set onto the device as uint8 (N, C, H, W), or open its files if it is large.
-
-    memory: GiB that it may take; workers: processes that decode its files.
-    """
-    if dataset not in ("celeba", "folder"):
-        return sde.load_images(dataset, root)[0].to(sde.device())
-    pictures = sde.open_files(dataset, root, size)
-    large = len(pictures) * 3 * size**2 > memory * 2**30
-    return pictures if large else sde.read_pictures(pictures, workers).to(sde.device())
-
-
-def wrap(state, compile):
+def wrap_model(state, compile):
     """Set state["forward"]: the model, shared between processes and compiled where asked."""
-    model, several = state["model"], ranks()[1] > 1
+    model, several = state["model"], workshop.ranks()[1] > 1
     if several:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
         unused = len(model.decoders) > 1  # a batch of one stage leaves the other decoders alone
@@ -990,11 +686,11 @@ def check_batch(settings):
         x, t = torch.empty(1, model.channels, model.size, model.size), torch.empty(1)
     stages = range(len(model.decoders))
     kept = max(unet.kept_bytes(lambda k=k: model(x, t, stage=k), model) for k in stages)
-    batch = settings["batch"] // ranks()[1]
-    sde.check_memory(batch * kept, f"batch = {settings['batch']}")
+    batch = settings["batch"] // workshop.ranks()[1]
+    workshop.check_memory(batch * kept, f"batch = {settings['batch']}")
 
 
-def prepare(settings, content=None, compile=False):
+def prepare_state(settings, content=None, compile=False):
     """Build what a run's settings describe: a state ready to train.
 
     content: of the checkpoint to go on from. Raises BadInput where a batch is smaller than the
@@ -1002,28 +698,28 @@ def prepare(settings, content=None, compile=False):
     """
     check_batch(settings)
     torch.manual_seed(settings["seed"])  # the initial weights
-    model = on_device(network_of(settings))
+    model = workshop.move_to_device(network_of(settings))
     n, batch = len(model.decoders), settings["batch"]
     if settings.get("stages") == "mixed" and batch < n:
         raise BadInput(f"batch = {batch} cannot mix {n} stages: give {n} or more")
     state = new_state(model, settings["lr"], settings["seed"])
     if content:
-        restore(state, content)
-    rank, world = ranks()
+        restore_checkpoint(state, content)
+    rank, world = workshop.ranks()
     if world > 1:  # dropout differs between processes
         torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
-    wrap(state, compile)
+    wrap_model(state, compile)
     return state
 
 
 # %%
 if __name__ == "__main__":
     check_settings(arch, process, stages, patience)
-    join()
-    rank, world = ranks()
-    with one_at_a_time():
-        pixels = open_pictures(dataset, root, size, memory, workers)
-    recipe = RECIPES[dataset]
+    workshop.join_processes()
+    rank, world = workshop.ranks()
+    with workshop.first_process_first():
+        pixels = workshop.open_data_set(dataset, root, size, memory, workers)
+    recipe = workshop.about(dataset)["recipe"]
     run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
     asked = dict(dataset=dataset, arch=arch)
     asked["network"] = network_name(network, dataset, arch, process)
@@ -1031,26 +727,26 @@ if __name__ == "__main__":
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
     asked.update(channels=None, size=None, decoders=None)
-    if dataset in ("celeba", "folder"):
+    if "shape" not in workshop.DATASETS[dataset]:
         asked.update(channels=3, size=size)
     if tailored:
         multistage = network_name(network, dataset, "multistage", process)
         asked["decoders"] = list(unet.NETWORKS[multistage]["decoders"])
     if asked["batch"] % world:
         raise BadInput(f"batch = {asked['batch']} cannot be shared by {world} processes")
-    content = load(run) if resume else None
+    content = workshop.read_checkpoint(run) if resume else None
 
 # %%
 if __name__ == "__main__":
     if resume:
         if boundaries:
             asked["boundaries"] = find_boundaries(boundaries, dataset, pixels, process)
-        agree(asked, content["settings"], run)
+        workshop.check_same_settings(asked, content["settings"], run)
         asked["boundaries"] = content["settings"]["boundaries"]
     elif arch == "unified":
         asked["boundaries"] = []
     else:
-        with one_at_a_time():
+        with workshop.first_process_first():
             found = find_boundaries(boundaries, dataset, pixels, process, asked["network"])
             asked["boundaries"] = found
     held_out, training_set = None, pixels
@@ -1066,16 +762,16 @@ if __name__ == "__main__":
             pixels[order[: len(pixels) // 10]],
             pixels[order[len(pixels) // 10 :]],
         )
-    state = prepare(asked, content, compile)
+    state = prepare_state(asked, content, compile)
     if rank == 0:  # nothing is touched before everything is known to fit
-        claim(run, resume)
-        write_settings(asked, run)
+        workshop.claim_folder(run, resume)
+        workshop.write_json(asked, run / "settings.json")
 
 # %%
 if __name__ == "__main__":
-    say(f"the run lies in {run}")
+    workshop.print_once(f"the run lies in {run}")
     finished = fit(state, training_set, asked, run, save_every, sample_every, workers, held_out)
-    sde.release(run)
+    workshop.unlock_folder(run)
     if world > 1:
         dist.destroy_process_group()
     if not finished and rank == 0:
@@ -1094,7 +790,7 @@ if __name__ == "__main__":
 # %%
 def draw_losses(folder):
     """Plot the training loss of each stage in `folder`/metrics.jsonl."""
-    rows = read_metrics(folder)
+    rows = workshop.read_log(folder)
     plt.figure(figsize=(8, 3))
     for key in sorted({key for row in rows for key in row if key.startswith("loss")}):
         points = [(row["step"], row[key]) for row in rows if key in row]
@@ -1105,9 +801,9 @@ def draw_losses(folder):
 
 if __name__ == "__main__":
     draw_losses(run)
-    sde.show(run / "loss.png")
-    last = read_metrics(run)[-1]
-    print(f"{last['images_per_s']:,} images/s on {sde.device()}")
+    workshop.show_figure(run / "loss.png")
+    last = workshop.read_log(run)[-1]
+    print(f"{last['images_per_s']:,} images/s on {workshop.device()}")
     print(f"{1e6 * last['petaflops']:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
     print(
         f"{1e6 * last['true_petaflops']:.4g} GFLOPs in truth: every picture, forward and backward"
@@ -1127,7 +823,7 @@ if __name__ == "__main__":
         ax.set_title(f"step {int(path.stem):,}", fontsize=9, loc="left")
         ax.axis("off")
     figure.tight_layout()
-    sde.show(run / "progress.png")
+    workshop.show_figure(run / "progress.png")
 
 # %% [markdown]
 # And what the network sees in noise, beside the optimal denoiser of step 01. Both estimate the
@@ -1138,17 +834,17 @@ if __name__ == "__main__":
     trained, _ = load_model(run)
     kernel, generator = kernel_of(process), torch.Generator().manual_seed(seed)
     levels = sde.VP.log_snr(torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.7]))
-    t = kernel.time(levels).float().to(sde.device())  # the same noise levels in either process
+    t = kernel.time(levels).float().to(workshop.device())  # the same noise levels in either process
     if not torch.is_tensor(pixels):
-        pixels = sde.read_pictures(sde.PictureFiles(pixels.files[:1000], size), workers)
-        pixels = pixels.to(sde.device())
-    x0 = network_space(pixels[torch.arange(8) % len(pixels)])  # a small set starts over
+        pixels = workshop.read_pictures(workshop.PictureFiles(pixels.files[:1000], size), workers)
+        pixels = pixels.to(workshop.device())
+    x0 = workshop.to_network_space(pixels[torch.arange(8) % len(pixels)])  # a small set starts over
     xt = sde.perturb(x0, torch.randn(x0.shape, generator=generator).to(x0), t, kernel)
-    with torch.no_grad(), half_precision(xt.device):
+    with torch.no_grad(), workshop.half_precision(xt.device):
         eps = predict_noise(trained, xt, t, process)
     s, sigma = (sde.per_image(v, xt) for v in (kernel.s(t), kernel.sigma(t)))
     learned = xt / s - sigma * eps
-    best = sde.posterior_mean(xt, t, kernel, network_space(pixels[:50_000]))
+    best = sde.posterior_mean(xt, t, kernel, workshop.to_network_space(pixels[:50_000]))
     rows = [(row + 1) / 2 for row in (x0, xt, learned, best)]
     titles = [
         "picture",
@@ -1156,7 +852,7 @@ if __name__ == "__main__":
         "the network",
         "the optimal denoiser",
     ]
-    sde.show_images(rows, titles, run / "denoised.png", columns=8)
+    workshop.show_images(rows, titles, run / "denoised.png", columns=8)
 
 # %% [markdown]
 # Where noise is low both return the picture. In the middle columns the optimal denoiser still

@@ -18,11 +18,10 @@ import os
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
 import copy
 import inspect
-import json
 import math
 import sys
 import time
@@ -38,9 +37,10 @@ from scipy.integrate import solve_ivp
 from torch import nn
 from tqdm import tqdm
 
+sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
-BadInput = sde.BadInput
+BadInput = workshop.BadInput
 
 # %% tags=["parameters"]
 name = "digits-multistage"  # name of the run to sample from
@@ -60,7 +60,7 @@ compare = False  # also measure every kind of solver at 5 to 50 evaluations (min
 model_for_stage = ""  # runs that serve single stages: an example stands at `Hybrid` below
 
 # %%
-sde.settings(globals(), "05_sample_eval")
+workshop.settings(globals(), "05_sample_eval")
 
 # %% [markdown]
 # ## One line behind all of them
@@ -498,7 +498,9 @@ if __name__ == "__main__":
         plt.loglog(steps_list, errors, style, marker="o", ms=3, label=kind, color=plt.cm.tab20(i))
     plt.gca().set(xlabel="steps", ylabel="largest error", title="A mixture with a known answer")
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    sde.show((Path("figures") if out == "runs" else Path(out) / "figures") / "05_orders.png")
+    workshop.show_figure(
+        (Path("figures") if out == "runs" else Path(out) / "figures") / "05_orders.png"
+    )
 
 # %% [markdown]
 # ## Drawing
@@ -509,9 +511,6 @@ if __name__ == "__main__":
 
 
 # %%
-def to_pictures(x):
-    """Map network space [-1, 1] to pictures in [0, 1]."""
-    return ((x + 1) / 2).clamp(0, 1)
 
 
 def solver_of(sampler, grid=""):
@@ -546,7 +545,7 @@ def times_asked(sampler, kernel, nfe, grid=""):
 
 
 @torch.no_grad()
-@sde.enough_memory()
+@workshop.enough_memory()
 def sample(
     model,
     process,
@@ -591,36 +590,21 @@ def sample(
 
 
 # %%
-def open_shard(path, shape, kind):
-    """Open a file of arrays (n, *shape) of a numpy kind, without reading it.
-
-    Returns None where there is none, or, which is said, one that is torn or holds something else.
-    """
-    if not path.exists():
-        return None
-    try:
-        found = np.load(path, mmap_mode="r")
-    except Exception:  # a torn file fails in many ways
-        found = np.empty(0)
-    if len(found) and found.shape[1:] == tuple(shape) and found.dtype == kind:
-        return found
-    training.say(f"{path} is torn or holds something else: it is made again")
-    return None
 
 
-def draw_set(model, process, folder, n, shard=500, decode=to_pictures, **how):
+def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, **how):
     """Draw n pictures with `sample`, kept in shards under `folder`: uint8 (n, C, H, W).
 
     decode: brings what the network draws to pictures in [0, 1].
     """
-    (rank, world), folder, parts = training.ranks(), Path(folder), []
+    (rank, world), folder, parts = workshop.ranks(), Path(folder), []
     shape = decode(torch.zeros(1, model.channels, model.size, model.size)).shape[1:]
     for j, first in enumerate(range(0, n, shard)):
         path, size = folder / f"{first:07}.npy", min(shard, n - first)
-        have = open_shard(path, shape, np.uint8) if j % world == rank else None
+        have = workshop.open_shard(path, shape, np.uint8) if j % world == rank else None
         if j % world == rank and (have is None or len(have) < size):
             x = decode(sample(model, process, size, first=first, **how))
-            with sde.replacing(path) as aside, open(aside, "wb") as file:
+            with workshop.replacing(path) as aside, open(aside, "wb") as file:
                 np.save(file, (x * 255).round().to(torch.uint8).numpy())
     if world > 1:
         dist.barrier()
@@ -671,7 +655,7 @@ class Hybrid(nn.Module):
         return self.model(x, t, stage=stage)
 
 
-def hybrid(model, process, text):
+def build_hybrid(model, process, text):
     """Read "1=RUN,2=RUN" and put the networks of these runs in charge of these stages.
 
     Returns the network and a name for it, which tells the runs and how far they were trained.
@@ -685,7 +669,7 @@ def hybrid(model, process, text):
                 f"model_for_stage = {entry!r}: give such as 1=runs/digits-unified, with a stage "
                 f"from 0 to {len(model.decoders) - 1}"
             )
-        content = training.load(folder)
+        content = workshop.read_checkpoint(folder)
         other, theirs = training.averaged_model(content), content["settings"]
         same = (other.channels, other.size) == (model.channels, model.size)
         if theirs["process"] != process or not same:
@@ -710,23 +694,25 @@ def stage_gflops(model):
 
 # %%
 if __name__ == "__main__":
-    training.join()
+    workshop.join_processes()
     run = Path(out) / name
-    content = training.load(run)
+    content = workshop.read_checkpoint(run)
     model, settings, made = training.averaged_model(content), content["settings"], content["step"]
     process = settings["process"]
     if "scale" in settings:
         raise BadInput(f"{run} draws latents, not pictures: 06_ldm.py --resume samples from it")
     folder = run / "sets" / f"step{made}-{sampler}-{nfe}{grid and '-'}{grid}-seed{seed}"
     if model_for_stage:
-        model, served = hybrid(model, process, model_for_stage)
+        model, served = build_hybrid(model, process, model_for_stage)
         folder = folder.with_name(f"{folder.name}-{served}")
     if reference and model.channels != 3:
         raise BadInput(f"reference {reference} is in colour, {name} draws grey: leave it out")
-    rank, world = training.ranks()
+    rank, world = workshop.ranks()
     if rank == 0:  # what is compared with later must be there before hours go into drawing
-        pixels, labels = sde.load_images(settings["dataset"], root, settings.get("size") or 32)
-        check_number(samples, sde.picture_files("folder", reference) if reference else pixels)
+        pixels, labels = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
+        check_number(
+            samples, workshop.list_picture_files("folder", reference) if reference else pixels
+        )
     count, share = stage_shares(model, process, sampler, nfe, grid)
     if compile:
         model.compile()
@@ -738,7 +724,9 @@ if __name__ == "__main__":
         dist.destroy_process_group()
     if rank > 0:
         sys.exit()  # the first process measures
-    print(f"{samples} pictures in {seconds:.1f} s on {sde.device()}: {samples / seconds:.0f}/s")
+    print(
+        f"{samples} pictures in {seconds:.1f} s on {workshop.device()}: {samples / seconds:.0f}/s"
+    )
 
 # %% [markdown]
 # What does an evaluation cost on average? The equivalent GFLOPs of the paper's Table 2: those of
@@ -754,7 +742,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
-    sde.show_images([drawn[:96]], [title], run / "samples.png")
+    workshop.show_images([drawn[:96]], [title], run / "samples.png")
 
 # %% [markdown]
 # How does such a picture come about? Some states on the way, from noise to picture.
@@ -765,9 +753,11 @@ if __name__ == "__main__":
     dice = torch.Generator().manual_seed(seed)
     start = sde.start_noise(torch.empty(3, *drawn.shape[1:]), dice, kernel)
     with torch.no_grad():
-        states = [start, *ddim(eps, kernel, start.to(sde.device()), 15)]
+        states = [start, *ddim(eps, kernel, start.to(workshop.device()), 15)]
     strip = torch.stack([state.cpu() for state in states], 1).flatten(0, 1)  # (3 * 16, C, H, W)
-    sde.show_images([to_pictures(strip)], ["15 steps of DDIM, three pictures"], run / "strip.png")
+    workshop.show_images(
+        [workshop.to_pictures(strip)], ["15 steps of DDIM, three pictures"], run / "strip.png"
+    )
 
 # %% [markdown]
 # Are they copies? Under each of the first samples the training picture that is nearest in pixels.
@@ -777,7 +767,7 @@ if __name__ == "__main__":
     some, known = drawn[:16], pixels[:50_000].float() / 255
     gap, nearest = torch.cdist(some.flatten(1), known.flatten(1)).min(1)
     titles = ["samples", "the nearest training pictures"]
-    sde.show_images([some, known[nearest]], titles, run / "nearest.png")
+    workshop.show_images([some, known[nearest]], titles, run / "nearest.png")
     rms = gap / some[0].numel() ** 0.5
     apart = (
         torch.cdist(known[:500].flatten(1), known.flatten(1))
@@ -853,7 +843,7 @@ def train_classifier(images, labels, steps=400, seed=0):
 
 
 # %%
-def register(body, width):
+def register_features(body, width):
     """Register `body`, uint8 (B, C, H, W) to features (B, width), with torch-fidelity: its name."""
     import torch_fidelity
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -892,7 +882,7 @@ def own_features(path, pictures):
         net = torch.jit.load(path, map_location="cpu").eval()
     except Exception as error:  # torch.jit fails in many ways
         raise BadInput(
-            f"{path} is no TorchScript file ({sde.brief(error)}): write one with "
+            f"{path} is no TorchScript file ({workshop.shorten(error)}): write one with "
             "torch.jit.script(network).save(file)"
         ) from error
 
@@ -918,7 +908,7 @@ def own_features(path, pictures):
         return found.to(x.device)
 
     d = body(pictures).shape[1]
-    return register(lambda x: body(x, d), d)
+    return register_features(lambda x: body(x, d), d)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -935,7 +925,7 @@ class Pictures(torch.utils.data.Dataset):
         return self.images[i]
 
 
-@sde.enough_memory("measure fewer --samples")
+@workshop.enough_memory("measure fewer --samples")
 def evaluate(images, reference, extractor, weights=""):
     """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
@@ -955,7 +945,7 @@ def evaluate(images, reference, extractor, weights=""):
     inception = extractor.startswith("inception")
     how = dict(cuda=torch.cuda.is_available(), save_cpu_ram=True, verbose=False, cache=False)
     try:
-        with sde.patience():  # Inception's weights may have to be downloaded
+        with workshop.limit_downloads():  # Inception's weights may have to be downloaded
             found = torch_fidelity.calculate_metrics(
                 input1=Pictures(images),
                 input2=Pictures(reference),
@@ -966,10 +956,10 @@ def evaluate(images, reference, extractor, weights=""):
                 **how,
             )
     except Exception as error:  # torch, torch-fidelity and the download each fail in their own way
-        if not inception or sde.out_of_memory(error):
+        if not inception or workshop.is_out_of_memory(error):
             raise
         raise BadInput(
-            f"Inception's weights cannot be had ({sde.brief(error)}): give their file with "
+            f"Inception's weights cannot be had ({workshop.shorten(error)}): give their file with "
             f"--weights, put it into {torch.hub.get_dir()}/checkpoints (in place of a torn one), "
             "or give features of your own with --features"
         ) from error
@@ -1005,7 +995,7 @@ def read_reference(folder, size):
     """
     from PIL import Image
 
-    files = sde.picture_files("folder", folder)
+    files = workshop.list_picture_files("folder", folder)
     for path in files:
         try:
             with Image.open(path) as picture:
@@ -1017,19 +1007,19 @@ def read_reference(folder, size):
                 f"reference {path} has {width}×{height} pixels, the samples {size}×{size}: resize "
                 "the folder first"
             )
-    return sde.read_pictures(sde.PictureFiles(files, size))
+    return workshop.read_pictures(workshop.PictureFiles(files, size))
 
 
 def pick_extractor(dataset, images, labels, features=""):
     """Choose features for a data set: (name for torch-fidelity, name for the reader)."""
     if features:
         return own_features(features, images[:4]), f"features of {Path(features).name}"
-    if dataset not in ("digits", "mnist"):
+    if workshop.about(dataset).get("judge") != "digits":
         return "inception-v3-compat", "Inception features"
     classifier, accuracy = train_classifier(images, labels)
     # it stays on the CPU, wherever torch-fidelity wants its features
     body = lambda x: classifier.body(x.cpu().float() / 255).to(x.device)  # noqa: E731
-    return register(
+    return register_features(
         body, 64
     ), f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
 
@@ -1077,9 +1067,7 @@ if __name__ == "__main__":
     record.update(
         grid=grid or "own", seed=seed, weights="averaged", features=named, against=against, **table
     )
-    with sde.replacing(run / "metrics.json") as aside:
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        aside.write_text(text, encoding="utf-8", errors="surrogateescape")  # any name of a file
+    workshop.write_json(record, run / "metrics.json")
     print(f"grid: {run / 'samples.png'}\nmetrics: {run / 'metrics.json'}")
 
 # %% [markdown]
@@ -1107,7 +1095,7 @@ def compare_solvers(
             calls = []
             x = sample(model, process, len(real), name, nfe, seed, batch, calls)
             seconds = time.perf_counter() - begin
-            distance = evaluate(to_pictures(x), real, extractor, weights)["frechet"]
+            distance = evaluate(workshop.to_pictures(x), real, extractor, weights)["frechet"]
             rows.append((name, len(calls) // -(-len(real) // batch), distance, seconds))
             print(f"{rows[-1][0]:20s} {rows[-1][1]:4d} {distance:10.2f} {seconds:8.1f} s")
     return rows
@@ -1131,9 +1119,8 @@ if __name__ == "__main__" and compare:
     plt.minorticks_off()
     plt.xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncol=2)
-    sde.show(run / "solvers.png")
-    with sde.replacing(run / "solvers.json") as aside:
-        aside.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    workshop.show_figure(run / "solvers.png")
+    workshop.write_json(rows, run / "solvers.json")
 
 # %% [markdown]
 # **You have** samples, a picture of how they come about, and numbers with a yardstick beside them.

@@ -21,7 +21,7 @@ import os
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
-sde = importlib.import_module("01_sde_and_denoiser")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
 import copy
 import hashlib
@@ -40,11 +40,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+sde = importlib.import_module("01_sde_and_denoiser")
 clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
 evaluation = importlib.import_module("05_sample_eval")
-BadInput = sde.BadInput
+BadInput = workshop.BadInput
 
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
@@ -83,7 +84,7 @@ resume = False  # go on with that run: train what is missing, then draw
 dry_run = False  # say what the run would take (parameters, GFLOPs, memory, time) and stop
 
 # %%
-sde.settings(globals(), "06_ldm")
+workshop.settings(globals(), "06_ldm")
 
 # %% [markdown]
 # ## Squeezing
@@ -167,12 +168,12 @@ class Autoencoder(nn.Module):
             down += [BLOCK(c if i == 0 else width * mult, width * mult) for i in range(blocks)]
             c = width * mult
             down += [Halve(c)] * (level < len(mults) - 1)
-        down += [unet.bottom(c, BLOCK, ATTEND), NORM(c), nn.SiLU()]
+        down += [unet.middle_block(c, BLOCK, ATTEND), NORM(c), nn.SiLU()]
         self.encoder = nn.Sequential(
             *down, nn.Conv2d(c, said, 3, padding=1), unet.LastConv2d(said, said, 1)
         )
         up = [nn.Conv2d(code, code, 1), nn.Conv2d(code, c, 3, padding=1)]
-        up += [unet.bottom(c, BLOCK, ATTEND)]
+        up += [unet.middle_block(c, BLOCK, ATTEND)]
         for level, mult in reversed(list(enumerate(mults))):
             up += [BLOCK(c if i == 0 else width * mult, width * mult) for i in range(blocks + 1)]
             c = width * mult
@@ -203,13 +204,13 @@ class Autoencoder(nn.Module):
         Raises BadInput as `fits`.
         """
         self.fits(x.shape)
-        with training.half_precision(x.device):
+        with workshop.half_precision(x.device):
             h = self.encoder(x)
         return h.chunk(2, dim=1)[0] if self.kind == "kl" else h
 
     def decode(self, z):
         """Map latents back to pictures; VQ rounds them first."""
-        with training.half_precision(z.device):
+        with workshop.half_precision(z.device):
             return self.decoder(self.codebook(z)[0] if self.kind == "vq" else z)
 
 
@@ -217,27 +218,16 @@ class Autoencoder(nn.Module):
 # Small autoencoders for the small data sets, and the published layout for faces.
 
 # %%
-SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, entries=256)
-VQ_F4 = dict(kind="vq", channels=3, code=3, width=128, mults=(1, 2, 4), blocks=2, entries=8192)
-AUTOENCODERS = {
-    "digits": SMALL,
-    "mnist": SMALL,
-    "cifar10": {**SMALL, "channels": 3, "code": 4, "width": 64},
-    "celeba": VQ_F4,
-    "folder": VQ_F4,
-}
-
-
-def count(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 # %% tags=["nbval-check-output"]
 if __name__ == "__main__":
     with torch.device("meta"):
-        for title, plan in dict(small=SMALL, VQ_F4=VQ_F4).items():
+        for title, plan in dict(small=workshop.SMALL, VQ_F4=workshop.VQ_F4).items():
             whole = Autoencoder(**plan)
-            parts = count(whole.encoder), count(whole.decoder), count(whole)
+            parts = (
+                unet.count_parameters(whole.encoder),
+                unet.count_parameters(whole.decoder),
+                unet.count_parameters(whole),
+            )
             print("{:6s} encoder {:11,}  decoder {:11,}  all {:11,}".format(title, *parts))
         made = whole.encode(torch.empty(1, 3, 256, 256)).shape
         print("VQ-f4 turns 3×256×256 into", "×".join(map(str, made[1:])))
@@ -271,7 +261,7 @@ class Patches(nn.Module):
         self.net = nn.Sequential(*layers, nn.Conv2d(c, 1, 4 if size >= 16 else 3, 1, 1))
 
     def forward(self, x):
-        with training.half_precision(x.device):
+        with workshop.half_precision(x.device):
             return self.net(x).float()
 
 
@@ -283,10 +273,10 @@ def load_lpips(where):
     from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
 
     try:
-        with sde.patience():
+        with workshop.limit_downloads():
             net = SampleSimilarityLPIPS("lpips-vgg16").to(where)
     except Exception as error:  # each host fails in its own way
-        training.say(
+        workshop.print_once(
             f"LPIPS's weights cannot be had ({type(error).__name__}): going on without it; put "
             f"vgg16-397923af.pth and weights-vgg16-lpips.pth into {torch.hub.get_dir()}"
             "/checkpoints (in place of torn ones) to train with it"
@@ -311,7 +301,7 @@ def reconstruct(model, x, generator, beta=0.25):
     h = model.encoder(x)
     if model.kind == "kl":
         mean, log_var = h.chunk(2, dim=1)
-        (rank, world), (b, *shape) = training.ranks(), mean.shape
+        (rank, world), (b, *shape) = workshop.ranks(), mean.shape
         noise = torch.randn(world * b, *shape, generator=generator, device=x.device)
         noise = noise.chunk(world)[rank]  # of the whole batch, so that processes do not share it
         kl = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
@@ -330,9 +320,9 @@ def reconstruct(model, x, generator, beta=0.25):
 
 
 @torch.no_grad()
-def revive(codebook, h, generator):
+def revive_entries(codebook, h, generator):
     """Move the codebook's unused entries onto random latents of h (B, c, H, W): how many."""
-    rank, world = training.ranks()
+    rank, world = workshop.ranks()
     if world > 1:
         dist.all_reduce(codebook.used)
     dead = (codebook.used == 0).nonzero()[:, 0]
@@ -347,7 +337,7 @@ def revive(codebook, h, generator):
 
 def average_gradients(model):
     """Average the gradients of all processes."""
-    rank, world = training.ranks()
+    rank, world = workshop.ranks()
     for p in model.parameters() if world > 1 else ():
         dist.all_reduce(p.grad)
         p.grad /= world
@@ -358,9 +348,9 @@ def new_autoencoder_state(plan, size, lr, seed):
     """Bundle what training an autoencoder changes: models, optimisers, step, random numbers."""
     torch.manual_seed(seed)  # the initial weights
     model, critic = Autoencoder(**plan), Patches(plan["channels"], size)
-    model, critic = training.on_device(model), training.on_device(critic)
+    model, critic = workshop.move_to_device(model), workshop.move_to_device(critic)
     adam = lambda part: torch.optim.Adam(part.parameters(), lr, betas=(0.5, 0.9))  # noqa: E731
-    generator = torch.Generator(sde.device()).manual_seed(seed)
+    generator = torch.Generator(workshop.device()).manual_seed(seed)
     state = dict(model=model, critic=critic, optimizer=adam(model), critic_optimizer=adam(critic))
     return dict(**state, generator=generator, step=0, seed=seed)
 
@@ -380,10 +370,10 @@ def train_autoencoder(
     lr, last, todo = state["optimizer"].defaults["lr"], model.decoder[-1].weight, state["step"] + 1
     todo = range(todo, steps + 1)
     model.train()
-    source = training.pictures_of_steps(images, batch, seed, todo, **read)
+    source = workshop.pictures_of_steps(images, batch, seed, todo, **read)
     for step, pictures in zip(todo, source, strict=False):
-        x = training.network_space(pictures)  # (b, C, H, W)
-        with training.half_precision(x.device):
+        x = workshop.to_network_space(pictures)  # (b, C, H, W)
+        with workshop.half_precision(x.device):
             rebuilt, pulled, log = reconstruct(model, x, generator)
         loss = F.l1_loss(rebuilt, x)
         log.update(error=F.mse_loss(rebuilt, x).detach())
@@ -395,20 +385,20 @@ def train_autoencoder(
                 torch.autograd.grad(v, last, retain_graph=True)[0].norm() for v in (loss, blame)
             ]
             loss = loss + adversarial * (sizes[0] / (sizes[1] + 1e-4)).clamp(max=1e4) * blame
-        improve(state["optimizer"], model, loss + pull * pulled, lr * (1 - (step - 1) / steps))
+        take_step(state["optimizer"], model, loss + pull * pulled, lr * (1 - (step - 1) / steps))
         if adversarial:
             real, fake = critic(x), critic(rebuilt.detach())
             doubt = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-            improve(state["critic_optimizer"], critic, doubt, lr)
+            take_step(state["critic_optimizer"], critic, doubt, lr)
             log.update(doubt=doubt.detach())
         if model.kind == "vq" and step % 100 == 0 and step <= 0.8 * steps:
-            with torch.no_grad(), training.half_precision(x.device):
-                log.update(revived=revive(model.codebook, model.encoder(x), generator))
+            with torch.no_grad(), workshop.half_precision(x.device):
+                log.update(revived=revive_entries(model.codebook, model.encoder(x), generator))
         state["step"] = step
         yield step, log
 
 
-def improve(optimizer, model, loss, lr):
+def take_step(optimizer, model, loss, lr):
     """Take one step of an optimiser at this learning rate."""
     optimizer.zero_grad()
     loss.backward()
@@ -433,11 +423,11 @@ def save_autoencoder(state, path, finished):
             key: state[key].state_dict() for key in ("critic", "optimizer", "critic_optimizer")
         }
         content.update(parts, step=state["step"], generator=state["generator"].get_state())
-    with sde.replacing(path) as aside:
-        training.write_tensors(content, aside)
+    with workshop.replacing(path) as aside:
+        workshop.write_tensors(content, aside)
 
 
-@sde.enough_memory("take pictures of a smaller --size, or a trained --first_stage")
+@workshop.enough_memory("take pictures of a smaller --size, or a trained --first_stage")
 def fit_autoencoder(state, images, steps, batch, folder, save_every=0, **how):
     """Run `train_autoencoder` and leave autoencoder.pt and autoencoder.jsonl in `folder`.
 
@@ -445,29 +435,20 @@ def fit_autoencoder(state, images, steps, batch, folder, save_every=0, **how):
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     Raises BadInput where the error is no longer finite.
     """
-    first, log, every = training.ranks()[0] == 0, folder / "autoencoder.jsonl", max(1, steps // 40)
-    device, last_save = state["generator"].device, time.monotonic()
-    if first:
-        training.trim(log, state["step"])
-    loop = train_autoencoder(state, images, steps, batch, **how)
-    todo = dict(total=steps, initial=state["step"], desc="autoencoder", disable=not first)
-    with training.stopping_gently() as stop, tqdm(**todo) as bar:
-        for step, numbers in loop:
-            bar.update()
-            halt = training.halts(stop, step, device)
-            if step % every == 0 or step == steps:
-                row = {key: float(f"{float(value):.5g}") for key, value in numbers.items()}
-                if not np.isfinite(row["error"]):
-                    raise BadInput(f"the autoencoder fails at step {step}: give a lower --code_lr")
-                bar.set_postfix({key: f"{value:.4g}" for key, value in row.items()}, refresh=False)
-                if first:
-                    training.append(dict(step=step, **row), log)
-            if first and (training.due(step, save_every, last_save) or step == steps or halt):
-                save_autoencoder(state, folder / "autoencoder.pt", step == steps)
-                last_save = time.monotonic()
-            if halt and step < steps:
-                return False
-    return True
+
+    def summarize(recent):
+        row = {key: float(f"{float(value):.5g}") for key, value in recent[-1].items()}
+        if not np.isfinite(row["error"]):
+            raise BadInput(f"the autoencoder fails at step {state['step']}: give a lower --code_lr")
+        return row
+
+    def save(_):
+        if workshop.ranks()[0] == 0:
+            save_autoencoder(state, folder / "autoencoder.pt", state["step"] == steps)
+
+    loop, log = train_autoencoder(state, images, steps, batch, **how), folder / "autoencoder.jsonl"
+    todo = loop, state, steps, log, summarize, save
+    return workshop.keep_training(*todo, save_every=save_every, desc="autoencoder")
 
 
 def resume_autoencoder(state, content):
@@ -475,7 +456,7 @@ def resume_autoencoder(state, content):
 
     Raises BadInput where it does not fit, such as an autoencoder of another kind.
     """
-    with training.fitting("the unfinished autoencoder.pt"):
+    with workshop.fitting_checkpoint("the unfinished autoencoder.pt"):
         for key, value in state["model"].options.items():
             if content["options"][key] != value:
                 old = content["options"][key]
@@ -485,13 +466,13 @@ def resume_autoencoder(state, content):
         for key in ("model", "critic", "optimizer", "critic_optimizer"):
             state[key].load_state_dict(content[key])
         for key in ("optimizer", "critic_optimizer"):
-            training.restore_layout(state[key])
+            workshop.restore_moments(state[key])
         state["step"] = content["step"]
-        training.restore_generator(state, content)
+        workshop.restore_generator(state, content)
 
 
 # %%
-def layout(tensors):
+def plan_of_release(tensors):
     """Tell the arguments of `Autoencoder` from the weights {name: tensor} of LDM's first stage.
 
     Raises BadInput for one with attention outside the middle, which LDM has at f = 8 and above.
@@ -525,7 +506,7 @@ def from_release(state):
         rank = order.index(what) if part == "decoder" else 0
         return parts.index(f"{part}."), rank, -int(k) if (part, what) == ("decoder", "up") else 0
 
-    model = Autoencoder(**layout(tensors))
+    model = Autoencoder(**plan_of_release(tensors))
     found = unet.match_release(model, sorted(named, key=place))
     if model.kind == "vq":
         found["codebook.vectors"] = tensors["quantize.embedding.weight"]
@@ -554,7 +535,7 @@ def load_first_stage(path):
             f"{path} holds no autoencoder ({str(error).splitlines()[0][:100]}): give an "
             "autoencoder.pt of this step, or the model.ckpt of LDM's VQ-f4"
         ) from None
-    return training.on_device(model).eval().requires_grad_(False)
+    return workshop.move_to_device(model).eval().requires_grad_(False)
 
 
 def compile_parts(model, wanted):
@@ -563,7 +544,7 @@ def compile_parts(model, wanted):
         part.compile()
 
 
-def fingerprint(model):
+def hash_weights(model):
     """Hash an autoencoder's weights: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
@@ -580,31 +561,17 @@ def fingerprint(model):
 # (`--first_stage model.ckpt`); training one here is possible, and its length is our guess.
 
 # %%
-JUDGES = dict(perceptual=1.0, adversarial=0.75)
-NO_JUDGES = dict(perceptual=0.0, adversarial=0.0)
-LATENT_CELEBA = dict(code_steps=300_000, code_batch=8, code_lr=4e-5, **JUDGES)
-LATENT_CELEBA |= dict(steps=500_000, batch=48, lr=9.6e-5, warmup=1)
-RECIPES = {
-    "digits": dict(code_steps=600, code_batch=64, code_lr=2e-3, **NO_JUDGES)
-    | dict(steps=400, batch=128, lr=2e-3, warmup=100),
-    "mnist": dict(code_steps=800, code_batch=64, code_lr=2e-3, **NO_JUDGES)
-    | dict(steps=1500, batch=64, lr=2e-3, warmup=100),
-    "cifar10": dict(code_steps=20_000, code_batch=64, code_lr=5e-4, **JUDGES)
-    | dict(steps=100_000, batch=128, lr=5e-4, warmup=1000),
-    "celeba": LATENT_CELEBA,
-    "folder": LATENT_CELEBA,
-}
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+JUDGES = ("perceptual", "adversarial")
 
 
-def ask(value, recipe, key):
+def value_or_recipe(value, recipe, key):
     """Return what the user gave, or the recipe's where that is 0 (for a judge's weight: -1)."""
     return recipe[key] if (value < 0 if key in JUDGES else value == 0) else value
 
 
 def latent_network(network, dataset, arch):
     """Name the entry of NETWORKS for latents: an own one, a small one, or the paper's."""
-    small = f"{dataset}_latent" if dataset in SHAPES else ""
+    small = f"{dataset}_latent" if "latent_network" in workshop.DATASETS[dataset] else ""
     return training.network_name(network or small, dataset, arch, "ldm")
 
 
@@ -619,22 +586,29 @@ def latent_boundaries(text, name, arch):
 
 # %%
 if __name__ == "__main__":
-    if dataset not in RECIPES:
-        raise BadInput(f"unknown dataset {dataset!r}: take {', '.join(RECIPES)}")
+    known = workshop.about(dataset)
     training.check_settings(arch, "ldm", stages, 0)
     times = evaluation.times_asked(sampler, sde.LDM, nfe, grid)
-    recipe, shape = RECIPES[dataset], SHAPES.get(dataset, (3, size, size))
+    recipe, shape = known["latent_recipe"], known.get("shape", (3, size, size))
     ready = load_first_stage(first_stage) if first_stage else None
-    plan = ready.options if ready else AUTOENCODERS[dataset] | ({"kind": kind} if kind else {})
+    plan = ready.options if ready else known["autoencoder"] | ({"kind": kind} if kind else {})
     with torch.device("meta"):
         blank = Autoencoder(**plan)
         code = tuple(blank.encode(torch.empty(1, *shape)).shape[1:])  # of a latent
     asked = dict(dataset=dataset, arch=arch, network=latent_network(network, dataset, arch))
     asked.update(process="ldm", stages=stages, ema=ema, seed=seed, flip=False)
     asked.update(
-        {key: ask(value, recipe, key) for key, value in dict(steps=steps, batch=batch).items()}
+        {
+            key: value_or_recipe(value, recipe, key)
+            for key, value in dict(steps=steps, batch=batch).items()
+        }
     )
-    asked.update(lr=ask(lr, recipe, "lr"), warmup=recipe["warmup"], channels=code[0], size=code[1])
+    asked.update(
+        lr=value_or_recipe(lr, recipe, "lr"),
+        warmup=recipe["warmup"],
+        channels=code[0],
+        size=code[1],
+    )
     asked["boundaries"] = latent_boundaries(boundaries, asked["network"], arch)
     with torch.device("meta"):
         network_blank = training.network_of(asked)
@@ -650,10 +624,10 @@ if __name__ == "__main__":
 # %%
 def product_rate():
     """Measure the device's rate of a matrix product, in FLOP/s (bfloat16 on a GPU that can)."""
-    where, seconds = sde.device(), []
+    where, seconds = workshop.device(), []
     n, products = (8192, 10) if where.type == "cuda" else (2048, 1)  # enough to keep it busy
     a = torch.ones(n, n, device=where)
-    with training.half_precision(where):
+    with workshop.half_precision(where):
         a = a @ a / n  # warms up, and is ones again, in the type that products have
         for _ in range(5):
             begin = time.perf_counter()
@@ -664,7 +638,7 @@ def product_rate():
     return 2 * n**3 / min(seconds)
 
 
-def estimate(autoencoder, model, settings, shape, devices, times):
+def estimate_run(autoencoder, model, settings, shape, devices, times):
     """Print what a run takes: parameters, GFLOPs, memory a device and time.
 
     autoencoder, model: on `meta`; times: those at which a sampler evaluates the model.
@@ -673,7 +647,7 @@ def estimate(autoencoder, model, settings, shape, devices, times):
     z, (steps, batch) = autoencoder.encode(x), (settings["steps"], settings["batch"])
     work = lambda row: f"{row['gflops']:.4g} GFLOPs (true: {row['true_gflops']:.4g})"  # noqa: E731
     million = lambda n: f"{n / 1e6:.4g} million parameters"  # noqa: E731
-    print(f"autoencoder ({autoencoder.kind}): {million(count(autoencoder))}")
+    print(f"autoencoder ({autoencoder.kind}): {million(unet.count_parameters(autoencoder))}")
     for what, part in {"encode": autoencoder.encode, "decode": autoencoder.decoder}.items():
         given = x if what == "encode" else z
         row = unet.count_work(lambda part=part, given=given: part(given), autoencoder)
@@ -709,13 +683,14 @@ def estimate(autoencoder, model, settings, shape, devices, times):
     print(f"{steps:,} steps of {batch}: {counted:.4g} PFLOPs as Table 2 counts", end=", ")
     print(f"{true / 1e15:,.2f} in truth")
     print(
-        f"a {sde.device().type} multiplies matrices with {rate / 1e12:.3g} TFLOP/s here", end=": "
+        f"a {workshop.device().type} multiplies matrices with {rate / 1e12:.3g} TFLOP/s here",
+        end=": ",
     )
     print(f"{true / rate / devices / 3600:,.1f} hours or more on {devices} of them")
 
 
 if __name__ == "__main__" and dry_run:
-    estimate(blank, network_blank, asked, shape, int(os.environ.get("WORLD_SIZE", 1)), times)
+    estimate_run(blank, network_blank, asked, shape, int(os.environ.get("WORLD_SIZE", 1)), times)
 
 # %% [markdown]
 # ## The autoencoder
@@ -725,8 +700,8 @@ if __name__ == "__main__" and dry_run:
 
 # %%
 if __name__ == "__main__" and not dry_run:
-    training.join()
-    rank, world = training.ranks()
+    workshop.join_processes()
+    rank, world = workshop.ranks()
     if asked["batch"] % world or recipe["code_batch"] % world:
         raise BadInput(
             f"batches of {asked['batch']} and {recipe['code_batch']} cannot be shared by {world}"
@@ -735,17 +710,17 @@ if __name__ == "__main__" and not dry_run:
     if ready is None:
         picture = torch.empty(1, *shape, device="meta")
         kept = unet.kept_bytes(lambda: blank.decode(blank.encode(picture)), blank)
-        sde.check_memory(recipe["code_batch"] // world * kept, f"size = {shape[1]}")
+        workshop.check_memory(recipe["code_batch"] // world * kept, f"size = {shape[1]}")
     run = Path(out) / (name or f"{dataset}-latent" + f"-{arch}" * (arch != "multistage"))
     if resume and not (run / "autoencoder.pt").exists():
         raise BadInput(f"there is nothing to resume in {run}: leave out --resume")
     started = resume and any((run / f"checkpoint{old}.pt").exists() for old in ("", ".previous"))
-    content = training.load(run) if started else None
-    with training.one_at_a_time():
-        pixels = training.open_pictures(dataset, root, size, memory, workers)
+    content = workshop.read_checkpoint(run) if started else None
+    with workshop.first_process_first():
+        pixels = workshop.open_data_set(dataset, root, size, memory, workers)
     if rank == 0:
         evaluation.check_number(samples, pixels)  # which are compared in the end
-        training.claim(run, resume)
+        workshop.claim_folder(run, resume)
     if world > 1:
         dist.barrier()
 
@@ -756,34 +731,38 @@ if __name__ == "__main__" and not dry_run:
     file = run / "autoencoder.pt"
     unfinished = unet.read_tensors(file) if resume else {"step": 0}
     if ready is None and "step" in unfinished:
-        judges = {key: ask(globals()[key], recipe, key) for key in JUDGES}
-        lpips = load_lpips(sde.device()) if judges["perceptual"] else None
-        state = new_autoencoder_state(plan, shape[1], ask(code_lr, recipe, "code_lr"), seed)
+        judges = {key: value_or_recipe(globals()[key], recipe, key) for key in JUDGES}
+        lpips = load_lpips(workshop.device()) if judges["perceptual"] else None
+        state = new_autoencoder_state(
+            plan, shape[1], value_or_recipe(code_lr, recipe, "code_lr"), seed
+        )
         # the discriminator's weight takes two gradients of one pass, which compiled parts refuse
         compile_parts(state["model"], compile and not judges["adversarial"])
         if resume:
             resume_autoencoder(state, unfinished)
         how = dict(save_every=save_every, lpips=lpips, workers=workers, bad=[], **judges)
-        todo = ask(code_steps, recipe, "code_steps"), recipe["code_batch"]
+        todo = value_or_recipe(code_steps, recipe, "code_steps"), recipe["code_batch"]
         if not fit_autoencoder(state, pixels, *todo, run, **how):
-            training.say(f"stopped and saved at step {state['step']} of the autoencoder: {GO_ON}")
+            workshop.print_once(
+                f"stopped and saved at step {state['step']} of the autoencoder: {GO_ON}"
+            )
             sys.exit(130)
         del state
     elif ready is not None and resume:
-        if "step" in unfinished or fingerprint(ready) != fingerprint(load_first_stage(file)):
+        if "step" in unfinished or hash_weights(ready) != hash_weights(load_first_stage(file)):
             raise BadInput(
                 f"{run} has another autoencoder than {first_stage}: leave one of them out"
             )
     elif ready is not None and rank == 0:
-        with sde.replacing(file) as aside:
-            training.write_tensors(dict(options=ready.options, model=ready.state_dict()), aside)
+        with workshop.replacing(file) as aside:
+            workshop.write_tensors(dict(options=ready.options, model=ready.state_dict()), aside)
     if world > 1:
         dist.barrier()
     autoencoder = load_first_stage(file)
     compile_parts(autoencoder, compile)
-    training.say(f"{count(autoencoder):,} parameters")
+    workshop.print_once(f"{unet.count_parameters(autoencoder):,} parameters")
     if (run / "autoencoder.jsonl").exists():
-        training.say(f"last step: {training.read_metrics(run, 'autoencoder.jsonl')[-1]}")
+        workshop.print_once(f"last step: {workshop.read_log(run, 'autoencoder.jsonl')[-1]}")
 
 # %% [markdown]
 # ## Latents
@@ -798,27 +777,30 @@ if __name__ == "__main__" and not dry_run:
 
 
 # %%
-def portion(side):
+def pictures_at_once(side):
     """Tell how many pictures of this side to encode or decode at a time."""
     return max(1, min(500, 2**20 // side**2))
 
 
 @torch.no_grad()
-@sde.enough_memory("take pictures of a smaller --size")
-def encode(model, pictures):
+@workshop.enough_memory("take pictures of a smaller --size")
+def encode_pictures(model, pictures):
     """Encode uint8 pictures (N, C, H, W), on any device: latents (N, c, h, w) on the model's."""
     where = next(model.parameters()).device
-    parts = pictures.split(portion(pictures.shape[-1]))
-    return torch.cat([model.encode(training.network_space(part.to(where))) for part in parts])
+    parts = pictures.split(pictures_at_once(pictures.shape[-1]))
+    return torch.cat([model.encode(workshop.to_network_space(part.to(where))) for part in parts])
 
 
 @torch.no_grad()
-@sde.enough_memory("take pictures of a smaller --size")
-def decode(model, z, scale):
+@workshop.enough_memory("take pictures of a smaller --size")
+def decode_latents(model, z, scale):
     """Decode latents of unit variance to pictures (N, C, H, W) in [0, 1], on the CPU."""
-    where, parts = next(model.parameters()).device, z.split(portion(model.factor * z.shape[-1]))
+    where, parts = (
+        next(model.parameters()).device,
+        z.split(pictures_at_once(model.factor * z.shape[-1])),
+    )
     found = [model.decode(part.to(where) / scale).cpu() for part in parts]
-    return evaluation.to_pictures(torch.cat(found))
+    return workshop.to_pictures(torch.cat(found))
 
 
 def cut_out(images, first, last, workers):
@@ -829,7 +811,7 @@ def cut_out(images, first, last, workers):
     if torch.is_tensor(images):
         return images[first:last]
     chosen = torch.utils.data.Subset(images, range(first, min(last, len(images))))
-    how = dict(num_workers=workers, collate_fn=list, worker_init_fn=sde.ignore_interrupts)
+    how = dict(num_workers=workers, collate_fn=list, worker_init_fn=workshop.ignore_interrupts)
     loader = DataLoader(chosen, batch_size=50, **how)
     readable = [picture for some in loader for picture in some if picture is not None]
     if not readable:
@@ -846,8 +828,11 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
     about: what to remember of the pictures, {name: value}. The shards are float16 (n, c, h, w).
     Raises BadInput for latents of another autoencoder or of other pictures.
     """
-    (rank, world), folder, n = training.ranks(), Path(folder), len(images)
-    whose, note = dict(autoencoder=fingerprint(model), pictures=n, **about), folder / "latents.json"
+    (rank, world), folder, n = workshop.ranks(), Path(folder), len(images)
+    whose, note = (
+        dict(autoencoder=hash_weights(model), pictures=n, **about),
+        folder / "latents.json",
+    )
     try:
         known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else whose
     except ValueError:
@@ -859,39 +844,37 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
                 f"{value!r}: give --latents another folder, or remove this one"
             )
     if rank == 0 and "scale" not in known:
-        with sde.replacing(note) as aside:
-            aside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        workshop.write_json(known, note)
     where = next(model.parameters()).device
     picture = images.shape[1:] if torch.is_tensor(images) else (3, images.size, images.size)
     with torch.no_grad():
         shape = model.encode(torch.zeros(1, *picture, device=where)).shape[1:]
     for j, first in enumerate(tqdm(range(0, n, shard), "encoding", disable=rank > 0, leave=False)):
         path = folder / f"{first:08}.npy"
-        if j % world == rank and evaluation.open_shard(path, shape, np.float16) is None:
-            z = encode(model, cut_out(images, first, first + shard, workers))
-            with sde.replacing(path) as aside, open(aside, "wb") as file:
+        if j % world == rank and workshop.open_shard(path, shape, np.float16) is None:
+            z = encode_pictures(model, cut_out(images, first, first + shard, workers))
+            with workshop.replacing(path) as aside, open(aside, "wb") as file:
                 np.save(file, z.half().cpu().numpy())
     if world > 1:
         dist.barrier()
     if "scale" not in known:
         # release: VQ latents as they are (KL's: divided by their standard deviation); here: both
         # divided, because the kernel's noise levels are meant for data of unit variance.
-        known["scale"] = 1 / spread(folder)
+        known["scale"] = 1 / standard_deviation(folder)
         if rank == 0:
-            with sde.replacing(note) as aside:
-                aside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            workshop.write_json(known, note)
     return known["scale"]
 
 
-def shards(folder):
+def open_shards(folder):
     """Open the shards of a folder, in order, without reading them."""
     return [np.load(path, mmap_mode="r") for path in sorted(Path(folder).glob("*.npy"))]
 
 
-def spread(folder):
+def standard_deviation(folder):
     """Return the standard deviation of all numbers in the shards of a folder."""
     n, total, square = 0, 0.0, 0.0
-    for z in shards(folder):
+    for z in open_shards(folder):
         n, total = n + z.size, total + z.sum(dtype=np.float64)
         square += float((z.astype(np.float64) ** 2).sum())
     return float((square / n - (total / n) ** 2) ** 0.5)
@@ -901,7 +884,7 @@ class Latents:
     """Read latents from the shards of a folder when they are asked for, times scale: (c, h, w)."""
 
     def __init__(self, folder, scale):
-        self.shards, self.scale = shards(folder), scale
+        self.shards, self.scale = open_shards(folder), scale
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
     def __len__(self):
@@ -925,8 +908,8 @@ if __name__ == "__main__" and not dry_run:
     scale = encode_set(autoencoder, pixels, folder, about, workers=workers)
     codes = Latents(folder, scale)
     if 4 * len(codes) * codes[0].numel() < memory * 2**30:
-        codes = codes.all().to(sde.device())
-    training.say(f"{len(codes):,} latents of {tuple(codes[0].shape)}, scale {scale:.4f}")
+        codes = codes.all().to(workshop.device())
+    workshop.print_once(f"{len(codes):,} latents of {tuple(codes[0].shape)}, scale {scale:.4f}")
 
 # %% [markdown]
 # What is lost? Below the first pictures, what comes back, and the latents themselves, a row a
@@ -935,8 +918,8 @@ if __name__ == "__main__" and not dry_run:
 # %%
 if __name__ == "__main__" and not dry_run and rank == 0:
     first = cut_out(pixels, 0, 16, workers)
-    z = encode(autoencoder, first) * scale
-    returned = decode(autoencoder, z, scale)
+    z = encode_pictures(autoencoder, first) * scale
+    returned = decode_latents(autoencoder, z, scale)
     low, high = z.amin((0, 2, 3), keepdim=True), z.amax((0, 2, 3), keepdim=True)
     bright = (z - low) / (high - low)
     rows = [first.cpu() / 255, returned, *bright.split(1, dim=1)]
@@ -945,7 +928,7 @@ if __name__ == "__main__" and not dry_run and rank == 0:
     titles += [
         f"channel {i + 1} of the latents, {shape_of(z[:, :1])}" for i in range(len(rows) - 2)
     ]
-    sde.show_images(rows, titles, run / "latents.png")
+    workshop.show_images(rows, titles, run / "latents.png")
 
 # %% [markdown]
 # At 4×4 the latents no longer look like the picture, and what comes back has lost little but its
@@ -962,11 +945,11 @@ if __name__ == "__main__" and not dry_run and rank == 0:
         a, b = a % len(z), b % len(z)
         line = torch.lerp(z[a].cpu(), z[b].cpu(), share)
         rows += [
-            decode(autoencoder, line, scale),
+            decode_latents(autoencoder, line, scale),
             torch.lerp(first[a] / 255, first[b] / 255, share.to(first.device)),
         ]
         titles += ["a line between two latents", "the same between their pixels"]
-    sde.show_images(rows, titles, run / "interpolation.png", columns=12)
+    workshop.show_images(rows, titles, run / "interpolation.png", columns=12)
 
 # %% [markdown]
 # ## Where would the cuts lie?
@@ -980,7 +963,7 @@ if __name__ == "__main__" and not dry_run and rank == 0:
 if __name__ == "__main__" and not dry_run and rank == 0:
     few = range(min(2000, len(codes)))
     some = codes if torch.is_tensor(codes) else torch.stack([codes[i] for i in few])
-    some = some.to(sde.device())  # latents that are read in training lie on disk
+    some = some.to(workshop.device())  # latents that are read in training lie on disk
     low, high = some.min(), some.max()
     small = cut_out(pixels, 0, 50_000 if torch.is_tensor(pixels) else 2000, workers)
     readings = {
@@ -1010,13 +993,13 @@ if __name__ == "__main__" and not dry_run and rank == 0:
 
 
 # %%
-def reference(images, n, workers=0):
+def choose_real_sets(images, n, workers=0):
     """Choose two random sets of n pictures, uint8, out of a tensor or of `PictureFiles`."""
     if torch.is_tensor(images):
         return [half.cpu() for half in evaluation.real_halves(images, n)]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     order = order[: 2 * n + n // 50 + 10]  # some more, because up to a hundredth may be unreadable
-    chosen = sde.PictureFiles([images.files[i] for i in order.tolist()], images.size)
+    chosen = workshop.PictureFiles([images.files[i] for i in order.tolist()], images.size)
     return evaluation.real_halves(cut_out(chosen, 0, len(chosen), workers), n)
 
 
@@ -1032,28 +1015,28 @@ def train_latents(settings, codes, run, content=None, compile=False, **options):
     content: of the checkpoint to go on from; options: those of step 04's `fit`.
     """
     if content:
-        training.agree(settings, content["settings"], run)
-    state = training.prepare(settings, content, compile)
-    if training.ranks()[0] == 0:
-        training.write_settings(settings, run)
+        workshop.check_same_settings(settings, content["settings"], run)
+    state = training.prepare_state(settings, content, compile)
+    if workshop.ranks()[0] == 0:
+        workshop.write_json(settings, run / "settings.json")
     finished = training.fit(state, codes, settings, run, **options)
-    sde.release(run)
+    workshop.unlock_folder(run)
     return state, finished
 
 
 # %%
 if __name__ == "__main__" and not dry_run:
-    asked.update(scale=scale, autoencoder=fingerprint(autoencoder))
-    back = lambda z: decode(autoencoder, z, scale)  # noqa: E731
+    asked.update(scale=scale, autoencoder=hash_weights(autoencoder))
+    back = lambda z: decode_latents(autoencoder, z, scale)  # noqa: E731
     options = dict(save_every=save_every, sample_every=sample_every, workers=workers, decode=back)
-    compare = compare and dataset in ("digits", "mnist") and arch != "unified"
-    compare = compare and network in ("", *training.SMALL_NETWORKS)  # which have unified twins
+    compare = compare and known.get("judge") == "digits" and arch != "unified"
+    compare = compare and network in ("", *unet.SMALL_NETWORKS)  # which have unified twins
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1)
-    how["batch"] = min(300, portion(shape[1]), batch or 300)
+    how["batch"] = min(300, pictures_at_once(shape[1]), batch or 300)
     if compare:
-        pixels, labels = sde.load_images(dataset, root)
+        pixels, labels = workshop.load_images(dataset, root)
         extractor, named = evaluation.pick_extractor(dataset, pixels, labels)
-        half, other_half = reference(pixels, samples)
+        half, other_half = choose_real_sets(pixels, samples)
 
         def judge(model):
             drawn = back(evaluation.sample(model, "ldm", samples, **how))
@@ -1062,7 +1045,7 @@ if __name__ == "__main__" and not dry_run:
         options["measure"] = judge
     state, finished = train_latents(asked, codes, run, content, compile, **options)
     if not finished:
-        training.say(f"stopped and saved at step {state['step']}: {GO_ON}")
+        workshop.print_once(f"stopped and saved at step {state['step']}: {GO_ON}")
         sys.exit(130)
 
 # %%
@@ -1074,12 +1057,14 @@ if __name__ == "__main__" and not dry_run and compare:
     unified["steps"] = round(ratio * asked["steps"])
     old = resume and (other / "checkpoint.pt").exists()
     if rank == 0:
-        training.claim(other, old)
-    old = training.load(other) if old else None
+        workshop.claim_folder(other, old)
+    old = workshop.read_checkpoint(other) if old else None
     options["sample_every"] = -(-unified["steps"] // 5)
     unified_state, finished = train_latents(unified, codes, other, old, compile, **options)
     if not finished:
-        training.say(f"stopped and saved at step {unified_state['step']} of unified: {GO_ON}")
+        workshop.print_once(
+            f"stopped and saved at step {unified_state['step']} of unified: {GO_ON}"
+        )
         sys.exit(130)
 
 # %% [markdown]
@@ -1088,13 +1073,13 @@ if __name__ == "__main__" and not dry_run and compare:
 
 
 # %%
-def curve(run):
+def read_curve(run):
     """Read (PFLOPs as Table 2 counts, Fréchet distance) from a run's log: a list of pairs."""
-    rows = [row for row in training.read_metrics(run) if "frechet" in row]
+    rows = [row for row in workshop.read_log(run) if "frechet" in row]
     return [(row["petaflops"], row["frechet"]) for row in rows]
 
 
-def reach(points, target):
+def compute_to_reach(points, target):
     """Tell after how many PFLOPs a curve first reaches a distance: a float, or None if never."""
     before = None
     for spent, distance in points:
@@ -1108,16 +1093,16 @@ def reach(points, target):
 
 
 if __name__ == "__main__" and not dry_run and compare and rank == 0:
-    curves = {arch: curve(run), "unified": curve(other)}
+    curves = {arch: read_curve(run), "unified": read_curve(other)}
     for label, points in curves.items():
         spent, distances = zip(*points, strict=True)
         plt.plot([1e6 * pflops for pflops in spent], distances, marker="o", label=label)
     plt.gca().set(xlabel="training GFLOPs (as Table 2 counts)", ylabel="Fréchet distance")
     plt.gca().set(xlim=0, ylim=0)
     plt.legend()
-    sde.show(run / "curves.png")
+    workshop.show_figure(run / "curves.png")
     best, spent = min((distance, spent) for spent, distance in curves["unified"])
-    needed = reach(curves[arch], best)
+    needed = compute_to_reach(curves[arch], best)
     print(f"unified reaches {best:.2f} after {1e6 * spent:.4g} GFLOPs;", end=" ")
     missed = f"{arch} does not within {1e6 * curves[arch][-1][0]:.4g}"
     print(f"{arch} after {1e6 * needed:.4g}, {needed / spent:.0%}" if needed else missed)
@@ -1145,7 +1130,7 @@ if __name__ == "__main__" and not dry_run:
     if rank > 0:
         sys.exit()  # the first process measures
     title = f"{run.name} after {state['step']:,} steps: {sampler}, {nfe} NFE, seed {seed + 1}"
-    sde.show_images([drawn[:96] / 255], [title], run / "samples.png")
+    workshop.show_images([drawn[:96] / 255], [title], run / "samples.png")
 
 # %% [markdown]
 # No latent model can be better than its autoencoder, so the reconstructions of real pictures are the
@@ -1155,12 +1140,12 @@ if __name__ == "__main__" and not dry_run:
 # %%
 if __name__ == "__main__" and not dry_run:
     if not compare:
-        half, other_half = reference(pixels, samples, workers)
+        half, other_half = choose_real_sets(pixels, samples, workers)
         few, labels = (
-            (half, None) if dataset not in ("digits", "mnist") else sde.load_images(dataset, root)
+            workshop.load_images(dataset, root) if known.get("judge") == "digits" else (half, None)
         )
         extractor, named = evaluation.pick_extractor(dataset, few, labels)
-    rebuilt = back(encode(autoencoder, other_half) * scale)
+    rebuilt = back(encode_pictures(autoencoder, other_half) * scale)
     error = F.mse_loss(rebuilt, other_half / 255)
     print(f"squared error of a reconstruction: {error:.5f} a pixel", end="; ")
     print(f"pixels vary by {(half / 255).var():.4f}")
@@ -1172,9 +1157,7 @@ if __name__ == "__main__" and not dry_run:
     evaluation.print_metrics(table, title, evaluation.distance_name(extractor, samples))
     record = dict(run=str(run), step=state["step"], sampler=sampler, nfe=nfe, grid=grid or "own")
     record.update(seed=seed + 1, features=named, error=float(error), **table)
-    with sde.replacing(run / "metrics.json") as aside:
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        aside.write_text(text, encoding="utf-8", errors="surrogateescape")  # any name of a file
+    workshop.write_json(record, run / "metrics.json")
 
 # %% [markdown]
 # **You have** all parts of the paper: the closed-form denoiser, the clustering, the multistage

@@ -27,11 +27,11 @@ BESIDE = ("alone", "a busy loop", "a training")
 
 def train(steps):
     """Train steps of 64 digits (0: until killed) and return the milliseconds that one took."""
-    sde = importlib.import_module("01_sde_and_denoiser")
+    workshop = importlib.import_module("00_workshop")
     unet = importlib.import_module("03_multistage_unet")
     training = importlib.import_module("04_train")
-    state = training.new_state(unet.build("digits", boundaries=(0.1, 0.44)), 1e-3, seed=0)
-    images, begin = sde.load_images("digits")[0], None
+    state = training.new_state(unet.build_network("digits", boundaries=(0.1, 0.44)), 1e-3, seed=0)
+    images, begin = workshop.load_images("digits")[0], None
     for step, _ in training.train(state, images, steps + 5 if steps else 10**9, batch=64):
         if step == 5:  # the first ones warm up
             begin = time.perf_counter()
@@ -43,7 +43,8 @@ def arm(threads, beside, steps):
     known = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     env = {key: value for key, value in os.environ.items() if key not in known} | threads
     me = [sys.executable, __file__, "--train"]
-    other = {"a busy loop": [sys.executable, "-c", "while True: pass"], "a training": [*me, "0"]}
+    alone = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with it
+    other = {"a busy loop": [sys.executable, "-c", alone], "a training": [*me, "0"]}
     process = subprocess.Popen(other[beside], env=env) if beside in other else None
     try:
         if beside == "a training":
@@ -58,9 +59,9 @@ def arm(threads, beside, steps):
 
 
 def main():
-    sde = importlib.import_module("01_sde_and_denoiser")
+    workshop = importlib.import_module("00_workshop")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--spins", default=sde.SPINS, help="numbers of spins, comma-separated")
+    parser.add_argument("--spins", default=workshop.SPINS, help="numbers of spins, comma-separated")
     parser.add_argument("--rounds", type=int, default=3, help="turns; the median counts")
     parser.add_argument("--steps", type=int, default=40, help="training steps a turn")
     parser.add_argument("--train", type=int, default=None, help=argparse.SUPPRESS)

@@ -37,6 +37,8 @@ import apart
 from network import medians
 from stopwatch import GPU, now, seconds
 
+workshop = importlib.import_module("00_workshop")
+
 sde = importlib.import_module("01_sde_and_denoiser")
 clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
@@ -44,7 +46,7 @@ training = importlib.import_module("04_train")
 evaluation = importlib.import_module("05_sample_eval")
 ldm = importlib.import_module("06_ldm")
 
-DEVICE, LAST = sde.device(), torch.channels_last
+DEVICE, LAST = workshop.device(), torch.channels_last
 PUBLISHED = ("table5_1", "table7_5", "edm", "table6_4", "ldm")  # all backbones, 3 and 5 stages
 TINY = dict(encoder=32, decoders=(32, 32, 32), blocks=1)  # a network of three stages for --quick
 
@@ -66,7 +68,7 @@ def allow_tf32(on):
 
 def float32_only():
     """Keep the steps from computing in bfloat16: a context."""
-    return mock.patch.object(training, "half_precision", lambda _: contextlib.nullcontext())
+    return mock.patch.object(workshop, "half_precision", lambda _: contextlib.nullcontext())
 
 
 def measured(work):
@@ -96,7 +98,7 @@ def pictures(args, n):
     coarse = torch.rand(n - len(real), 3, 4, 4, generator=dice)
     made = F.interpolate(coarse, size=32, mode="bilinear")
     with contextlib.suppress(ImportError):  # without scikit-learn textures have to do
-        digits = sde.load_images("digits")[0].repeat_interleave(3, 2).repeat_interleave(3, 3)
+        digits = workshop.load_images("digits")[0].repeat_interleave(3, 2).repeat_interleave(3, 3)
         which = torch.randint(len(digits), (len(made),), generator=dice)
         ink = F.pad(digits[which], (4, 4, 4, 4)) / 255
         made = made * (1 - ink) + ink * torch.rand(len(made), 3, 1, 1, generator=dice)
@@ -117,7 +119,7 @@ def trained(name, args, steps, batch):
     It adds its input, else hundreds of steps would not do for samples that are no noise.
     """
     torch.manual_seed(0)
-    model = unet.build(name, add_input=True, **TINY if args.quick else {})
+    model = unet.build_network(name, add_input=True, **TINY if args.quick else {})
     model = model.to(DEVICE, memory_format=LAST)
     state = training.new_state(model, 2e-4, seed=0)
     train_steps(state, pictures(args, 1000)[0].to(DEVICE), steps, batch)
@@ -170,10 +172,10 @@ def agree_networks(args):
     A batch has a picture of each stage. "rounding" is what bfloat16 does on the CPU: the card may
     be as far off where that is more than 1e-2.
     """
-    small = [name for name in unet.NETWORKS if name.startswith(training.SMALL_NETWORKS)]
+    small = [name for name in unet.NETWORKS if name.startswith(tuple(unet.SMALL_NETWORKS))]
     for name in ("digits", "table5_1", "edm", "ldm") if args.quick else (*small, *PUBLISHED):
         torch.manual_seed(0)
-        model = unet.build(name, dropout=0.0, **TINY if args.quick else {})
+        model = unet.build_network(name, dropout=0.0, **TINY if args.quick else {})
         for p in model.parameters():  # what starts at zero would hide all that is before it
             if p.dim() > 1 and not p.any():
                 torch.nn.init.xavier_uniform_(p)
@@ -210,7 +212,10 @@ def training_speed(args):
     batch, n, changes = (4, 1, TINY) if args.quick else (128, 10, {})
     costs, peak = unet.cost("table5_1", **changes), product_rate(args)
     yield dict(batch=batch, bfloat16_tflops=peak / 1e12)
-    images, model = pictures(args, 1000)[0].to(DEVICE), unet.build("table5_1", **changes).to(DEVICE)
+    images, model = (
+        pictures(args, 1000)[0].to(DEVICE),
+        unet.build_network("table5_1", **changes).to(DEVICE),
+    )
     for form in ("nchw", "channels_last", "compiled"):
         model = model if form == "nchw" else model.to(memory_format=LAST)
         state, found = training.new_state(model, 2e-4, seed=0), {}
@@ -300,7 +305,7 @@ def sampling_speed(args):
     peak = product_rate(args) / 1e9
     for kind, s in spent.items():
         yield {kind: dict(pictures_per_s=n / s, share_of_bfloat16_product=work * n / s / peak)}
-    a, b = (evaluation.to_pictures(drawn[kind]) for kind in contexts)
+    a, b = (workshop.to_pictures(drawn[kind]) for kind in contexts)
     yield dict(difference=difference(drawn["bfloat16"], drawn["float32"]))
     yield dict(rms_pixel_difference=float((a - b).square().mean().sqrt()))
     yield dict(spread=float(drawn["float32"].std()))  # of entries that should lie in [-1, 1]
@@ -323,7 +328,7 @@ def train_run(args):
         begin = time.perf_counter()
         printed(step_04(folder, *flags, "--boundaries", "0.442,0.6308"))
         yield dict(wall_s=time.perf_counter() - begin)
-        rows = training.read_metrics(Path(folder, "runs", "r"))
+        rows = workshop.read_log(Path(folder, "runs", "r"))
     losses = [value for row in rows for key, value in row.items() if key.startswith("loss")]
     yield dict(pictures_per_s=statistics.median(row["images_per_s"] for row in rows))
     yield dict(finite=all(map(math.isfinite, losses)), reached=rows[-1]["step"], last=rows[-1])
@@ -340,12 +345,15 @@ def resume(args):
         process.kill()
         process.communicate()
         killed = process.returncode == -signal.SIGKILL
-        yield dict(killed=killed, killed_after=training.load(run)["step"])
+        yield dict(killed=killed, killed_after=workshop.read_checkpoint(run)["step"])
         for name, more, card in (("resumed", 0, True), ("on_cpu", 20, False), ("back", 40, True)):
             goal = steps + more
             text = printed(step_04(folder, *flags, "--resume", "--steps", goal, card=card))
-            reached, where = training.load(run)["step"], re.search(r"pictures on (\w+)", text)
-            rows = [row["step"] for row in training.read_metrics(run)]
+            reached, where = (
+                workshop.read_checkpoint(run)["step"],
+                re.search(r"pictures on (\w+)", text),
+            )
+            rows = [row["step"] for row in workshop.read_log(run)]
             whole = rows == sorted(set(rows)) and rows[-1] == reached == goal
             yield {name: dict(device=where and where[1], step=reached, rows_whole=whole)}
 
@@ -369,7 +377,7 @@ def algorithm_1(args):
     n, many, more = (1500, 100, 500) if args.quick else (15_000, 1000, 5000)
     pixels, source = pictures(args, n)
     for name, samples in ((source, many), ("digits", more)):
-        pixels = sde.load_images("digits")[0] if name == "digits" else pixels
+        pixels = workshop.load_images("digits")[0] if name == "digits" else pixels
         row, cuts = dict(samples=samples), []
         for where in dict.fromkeys(("cpu", DEVICE.type)):
             images = pixels.to(where).float() / 255
@@ -384,7 +392,7 @@ def autoencoder(args):
     """Time a training step of VQ-f4 with its patch discriminator (no LPIPS) at 256×256."""
     size, batch, n, plan = (32, 2, 1, dict(width=32, entries=64)) if args.quick else (256, 8, 8, {})
     pixels = torch.randint(256, (32, 3, size, size), dtype=torch.uint8).to(DEVICE)
-    state = ldm.new_autoencoder_state({**ldm.VQ_F4, **plan}, size, 4e-5, seed=0)
+    state = ldm.new_autoencoder_state({**workshop.VQ_F4, **plan}, size, 4e-5, seed=0)
     yield dict(batch=batch, size=size)
 
     def run(n):

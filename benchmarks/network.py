@@ -19,6 +19,7 @@ import torch
 from stopwatch import GPU, machine, seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+workshop = importlib.import_module("00_workshop")
 sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
 
@@ -38,9 +39,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="turns; the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device, dtype = sde.device(), torch.bfloat16 if GPU else torch.float32
+    device, dtype = workshop.device(), torch.bfloat16 if GPU else torch.float32
     form = torch.channels_last if GPU else torch.contiguous_format
-    model = unet.build(args.network, dropout=0.0).to(device).to(memory_format=form)
+    model = unet.build_network(args.network, dropout=0.0).to(device).to(memory_format=form)
     true = 1e9 * unet.cost(args.network)[0]["true_gflops"] * args.batch
     x = torch.randn(args.batch, model.channels, model.size, model.size, device=device)
     x, t = x.to(memory_format=form), torch.full((args.batch,), 0.1, device=device)

@@ -18,6 +18,7 @@ import torch
 from stopwatch import machine, seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+workshop = importlib.import_module("00_workshop")
 sde = importlib.import_module("01_sde_and_denoiser")
 CHUNK = 1000
 
@@ -30,11 +31,11 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     if (Path(args.root) / "cifar-10-batches-py").is_dir():
-        images = sde.load_images("cifar10", args.root)[0].to(sde.device()).float() / 255
+        images = workshop.load_images("cifar10", args.root)[0].to(workshop.device()).float() / 255
     else:
-        images = torch.rand(50_000, 3, 32, 32, device=sde.device())
+        images = torch.rand(50_000, 3, 32, 32, device=workshop.device())
     N, n = len(images), images[0].numel()
-    q = torch.randn(args.batch, n, device=sde.device())
+    q = torch.randn(args.batch, n, device=workshop.device())
     y = images.flatten(1)
 
     def products():

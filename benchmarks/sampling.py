@@ -17,6 +17,7 @@ import torch
 from stopwatch import machine, seconds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+workshop = importlib.import_module("00_workshop")
 sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
 evaluation = importlib.import_module("05_sample_eval")
@@ -31,11 +32,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="turns; the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device, form = sde.device(), torch.contiguous_format
+    device, form = workshop.device(), torch.contiguous_format
     if device.type == "cuda":
         form = torch.channels_last
     names, how = (args.multistage, args.unified), dict(sampler="dpm-solver-3", nfe=args.nfe)
-    models = [unet.build(name).to(device, memory_format=form).eval() for name in names]
+    models = [unet.build_network(name).to(device, memory_format=form).eval() for name in names]
 
     def draw(model):
         evaluation.sample(model, "vp", args.batch, batch=args.batch, **how)

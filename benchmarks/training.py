@@ -18,6 +18,7 @@ import torch
 from stopwatch import machine, now
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+workshop = importlib.import_module("00_workshop")
 sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
@@ -31,8 +32,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="turns; the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = sde.device()
-    model = unet.build(args.network).to(device)
+    device = workshop.device()
+    model = unet.build_network(args.network).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     state = training.new_state(model, 1e-4, seed=0)

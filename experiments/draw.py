@@ -12,6 +12,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+workshop = importlib.import_module("00_workshop")
+
 sde = importlib.import_module("01_sde_and_denoiser")
 DISTANCE = "Fréchet distance"
 
@@ -458,7 +460,7 @@ FIGURES = {
 
 def save(figure, path):
     """Write a figure."""
-    with sde.replacing(path) as aside:
+    with workshop.replacing(path) as aside:
         figure.savefig(aside, dpi=90, bbox_inches="tight", format="png")
     plt.close(figure)
 
@@ -496,5 +498,5 @@ def everything(experiments, read_result, figures, path):
             draw(found, figures / f"{name}.png")
     if path.is_file():
         text = page(path.read_text(encoding="utf-8"), found)
-        with sde.replacing(path) as aside:
+        with workshop.replacing(path) as aside:
             aside.write_text(text, encoding="utf-8")

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+workshop = importlib.import_module("00_workshop")
+
 sde = importlib.import_module("01_sde_and_denoiser")
 evaluation = importlib.import_module("05_sample_eval")
 
@@ -57,16 +59,16 @@ def load(path):
         net = ResNet56().eval()
         net.load_state_dict({key.removeprefix("module."): v for key, v in saved.items()})
     except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise sde.BadInput(
+        raise workshop.BadInput(
             f"--features {path!r} is no checkpoint of a CIFAR-10 ResNet-56 "
             f"({type(error).__name__}): give the file of akamaster/pytorch_resnet_cifar10"
         ) from error
-    return net.to(sde.device())
+    return net.to(workshop.device())
 
 
 def prepare(x):
     """Bring uint8 pictures (B, 3, H, W) to the size and range the network was trained on."""
-    x = x.to(sde.device()).float() / 255
+    x = x.to(workshop.device()).float() / 255
     if x.shape[-1] != 32:
         x = F.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
@@ -76,7 +78,7 @@ def prepare(x):
 def resnet56(path):
     """Register the features with torch-fidelity: the name under which it knows them."""
     if not path:
-        raise sde.BadInput(
+        raise workshop.BadInput(
             "CIFAR-10 is measured in features of a ResNet-56: give its checkpoint as --features "
             "(resnet56-4bfd9763.th of akamaster/pytorch_resnet_cifar10)"
         )
@@ -86,4 +88,4 @@ def resnet56(path):
         with torch.no_grad():
             return net.features(prepare(x)).to(x.device)
 
-    return evaluation.register(body, 64)
+    return evaluation.register_features(body, 64)

@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 work = importlib.import_module("work")
 draw = importlib.import_module("draw")
+workshop = work.workshop
 sde, training, BadInput = work.sde, work.training, work.BadInput
 
 # parameters of step 04, with the defaults of its cell
@@ -103,8 +104,7 @@ def units(content, file):
 
 def check(run):
     """Raise BadInput where a run cannot work, before hours are spent on others."""
-    if run["dataset"] not in training.RECIPES:
-        raise BadInput(f"unknown dataset {run['dataset']!r}: take {', '.join(training.RECIPES)}")
+    workshop.about(run["dataset"])  # raises for an unknown one
     for name in [run["sampler"], *(pair[0] for pair in run["solvers"])]:
         work.evaluation.solver_of(name)
     if run["kind"] in ("served", "gradients", "solvers") and not run["of"]:
@@ -115,9 +115,9 @@ def check(run):
         return
     keys = ("arch", "process", "stages", "patience")
     training.check_settings(*(run[k] for k in keys))
-    for key, default, comment in sde.parameters("04_train"):
+    for key, default, comment in workshop.read_parameters("04_train"):
         if key in ("batch", "lr", "ema"):
-            sde.checked(key, run[key], type(default), comment)
+            workshop.check_value(key, run[key], type(default), comment)
     if run["by"] not in ("gflops", "steps"):
         raise BadInput(f"by = {run['by']!r} must be gflops or steps")
     if not 0 < run["held_out"] < 1:
@@ -167,7 +167,7 @@ def work_off(experiments, named=(), seeds=()):
 def main(arguments=None):
     """Run what is missing and draw."""
     parser = argparse.ArgumentParser("run.py", allow_abbrev=False)
-    parser.error = lambda message: sde._exit(message)
+    parser.error = lambda message: workshop.exit_with(message)
     parser.add_argument("--only", default="", help="names of experiments, comma-separated")
     parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
     parser.add_argument("--seeds", default="", help="run only these, comma-separated: 0,2")
@@ -195,6 +195,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sde.printable()
-    sys.excepthook = sde.one_sentence
+    workshop.replace_unprintable()
+    sys.excepthook = workshop.report_bad_input
     main()

@@ -20,13 +20,14 @@ import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+workshop = importlib.import_module("00_workshop")
 sde = importlib.import_module("01_sde_and_denoiser")
 clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
 evaluation = importlib.import_module("05_sample_eval")
 features = importlib.import_module("features")
-BadInput = sde.BadInput
+BadInput = workshop.BadInput
 
 SAMPLING_SEED = 1
 paths = dict(root="data", out="runs/experiments", results=HERE / "results", features="")
@@ -48,7 +49,7 @@ def fingerprint(definition):
 
 def recipe_of(definition):
     """Look up what step 04 and step 03 decide for a training that its definition does not say."""
-    d, recipe = definition, training.RECIPES[definition["dataset"]]
+    d, recipe = definition, workshop.about(definition["dataset"])["recipe"]
     names = [d["arch"], *["multistage"] * d["tailored"]]  # whose widths a tailored network has
     names = [training.network_name(d["network"], d["dataset"], n, d["process"]) for n in names]
     found = {key: d[key] or recipe[key] for key in ("batch", "lr", "warmup")}
@@ -67,9 +68,9 @@ def complete(definition):
     record = dict(definition=definition, **found, seconds=round(time.perf_counter() - begin, 1))
     if definition["kind"] == "training":
         record["recipe"] = recipe_of(definition)
-    record.update(device=str(sde.device()), threads=torch.get_num_threads())
+    record.update(device=str(workshop.device()), threads=torch.get_num_threads())
     record["torch"] = torch.__version__
-    with sde.replacing(result_path(definition)) as aside:
+    with workshop.replacing(result_path(definition)) as aside:
         aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
@@ -86,7 +87,7 @@ def read_result(definition):
 @functools.cache
 def pictures(dataset, size=0):
     """Load a data set, reduced to size × size where asked: (uint8 (N, C, H, W), labels)."""
-    pixels, labels = sde.load_images(dataset, paths["root"])
+    pixels, labels = workshop.load_images(dataset, paths["root"])
     if size and size != pixels.shape[-1]:
         how = dict(size=(size, size), mode="bilinear", antialias=True)
         parts = [F.interpolate(part.float(), **how) for part in pixels.split(5000)]
@@ -113,13 +114,13 @@ def measure(model, definition):
         x = evaluation.sample(
             model, d["process"], d["samples"], d["sampler"], d["nfe"], SAMPLING_SEED
         )
-        return evaluation.evaluate(evaluation.to_pictures(x), half, extractor)
+        return evaluation.evaluate(workshop.to_pictures(x), half, extractor)
 
 
 def losses(model, images, process, stages):
     """Compute the loss of some stages on pictures, always with the same noise: {stage: loss}."""
-    state = dict(ema=model, active=list(stages), generator=torch.Generator(sde.device()))
-    return training.look(state, images, process, math.inf)
+    state = dict(ema=model, active=list(stages), generator=torch.Generator(workshop.device()))
+    return training.check_held_out(state, images, process, math.inf)
 
 
 def split(definition):
@@ -128,7 +129,7 @@ def split(definition):
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(d["seed"]))
     n = int(len(pixels) * d["held_out"])
     used = pixels[order[n:]][: d["pictures"] or None]
-    return pixels[order[:n]].to(sde.device()), used.to(sde.device())
+    return pixels[order[:n]].to(workshop.device()), used.to(workshop.device())
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def train(definition):
     held_out, used = split(d)
     torch.manual_seed(d["seed"])  # the initial weights
     state = training.new_state(
-        training.network_of(settings).to(sde.device()), settings["lr"], d["seed"]
+        training.network_of(settings).to(workshop.device()), settings["lr"], d["seed"]
     )
     state["active"] = list(d["active"]) or state["active"]
     costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
@@ -213,7 +214,7 @@ def train(definition):
             spent[0] += costs[k]["gflops"] / len(found)
             spent[1] += 3 * costs[k]["true_gflops"] * settings["batch"] / len(found)
         if d["patience"] and step % every == 0:
-            training.look(state, held_out, d["process"], d["patience"])
+            training.check_held_out(state, held_out, d["process"], d["patience"])
         position = step if d["by"] == "steps" else spent[0]
         if position >= waiting[0]:
             note()
@@ -224,7 +225,7 @@ def train(definition):
         note()
     plain = training.network_of(settings)
     _, shares = evaluation.stage_shares(
-        plain.to(sde.device()), d["process"], d["sampler"], d["nfe"]
+        plain.to(workshop.device()), d["process"], d["sampler"], d["nfe"]
     )
     stages = costs_of_stages(costs)
     return dict(
@@ -260,7 +261,7 @@ def keep_weights(definition, i, state, settings):
     """Write the weights at the i-th point (0: the start), where the definition wants it."""
     if definition["keep"]:
         path = Path(paths["out"]) / fingerprint(definition) / f"{i}.pt"
-        with sde.replacing(path) as aside:
+        with workshop.replacing(path) as aside:
             torch.save({**checkpoint_of(state, settings), "step": state["step"]}, aside)
 
 
@@ -298,7 +299,7 @@ def serve(definition):
     weights = kept(d["of"])
     end = training.averaged_model(weights[-1])
     for moment in [weights[i] for i in d["moments"]] or weights[1:]:
-        frame = training.network_of(settings_of({**d, "arch": "separate"})).to(sde.device())
+        frame = training.network_of(settings_of({**d, "arch": "separate"})).to(workshop.device())
         here = evaluation.Hybrid(frame, {k: training.averaged_model(moment)})
         here.boundaries = frame.boundaries
         model = others_serve(here, [k], end)
@@ -314,7 +315,7 @@ def gradient(model, images, low, high, seed, process):
     The same seed gives the same pictures, noise and places between low and high.
     """
     generator = torch.Generator().manual_seed(seed)
-    x0 = training.network_space(images)
+    x0 = workshop.to_network_space(images)
     eps = torch.randn(x0.shape, generator=generator).to(x0)
     t = low + (high - low) * torch.rand(len(x0), generator=generator).to(x0)
     loss = training.weighted_error(model, x0, eps, t, process).mean()
@@ -323,7 +324,7 @@ def gradient(model, images, low, high, seed, process):
 
 def raw_model(moment):
     """Build the network that was being trained, not its average."""
-    model = training.network_of(moment["settings"]).to(sde.device())
+    model = training.network_of(moment["settings"]).to(workshop.device())
     model.load_state_dict(moment["model"])
     return model
 

@@ -20,7 +20,7 @@ import jupytext
 import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = sorted(path.stem for path in ROOT.glob("0[1-9]_*.py"))
+STEPS = sorted(path.stem for path in ROOT.glob("0[0-9]_*.py"))
 sys.path.insert(0, str(ROOT))
 
 
@@ -87,7 +87,7 @@ def main():
         shutil.rmtree(out, ignore_errors=True)  # holds nothing but an earlier demo
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.pop("MPLBACKEND", None)  # a backend without windows would take the figures away
-    importlib.import_module(STEPS[0]).let_threads_sleep()  # of the kernels, which inherit it
+    importlib.import_module(STEPS[0]).let_idle_threads_sleep()  # of the kernels, which inherit it
     begin = time.perf_counter()
     for i, step in enumerate(steps, start=1):
         print(f"[{i}/{len(steps)}] {step} … ", end="", flush=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = sorted(path.stem for path in ROOT.glob("0[1-9]_*.py"))
+STEPS = sorted(path.stem for path in ROOT.glob("0[0-9]_*.py"))
 sys.path.insert(0, str(ROOT))
 
 
@@ -35,7 +35,12 @@ def fixed_seed():
 
 
 def step(number):
-    return importlib.import_module(STEPS[number - 1])
+    return importlib.import_module(STEPS[number])
+
+
+@pytest.fixture(scope="session")
+def workshop():
+    return step(0)
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +74,9 @@ def ldm():
 
 
 @pytest.fixture(scope="session")
-def digits(sde):
+def digits(workshop, sde):
     """The digits as floats in [0, 1], (1797, 1, 8, 8)."""
-    return sde.load_images("digits")[0].float() / 255
+    return workshop.load_images("digits")[0].float() / 255
 
 
 @pytest.fixture(scope="session")

@@ -257,22 +257,22 @@ def test_sampling_with_it_gives_back_training_images(sde, digits):
         (torch.zeros(2, 1, 8, 8), 0.0, torch.zeros(3, 1, 8, 8)),
     ],
 )
-def test_posterior_mean_refuses_what_cannot_be(sde, x, t, images):
-    with pytest.raises(sde.BadInput):
+def test_posterior_mean_refuses_what_cannot_be(workshop, sde, x, t, images):
+    with pytest.raises(workshop.BadInput):
         sde.posterior_mean(x, t, sde.VP, images)
 
 
-def test_digits_and_unknown_sets(sde):
-    pixels, labels = sde.load_images("digits")
+def test_digits_and_unknown_sets(workshop, sde):
+    pixels, labels = workshop.load_images("digits")
     assert pixels.shape == (1797, 1, 8, 8) and pixels.dtype == torch.uint8
     assert pixels.max() == 255 and labels.bincount().tolist() == [178, 182, 177, 183, 181] + [
         *(182, 181, 179, 174, 180)
     ]
-    with pytest.raises(sde.BadInput, match="unknown dataset 'nope'"):
-        sde.load_images("nope")
+    with pytest.raises(workshop.BadInput, match="unknown dataset 'nope'"):
+        workshop.load_images("nope")
 
 
-def test_mnist_from_files(sde, tmp_path):
+def test_mnist_from_files(workshop, sde, tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
@@ -281,12 +281,12 @@ def test_mnist_from_files(sde, tmp_path):
         (raw / image_file).write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels.tobytes())
         (raw / label_file).write_bytes(struct.pack(">2i", 2049, n) + bytes(range(n)))
         (raw / f"{image_file}.gz").write_bytes(gzip.compress((raw / image_file).read_bytes()))
-    images, labels = sde.load_images("mnist", str(tmp_path))
+    images, labels = workshop.load_images("mnist", str(tmp_path))
     assert images.shape == (5, 1, 28, 28) and labels.tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(images[:, 0].numpy(), pixels)
 
 
-def test_cifar10_from_files(sde, tmp_path, monkeypatch):
+def test_cifar10_from_files(workshop, sde, tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     # files made here cannot have the published checksums
@@ -298,12 +298,12 @@ def test_cifar10_from_files(sde, tmp_path, monkeypatch):
     for i in range(5):
         content = {"data": rows[i], "labels": [i, i]}
         (folder / f"data_batch_{i + 1}").write_bytes(pickle.dumps(content))
-    images, labels = sde.load_images("cifar10", str(tmp_path))
+    images, labels = workshop.load_images("cifar10", str(tmp_path))
     assert images.shape == (10, 3, 32, 32) and labels.tolist() == sorted([*range(5)] * 2)
     np.testing.assert_array_equal(images.flatten(1).numpy(), rows.reshape(10, 3072))
 
 
-def test_celeba_is_cropped_and_resized(sde, tmp_path, monkeypatch):
+def test_celeba_is_cropped_and_resized(workshop, sde, tmp_path, monkeypatch):
     from PIL import Image
     from torchvision.datasets import CelebA
 
@@ -318,36 +318,36 @@ def test_celeba_is_cropped_and_resized(sde, tmp_path, monkeypatch):
             self.filename = ["0.png", "1.png", "2.png"]  # 3.png belongs to another split
 
     monkeypatch.setattr("torchvision.datasets.CelebA", Made)
-    images, labels = sde.load_images("celeba", str(tmp_path), size=32)
+    images, labels = workshop.load_images("celeba", str(tmp_path), size=32)
     assert images.shape == (3, 3, 32, 32) and labels is None
     assert images[2, :, 16, 16].tolist() == [20, 20, 30]
 
 
-def test_folder_of_pictures(sde, tmp_path):
+def test_folder_of_pictures(workshop, sde, tmp_path):
     from PIL import Image
 
-    with pytest.raises(sde.BadInput, match="no pictures under"):
-        sde.load_images("folder", str(tmp_path))
+    with pytest.raises(workshop.BadInput, match="no pictures under"):
+        workshop.load_images("folder", str(tmp_path))
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (40, 60), (255, 0, 0)).save(tmp_path / "deep" / "red.png")
     Image.new("L", (64, 64), 77).save(tmp_path / "grey.jpg")
-    images, _ = sde.load_images("folder", str(tmp_path), size=16)
+    images, _ = workshop.load_images("folder", str(tmp_path), size=16)
     assert images.shape == (2, 3, 16, 16)
     assert images[0, :, 8, 8].tolist() == [255, 0, 0]
     (tmp_path / "torn.png").write_bytes(b"not a picture")
-    with pytest.raises(sde.BadInput, match=r"torn\.png"):
-        sde.load_images("folder", str(tmp_path), size=16)
+    with pytest.raises(workshop.BadInput, match=r"torn\.png"):
+        workshop.load_images("folder", str(tmp_path), size=16)
 
 
-def test_missing_set_ends_in_one_sentence(sde, tmp_path, monkeypatch):
+def test_missing_set_ends_in_one_sentence(workshop, sde, tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     def unreachable(self):
         raise OSError("no network")
 
     monkeypatch.setattr(CIFAR10, "download", unreachable)
-    with pytest.raises(sde.BadInput, match="put its files there"):
-        sde.load_images("cifar10", str(tmp_path))
+    with pytest.raises(workshop.BadInput, match="put its files there"):
+        workshop.load_images("cifar10", str(tmp_path))
 
 
 def write_mnist(folder, pixels, labels):
@@ -362,16 +362,16 @@ def write_mnist(folder, pixels, labels):
     return raw / "train-images-idx3-ubyte"
 
 
-def test_damaged_mnist_is_named_with_the_way_out(sde, tmp_path):
+def test_damaged_mnist_is_named_with_the_way_out(workshop, sde, tmp_path):
     pixels = np.zeros((5, 28, 28), dtype=np.uint8)
     path = write_mnist(tmp_path, pixels, [0, 1, 2, 3, 4])
     whole, noise = path.read_bytes(), np.random.default_rng(0).bytes(5000)
     for content in (b"", noise, whole[:-1], whole[:10], b"\0" * 5000):
         path.write_bytes(content)
         with pytest.raises(
-            sde.BadInput, match=r"MNIST/raw is damaged \(.*\): remove it, and it is"
+            workshop.BadInput, match=r"MNIST/raw is damaged \(.*\): remove it, and it is"
         ):
-            sde.load_images("mnist", str(tmp_path))
+            workshop.load_images("mnist", str(tmp_path))
     for wrong, labels in (  # whole files that are no MNIST
         (pixels, [1, 2, 3]),
         (pixels, [1, 2, 3, 4, 10]),
@@ -379,11 +379,11 @@ def test_damaged_mnist_is_named_with_the_way_out(sde, tmp_path):
         (pixels[:0], []),
     ):
         write_mnist(tmp_path, wrong, labels)
-        with pytest.raises(sde.BadInput, match="MNIST/raw is damaged"):
-            sde.load_images("mnist", str(tmp_path))
+        with pytest.raises(workshop.BadInput, match="MNIST/raw is damaged"):
+            workshop.load_images("mnist", str(tmp_path))
 
 
-def test_damaged_cifar10_is_named_with_the_way_out(sde, tmp_path, monkeypatch):
+def test_damaged_cifar10_is_named_with_the_way_out(workshop, sde, tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     folder = tmp_path / "cifar-10-batches-py"
@@ -395,13 +395,15 @@ def test_damaged_cifar10_is_named_with_the_way_out(sde, tmp_path, monkeypatch):
 
     monkeypatch.setattr(CIFAR10, "download", unreachable)
     sentence = r"cifar-10-batches-py is damaged or incomplete and could not be .*no network"
-    with pytest.raises(sde.BadInput, match=sentence):
-        sde.load_images("cifar10", str(tmp_path))
+    with pytest.raises(workshop.BadInput, match=sentence):
+        workshop.load_images("cifar10", str(tmp_path))
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # right sums, wrong content
     for content in (b"", b"random", pickle.dumps({"labels": [1]})):
         (folder / "data_batch_1").write_bytes(content)
-        with pytest.raises(sde.BadInput, match=r"cifar-10-batches-py is damaged \(.*remove it"):
-            sde.load_images("cifar10", str(tmp_path))
+        with pytest.raises(
+            workshop.BadInput, match=r"cifar-10-batches-py is damaged \(.*remove it"
+        ):
+            workshop.load_images("cifar10", str(tmp_path))
 
 
 @contextlib.contextmanager
@@ -414,11 +416,11 @@ def silent_host():
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "celeba"])
-def test_a_host_that_never_answers_is_given_up(sde, tmp_path, monkeypatch, dataset):
+def test_a_host_that_never_answers_is_given_up(workshop, sde, tmp_path, monkeypatch, dataset):
     import requests
     from torchvision import datasets
 
-    monkeypatch.setattr(sde, "PATIENCE", 0.3)
+    monkeypatch.setattr(workshop, "PATIENCE", 0.3)
     before, begin = requests.adapters.HTTPAdapter.send, time.monotonic()
     with silent_host() as url:
         monkeypatch.setattr(datasets.MNIST, "mirrors", [url, url])
@@ -426,23 +428,27 @@ def test_a_host_that_never_answers_is_given_up(sde, tmp_path, monkeypatch, datas
         # what gdown does, which fetches CelebA
         fetch = lambda *args: requests.get(url, stream=True)  # noqa: E731
         monkeypatch.setattr("torchvision.datasets.celeba.download_file_from_google_drive", fetch)
-        with pytest.raises(sde.BadInput, match=r"is not in .* could not be downloaded \(.*time"):
-            sde.load_images(dataset, str(tmp_path))
+        with pytest.raises(
+            workshop.BadInput, match=r"is not in .* could not be downloaded \(.*time"
+        ):
+            workshop.load_images(dataset, str(tmp_path))
     assert time.monotonic() - begin < 10
     assert socket.getdefaulttimeout() is None and requests.adapters.HTTPAdapter.send is before
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_roots_that_are_no_folders(sde, tmp_path, monkeypatch):
+def test_roots_that_are_no_folders(workshop, sde, tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_bytes(b"kept")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("file", "link", "missing"):
-        with pytest.raises(sde.BadInput, match=f"cannot read the folder .*{name} "):
-            sde.load_images("folder", str(tmp_path / name))
+        with pytest.raises(workshop.BadInput, match=f"cannot read the folder .*{name} "):
+            workshop.load_images("folder", str(tmp_path / name))
     for dataset in ("mnist", "cifar10", "celeba"):
-        with pytest.raises(sde.BadInput, match="file is no folder: give --root one that holds"):
-            sde.load_images(dataset, str(file))
+        with pytest.raises(
+            workshop.BadInput, match="file is no folder: give --root one that holds"
+        ):
+            workshop.load_images(dataset, str(file))
     assert file.read_bytes() == b"kept"
 
 
@@ -455,13 +461,15 @@ def save_pictures(folder, n, side=8):
         Image.new("RGB", (side, side), (i % 256, i // 256, 30)).save(folder / f"{i:04}.png")
 
 
-def test_folders_with_what_is_no_picture(sde, tmp_path, monkeypatch):
+def test_folders_with_what_is_no_picture(workshop, sde, tmp_path, monkeypatch):
     save_pictures(tmp_path / "deep", 3)
     (tmp_path / "x.png").mkdir()  # a folder in spite of its name
-    assert len(sde.load_images("folder", tmp_path, 8)[0]) == 3
+    assert len(workshop.load_images("folder", tmp_path, 8)[0]) == 3
     (tmp_path / "gone.png").symlink_to("nowhere")
-    with pytest.raises(sde.BadInput, match=r"1 of 4 pictures are unreadable, .*gone\.png: mend or"):
-        sde.load_images("folder", tmp_path, 8)
+    with pytest.raises(
+        workshop.BadInput, match=r"1 of 4 pictures are unreadable, .*gone\.png: mend or"
+    ):
+        workshop.load_images("folder", tmp_path, 8)
     scan = os.scandir
 
     def locked(path):
@@ -470,13 +478,15 @@ def test_folders_with_what_is_no_picture(sde, tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", locked)  # as root one may read everything
-    with pytest.raises(sde.BadInput, match=r"cannot read the folder .*deep \(Permission denied\)"):
-        sde.load_images("folder", tmp_path, 8)
-    with pytest.raises(sde.BadInput, match="size = 0 must be 1 or more"):
-        sde.PictureFiles([], 0)
+    with pytest.raises(
+        workshop.BadInput, match=r"cannot read the folder .*deep \(Permission denied\)"
+    ):
+        workshop.load_images("folder", tmp_path, 8)
+    with pytest.raises(workshop.BadInput, match="size = 0 must be 1 or more"):
+        workshop.PictureFiles([], 0)
 
 
-def test_pictures_of_every_kind_are_read(sde, tmp_path):
+def test_pictures_of_every_kind_are_read(workshop, sde, tmp_path):
     from PIL import Image
 
     colour = Image.new("RGB", (20, 20), (200, 100, 50))
@@ -485,15 +495,15 @@ def test_pictures_of_every_kind_are_read(sde, tmp_path):
     colour.convert("1").save(tmp_path / "1.png")
     Image.fromarray(np.full((20, 20), 257 * 90, dtype=np.uint16)).save(tmp_path / "16.png")
     Image.new("RGB", (1, 300)).save(tmp_path / "thin.png")
-    files = sde.picture_files("folder", tmp_path)
-    found = {path.name: sde.PictureFiles([path], 8)[0] for path in files}
+    files = workshop.list_picture_files("folder", tmp_path)
+    found = {path.name: workshop.PictureFiles([path], 8)[0] for path in files}
     assert all(x.shape == (3, 8, 8) and x.dtype == torch.uint8 for x in found.values())
     assert found["16.png"].unique().tolist() == [90]  # the upper 8 of its 16 bits
     assert found["p.png"][:, 4, 4].tolist() == pytest.approx([200, 100, 50], abs=30)
 
 
 @pytest.mark.parametrize("what", ["torn", "empty", "bomb", "warning", "floats"])
-def test_pictures_that_pil_refuses_are_counted(sde, tmp_path, capsys, monkeypatch, what):
+def test_pictures_that_pil_refuses_are_counted(workshop, sde, tmp_path, capsys, monkeypatch, what):
     from PIL import Image
 
     save_pictures(tmp_path, 120)
@@ -506,7 +516,7 @@ def test_pictures_that_pil_refuses_are_counted(sde, tmp_path, capsys, monkeypatc
     else:
         Image.new("RGB", (40, 40)).save(path)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500 if what == "bomb" else 1000)
-    images, _ = sde.load_images("folder", tmp_path, 8)
+    images, _ = workshop.load_images("folder", tmp_path, 8)
     assert images[:, 0, 4, 4].tolist() == [i for i in range(120) if i != 5]
     said = capsys.readouterr().out
     assert "unreadable, skipped" in said and "1 of 120 pictures were unreadable" in said
@@ -525,16 +535,16 @@ class Watched:
         return torch.full((3, 2, 2), ignored, dtype=torch.uint8)
 
 
-def test_workers_decode_and_leave_ctrl_c_to_the_main_process(sde, monkeypatch):
+def test_workers_decode_and_leave_ctrl_c_to_the_main_process(workshop, sde, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     state = torch.get_rng_state()
-    assert sde.read_pictures(Watched(), workers=2).min() == 1
-    assert sde.read_pictures(Watched(), workers=0).max() == 0
+    assert workshop.read_pictures(Watched(), workers=2).min() == 1
+    assert workshop.read_pictures(Watched(), workers=0).max() == 0
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.fixture
-def celeba(sde, tmp_path, monkeypatch):
+def celeba(workshop, sde, tmp_path, monkeypatch):
     """300 files in CelebA's place, two of them unreadable; call it to load them."""
     from torchvision.datasets import CelebA
 
@@ -549,10 +559,12 @@ def celeba(sde, tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CelebA", Made)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    return lambda workers=0: sde.read_pictures(sde.open_files("celeba", tmp_path, 8), workers)
+    return lambda workers=0: workshop.read_pictures(
+        workshop.open_picture_files("celeba", tmp_path, 8), workers
+    )
 
 
-def test_celeba_is_kept_decoded(sde, celeba, tmp_path, capsys, monkeypatch):
+def test_celeba_is_kept_decoded(workshop, sde, celeba, tmp_path, capsys, monkeypatch):
     from PIL import Image
 
     kept = tmp_path / "celeba" / "train-8.npy"
@@ -561,16 +573,16 @@ def test_celeba_is_kept_decoded(sde, celeba, tmp_path, capsys, monkeypatch):
     assert counted in capsys.readouterr().out and kept.is_file()
     alone = [i for i in range(300) if i not in (7, 250)]
     assert (first[:, 0, 0, 0] + 256 * first[:, 1, 0, 0].int()).tolist() == alone
-    decode = sde.open_picture
+    decode = workshop.open_picture
 
     def refused(path):
         assert path.name in ("0007.png", "0250.png")  # these are looked at again
         return decode(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sde, "open_picture", refused)
+        patch.setattr(workshop, "open_picture", refused)
         assert torch.equal(celeba(), first)
-        assert torch.equal(sde.load_images("celeba", tmp_path, 8)[0], first)
+        assert torch.equal(workshop.load_images("celeba", tmp_path, 8)[0], first)
     said = capsys.readouterr().out
     assert said.count(counted) == 2 and "does not fit" not in said
     whole = kept.read_bytes()
@@ -602,16 +614,16 @@ def test_celeba_is_read_where_nothing_can_be_written(sde, celeba, tmp_path, caps
     assert [path.name for path in (tmp_path / "celeba").iterdir()] == ["img_align_celeba"]
 
 
-def test_celeba_that_was_not_wholly_unpacked(sde, celeba, tmp_path):
+def test_celeba_that_was_not_wholly_unpacked(workshop, sde, celeba, tmp_path):
     folder = tmp_path / "celeba" / "img_align_celeba"
     for i in range(200, 300):
         (folder / f"{i:04}.png").unlink()
     with pytest.raises(
-        sde.BadInput, match="lacks 100 of 300 pictures, such as 0200.png: remove it"
+        workshop.BadInput, match="lacks 100 of 300 pictures, such as 0200.png: remove it"
     ):
         celeba()
     shutil.rmtree(folder)
-    with pytest.raises(sde.BadInput, match="cannot read the folder .*img_align_celeba"):
+    with pytest.raises(workshop.BadInput, match="cannot read the folder .*img_align_celeba"):
         celeba()
 
 
@@ -630,35 +642,38 @@ def test_the_step_works_with_a_handful_of_pictures(tmp_path, n):
     assert (tmp_path / "figures" / "01_films.png").exists()
 
 
-def test_files_are_replaced_whole_or_not_at_all(sde, tmp_path):
+def test_files_are_replaced_whole_or_not_at_all(workshop, sde, tmp_path):
     path = tmp_path / "deep" / "file.txt"
-    with sde.replacing(path) as aside:
+    with workshop.replacing(path) as aside:
         aside.write_text("first", encoding="utf-8")
-    with pytest.raises(RuntimeError), sde.replacing(path) as aside:
+    with pytest.raises(RuntimeError), workshop.replacing(path) as aside:
         aside.write_text("half", encoding="utf-8")
         raise RuntimeError
     assert path.read_text(encoding="utf-8") == "first"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-    with pytest.raises(sde.BadInput, match="cannot write"), sde.replacing(path / "below") as aside:
+    with (
+        pytest.raises(workshop.BadInput, match="cannot write"),
+        workshop.replacing(path / "below") as aside,
+    ):
         aside.write_text("never", encoding="utf-8")
 
 
-def test_pictures_are_tiled_with_space_between(sde):
-    grid = sde.tile(torch.zeros(5, 1, 8, 8), columns=3)
+def test_pictures_are_tiled_with_space_between(workshop, sde):
+    grid = workshop.tile_images(torch.zeros(5, 1, 8, 8), columns=3)
     assert grid.shape == (3, 2 * 48 + 3 * 6, 3 * 48 + 4 * 6)
     assert grid[0, 0, 0] == 1 and grid[0, 7, 7] == 0
 
 
-def test_environment_names_what_is_missing(sde, monkeypatch, tmp_path):
-    lines, complete = sde.environment()
+def test_environment_names_what_is_missing(workshop, sde, monkeypatch, tmp_path):
+    lines, complete = workshop.describe_environment()
     assert complete and any(line.startswith("torch ") for line in lines)
     (tmp_path / "requirements.txt").write_text("torch>=2\nno-such-package>=1\n", encoding="utf-8")
-    monkeypatch.setattr(sde, "ROOT", tmp_path)
-    lines, complete = sde.environment()
+    monkeypatch.setattr(workshop, "ROOT", tmp_path)
+    lines, complete = workshop.describe_environment()
     assert not complete and "no-such-package MISSING" in "\n".join(lines)
 
 
-def test_products_are_exact_whatever_was_set(sde):
+def test_products_are_exact_whatever_was_set(workshop, sde):
     """TF32, which a variable of the environment may turn on, would cost what is promised."""
     seen, before = [], torch.get_float32_matmul_precision()
 
@@ -673,7 +688,7 @@ def test_products_are_exact_whatever_was_set(sde):
     try:
         sde.posterior_mean(x, 0.5, Watched, images)
         assert torch.get_float32_matmul_precision() == "high"
-        with pytest.raises(sde.BadInput):
+        with pytest.raises(workshop.BadInput):
             sde.posterior_mean(x, 0.0, Watched, images)
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -681,14 +696,16 @@ def test_products_are_exact_whatever_was_set(sde):
     assert set(seen) == {"highest"}
 
 
-def test_memory_that_does_not_suffice_is_one_sentence(sde):
-    with pytest.raises(sde.BadInput, match="memory of this machine is used up.*smaller --batch"):
-        with sde.enough_memory():
+def test_memory_that_does_not_suffice_is_one_sentence(workshop, sde):
+    with pytest.raises(
+        workshop.BadInput, match="memory of this machine is used up.*smaller --batch"
+    ):
+        with workshop.enough_memory():
             torch.empty(2**50, dtype=torch.uint8)  # a pebibyte
-    with pytest.raises(sde.BadInput, match=r"for 20\.00 GiB more\): sell something"):
-        with sde.enough_memory("sell something"):
+    with pytest.raises(workshop.BadInput, match=r"for 20\.00 GiB more\): sell something"):
+        with workshop.enough_memory("sell something"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0")
-    with pytest.raises(RuntimeError, match="another bug"), sde.enough_memory():
+    with pytest.raises(RuntimeError, match="another bug"), workshop.enough_memory():
         raise RuntimeError("another bug")
 
 

@@ -48,8 +48,8 @@ def test_cuts_are_unbiased_and_their_errors_honest(clustering, digits):
     """40 runs with K = 500 scatter around a run with K = 40,000, by as much as they say."""
     truth = np.array(clustering.algorithm_1(digits, samples=40_000, seed=99))
     runs = [clustering.similarity_curves(digits, samples=500, seed=seed) for seed in range(40)]
-    cuts = np.array([clustering.cut(run) for run in runs])
-    said = np.array([clustering.standard_errors(run, clustering.cut(run)) for run in runs])
+    cuts = np.array([clustering.read_cuts(run) for run in runs])
+    said = np.array([clustering.standard_errors(run, clustering.read_cuts(run)) for run in runs])
     spread = cuts.std(0, ddof=1)
     assert (abs(cuts.mean(0) - truth) < 3.5 * spread / 40**0.5 + 0.0005).all()
     assert (0.6 * spread < said.mean(0)).all() and (said.mean(0) < 1.8 * spread).all()
@@ -64,7 +64,7 @@ def test_samples_go_where_they_tell(clustering, digits):
         generator = torch.Generator().manual_seed(seed)
         bar, y_mean = tqdm(disable=True), digits.mean(0, keepdim=True)
         settings = bar, generator, digits, y_mean, clustering.VP, 2 / 256, "mean"
-        return clustering.cut(clustering._sample_cells(edges, counts, *settings))
+        return clustering.read_cuts(clustering._sample_cells(edges, counts, *settings))
 
     uniform = np.std([plain(s) for s in range(12)], 0)
     assert (spread**2).sum() < 0.7 * (uniform**2).sum()
@@ -78,12 +78,12 @@ def test_an_unlucky_pilot_does_no_harm(clustering, digits):
     none = np.zeros(100)
     tight = clustering.Curves(edges, S0, S0[::-1], none, none)
     loose = clustering.Curves(edges, S0, S0[::-1], none + 0.08, none)
-    t_1, t_2 = clustering.cut(tight, 0.9)
+    t_1, t_2 = clustering.read_cuts(tight, 0.9)
     error, _ = clustering.standard_errors(loose, [t_1, t_2], 0.9)
     assert error > 0.02
-    sampled = centre[(clustering._worth(loose, 0.9) > 0) & (centre < (t_1 + t_2) / 2)]
+    sampled = centre[(clustering._weigh_cells(loose, 0.9) > 0) & (centre < (t_1 + t_2) / 2)]
     assert abs(sampled[-1] - (t_1 + 2 * error)) < 0.01
-    sampled = centre[(clustering._worth(tight, 0.9) > 0) & (centre < (t_1 + t_2) / 2)]
+    sampled = centre[(clustering._weigh_cells(tight, 0.9) > 0) & (centre < (t_1 + t_2) / 2)]
     assert abs(sampled[-1] - (t_1 + 0.03)) < 0.01
     cuts = []
     for seed in range(10):  # the same pictures in other orders: other luck
@@ -101,8 +101,8 @@ def test_guesses_change_the_scatter_and_not_the_mean(sde, clustering, reference)
         times = torch.full((1500, 5), t).double()
         y_mean = images.mean(0, keepdim=True)
         settings = generator, images, y_mean, clustering.VP, 0.05, reference
-        guessed = clustering._samples(times, *settings)
-        plain = clustering._samples(times[:, :1], *settings)
+        guessed = clustering._draw_samples(times, *settings)
+        plain = clustering._draw_samples(times[:, :1], *settings)
         error = ((guessed.var(0) + plain.var(0)) / 1500).sqrt()
         assert (abs(guessed.mean(0) - plain.mean(0)) < 4 * error + 1e-12).all()
     assert guessed.var(0)[0] < 0.6 * plain.var(0)[0]  # at t = 0.3, where few see what all see
@@ -130,9 +130,9 @@ def test_cut_reads_the_running_averages(clustering):
     tau, low, high = clustering.running_averages(curves)
     assert tau[low >= 0.9][-1] == pytest.approx(0.5, abs=2e-4)
     assert tau[high >= 0.9][0] == pytest.approx(0.5, abs=2e-4)
-    assert clustering.cut(curves, 0.95) == pytest.approx([4 / 9, 5 / 9], abs=2e-4)
+    assert clustering.read_cuts(curves, 0.95) == pytest.approx([4 / 9, 5 / 9], abs=2e-4)
     with pytest.raises(ValueError, match=r"alpha = 1\.5"):
-        clustering.cut(curves, 1.5)
+        clustering.read_cuts(curves, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_cut_reads_the_running_averages(clustering):
         (torch.rand(3, 1, 4, 4), {"alpha": 1.1}, r"alpha = 1\.1"),
     ],
 )
-def test_bad_input(sde, clustering, images, settings, sentence):
-    with pytest.raises(sde.BadInput, match=sentence):
+def test_bad_input(workshop, sde, clustering, images, settings, sentence):
+    with pytest.raises(workshop.BadInput, match=sentence):
         clustering.algorithm_1(images, **{"samples": 50, **settings})
 
 
@@ -177,8 +177,8 @@ def test_dynamic_program_equals_enumeration(clustering, n):
     assert total(found) == pytest.approx(best, abs=1e-5)
 
 
-def test_more_clusters_than_times(sde, clustering):
-    with pytest.raises(sde.BadInput, match="n = 11"):
+def test_more_clusters_than_times(workshop, sde, clustering):
+    with pytest.raises(workshop.BadInput, match="n = 11"):
         clustering.timestep_clusters(11, T=10)
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 @pytest.fixture
 def multistage(unet):
-    return unet.randomize(unet.build("digits"))
+    return unet.randomize(unet.build_network("digits"))
 
 
 def plain_unet(w, x, t):
@@ -64,7 +64,7 @@ def plain_unet(w, x, t):
 
 
 def test_one_stage_equals_a_plain_unet(unet):
-    model = unet.randomize(unet.build("digits_unified"))
+    model = unet.randomize(unet.build_network("digits_unified"))
     x, t = torch.randn(5, 1, 8, 8), torch.rand(5)
     torch.testing.assert_close(
         model(x, t), plain_unet(model.state_dict(), x, t), rtol=1e-4, atol=1e-4
@@ -73,7 +73,7 @@ def test_one_stage_equals_a_plain_unet(unet):
 
 @pytest.mark.parametrize("name", ["digits", "digits_separate"])
 def test_a_mixed_batch_equals_each_picture_alone(unet, name):
-    model = unet.randomize(unet.build(name, boundaries=(0.3, 0.6)))
+    model = unet.randomize(unet.build_network(name, boundaries=(0.3, 0.6)))
     x, t = torch.randn(9, 1, 8, 8), torch.tensor([0.9, 0.1, 0.5, 0.3, 0.6, 0.2, 1.0, 0.001, 0.59])
     assert model.stage(t).tolist() == [2, 0, 1, 1, 2, 0, 2, 0, 1]
     alone = torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(9)])
@@ -100,8 +100,8 @@ def test_a_stage_does_not_touch_other_decoders(multistage):
 
 def test_the_untrained_network_predicts_zero_or_its_input(unet):
     x, t = torch.randn(4, 1, 8, 8), torch.rand(4)
-    assert unet.build("digits", add_input=False)(x, t).abs().max() == 0
-    assert torch.equal(unet.build("digits")(x, t), x)
+    assert unet.build_network("digits", add_input=False)(x, t).abs().max() == 0
+    assert torch.equal(unet.build_network("digits")(x, t), x)
 
 
 def test_every_network_runs_and_its_parts_are_shared_as_named(unet):
@@ -109,7 +109,7 @@ def test_every_network_runs_and_its_parts_are_shared_as_named(unet):
         if re.match("table[567]", name):
             continue  # these run where their cost is counted
         with torch.device("meta"):
-            model = unet.build(name)
+            model = unet.build_network(name)
             x = torch.empty(1, model.channels, model.size, model.size)
             for k in {0, len(model.decoders) - 1}:
                 assert model.branch(x, torch.empty(1), k).shape == x.shape
@@ -125,7 +125,7 @@ def test_cost_counts_a_convolution_and_everything_once(unet):
     macs = unet.macs_as_published(lambda: layer(torch.zeros(1, 3, 4, 4)), layer)
     assert macs == 16 * 5 * 3 * 9 + 2 * 5 * 16 + 80 * 7
     rows = unet.cost("digits")
-    model = unet.build("digits")
+    model = unet.build_network("digits")
     assert rows["total"]["parameters"] == sum(p.numel() for p in model.parameters())
     shared = sum(p.numel() for p in model.encoders.parameters())
     assert (
@@ -138,7 +138,7 @@ def test_cost_counts_a_convolution_and_everything_once(unet):
 
 
 def test_a_width_that_no_group_of_four_divides(unet):
-    model = unet.build("digits", encoder=20, decoders=(36, 28, 6))
+    model = unet.build_network("digits", encoder=20, decoders=(36, 28, 6))
     assert model(torch.randn(1, 1, 8, 8), torch.tensor([0.9])).shape == (1, 1, 8, 8)
 
 
@@ -159,7 +159,7 @@ def test_a_width_that_no_group_of_four_divides(unet):
 )
 def test_contradictory_settings(unet, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        unet.build("digits", **changes)
+        unet.build_network("digits", **changes)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 7, 8), (1, 8, 8)])
@@ -170,7 +170,7 @@ def test_pictures_that_do_not_fit(multistage, shape):
 
 def test_unknown_network(unet):
     with pytest.raises(ValueError, match="unknown network 'nope': take one of cifar10"):
-        unet.build("nope")
+        unet.build_network("nope")
 
 
 SHRUNK = dict(size=16, encoder=16, decoders=(24, 16, 8), mults=(1, 2), blocks=1, attention=(8,))
@@ -225,7 +225,7 @@ def test_the_edm_network_is_the_released_one(unet, evaluation, training):
     assert rows[2]["gflops"] == pytest.approx(7.31, abs=0.005)
     assert rows[1] == {**unified[0], "parameters": rows[1]["parameters"]}
     with torch.device("meta"):
-        model = unet.build("edm")
+        model = unet.build_network("edm")
     norms = [part for part in model.modules() if isinstance(part, torch.nn.GroupNorm)]
     assert max(norm.num_groups for norm in norms) == 16
     times = evaluation.times_asked("heun", training.kernel_of("edm"), 35)
@@ -273,7 +273,7 @@ class Code:
         return (print, ("this must never run",))
 
 
-def test_other_files_are_no_checkpoints(sde, unet, golden, tmp_path, monkeypatch, capsys):
+def test_other_files_are_no_checkpoints(workshop, sde, unet, golden, tmp_path, monkeypatch, capsys):
     kind, _, named = recorded(unet, golden, "dpm")
     monkeypatch.setitem(unet.NETWORKS, "shrunk", kind)
     path = tmp_path / "checkpoint.pth"
@@ -281,7 +281,7 @@ def test_other_files_are_no_checkpoints(sde, unet, golden, tmp_path, monkeypatch
 
     def refused(saved, sentence):
         torch.save(saved, path)
-        with pytest.raises(sde.BadInput, match=sentence):
+        with pytest.raises(workshop.BadInput, match=sentence):
             unet.load_release_checkpoint(path)
 
     refused({**good, "extra": Code()}, "cannot be read as plain tensors")
@@ -296,9 +296,9 @@ def test_other_files_are_no_checkpoints(sde, unet, golden, tmp_path, monkeypatch
     refused({"model": {"de_modules.0.0.weight": 3}}, "none of the published networks")
     torch.save(good, path)
     path.write_bytes(path.read_bytes()[:20_000])
-    with pytest.raises(sde.BadInput, match="damaged"):
+    with pytest.raises(workshop.BadInput, match="damaged"):
         unet.load_release_checkpoint(path)
-    with pytest.raises(sde.BadInput, match="there is no checkpoint"):
+    with pytest.raises(workshop.BadInput, match="there is no checkpoint"):
         unet.load_release_checkpoint(tmp_path / "none.pth")
 
 
@@ -325,7 +325,7 @@ def test_a_parameter_count_follows_from_the_widths_alone(unet):
     assert everywhere[0] == published[0]
     assert everywhere[1]["parameters"] > published[1]["parameters"]
     with torch.device("meta"):
-        decoders = unet.build("table6_4").decoders
+        decoders = unet.build_network("table6_4").decoders
     having = [any(isinstance(part, unet.Attention) for part in d.modules()) for d in decoders]
     assert having == [True, False, False]
 
@@ -339,10 +339,12 @@ def test_equation_23(unet):
 
 
 @pytest.mark.parametrize("t", [-0.1, 1.01, math.nan])
-def test_times_off_the_timeline(sde, multistage, t):
+def test_times_off_the_timeline(workshop, sde, multistage, t):
     x = torch.zeros(2, 1, 8, 8)
     for use in (lambda t: multistage(x, t), multistage.stage):
-        with pytest.raises(sde.BadInput, match=re.escape(f"t = {t:g} lies outside the timeline")):
+        with pytest.raises(
+            workshop.BadInput, match=re.escape(f"t = {t:g} lies outside the timeline")
+        ):
             use(torch.tensor([0.5, t]))
 
 
@@ -384,7 +386,7 @@ def test_known_stages_in_turns_give_the_same_as_looking_at_the_times(unet, multi
     for model in (multistage, whole):
         assert torch.equal(model(x, t, stage=[2, 0, 1]), multistage(x, t))
     assert torch.equal(multistage(x[:1], t[:1], stage=[2, 0, 1]), multistage(x[:1], t[:1]))
-    separate = unet.randomize(unet.build("digits_separate"))
+    separate = unet.randomize(unet.build_network("digits_separate"))
     assert torch.equal(separate(x, t, stage=[2, 0, 1]), separate(x, t))
 
 
@@ -407,7 +409,7 @@ def test_on_a_gpu_norms_are_in_bfloat16_and_the_last_layer_is_not(unet, monkeypa
     try:
         torch._C._ensureCUDADeviceGuardSet()
         with FakeTensorMode(), torch.device("cuda"):
-            model, x, t = unet.build("digits"), torch.empty(2, 1, 8, 8), torch.empty(2)
+            model, x, t = unet.build_network("digits"), torch.empty(2, 1, 8, 8), torch.empty(2)
     except (AttributeError, RuntimeError) as error:
         pytest.skip(f"torch's private parts have moved: {error}")
     for part in model.modules():

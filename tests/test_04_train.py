@@ -17,12 +17,12 @@ TINY = dict(encoder=8, decoders=(8, 8, 8), attention=())
 
 def tiny(unet, **changes):
     torch.manual_seed(0)
-    return unet.build("digits", **{**TINY, "boundaries": (0.1, 0.44), **changes})
+    return unet.build_network("digits", **{**TINY, "boundaries": (0.1, 0.44), **changes})
 
 
 @pytest.fixture(scope="module")
-def pixels(sde):
-    return sde.load_images("digits")[0][:64]
+def pixels(workshop, sde):
+    return workshop.load_images("digits")[0][:64]
 
 
 def settings_for(**changes):
@@ -111,13 +111,13 @@ def test_training_lowers_the_loss(unet, training, pixels, process):
     assert sum(losses[-20:]) < 0.75 * sum(losses[:20])
 
 
-def test_the_loop_is_equation_4_and_its_average_is_as_stated(sde, unet, training, pixels):
+def test_the_loop_is_equation_4_and_its_average_is_as_stated(workshop, sde, unet, training, pixels):
     """One step redone by hand from the same random numbers."""
     model = unet.randomize(tiny(unet)).train()
     before = [p.detach().clone() for p in model.parameters()]
     state = training.new_state(model, 1e-2, seed=3)
-    i = torch.randint(64, (5,), generator=training.step_generator(3, 2))
-    dice = training.step_generator(3, 3)
+    i = torch.randint(64, (5,), generator=workshop.step_generator(3, 2))
+    dice = workshop.step_generator(3, 3)
     stage = torch.multinomial(torch.ones(3).double() / 3, 1, generator=dice).item()
     generator = torch.Generator().manual_seed(3)
     edges = training.stage_edges(model, "vp")
@@ -148,48 +148,50 @@ def test_only_the_stage_of_the_batch_is_trained(unet, training, pixels):
         assert same == (k != stage)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(sde, unet, training, pixels):
+def test_a_loss_that_is_not_finite_stops_the_run(workshop, sde, unet, training, pixels):
     state = training.new_state(unet.randomize(tiny(unet)), 1e-3, seed=0)
     next(state["model"].parameters()).data.fill_(torch.nan)
-    with pytest.raises(sde.BadInput, match="the loss is nan at step 50"):
+    with pytest.raises(workshop.BadInput, match="the loss is nan at step 50"):
         list(training.train(state, pixels, 60, batch=2))
 
 
 def fit_run(training, settings, pixels, folder, steps=None):
-    training.claim(folder, resume=steps is not None)
+    training.workshop.claim_folder(folder, resume=steps is not None)
     torch.manual_seed(settings["seed"])
     state = training.new_state(training.network_of(settings), settings["lr"], settings["seed"])
     if steps is not None:
-        training.restore(state, training.load(folder))
+        training.restore_checkpoint(state, training.workshop.read_checkpoint(folder))
     assert training.fit(state, pixels, settings, folder, save_every=3)
     return state
 
 
-def test_resuming_goes_on_bit_for_bit(training, pixels, tmp_path):
+def test_resuming_goes_on_bit_for_bit(workshop, training, pixels, tmp_path):
     whole = fit_run(training, settings_for(steps=7), pixels, tmp_path / "whole")
     fit_run(training, settings_for(steps=4), pixels, tmp_path / "parts")
     parts = fit_run(training, settings_for(steps=7), pixels, tmp_path / "parts", steps=7)
     for key in ("model", "ema"):
         for a, b in zip(whole[key].parameters(), parts[key].parameters(), strict=True):
             assert torch.equal(a, b)
-    rows = training.read_metrics(tmp_path / "parts")
+    rows = workshop.read_log(tmp_path / "parts")
     assert [row["step"] for row in rows] == list(range(1, 8))
     assert all("images_per_s" in row for row in rows)
     grids = sorted(path.name for path in (tmp_path / "parts" / "samples").iterdir())
     assert "0000007.png" in grids and len(grids) >= 5
 
 
-def test_a_checkpoint_from_another_kind_of_device_goes_on(training, pixels, tmp_path, capsys):
+def test_a_checkpoint_from_another_kind_of_device_goes_on(
+    workshop, training, pixels, tmp_path, capsys
+):
     """As a GPU saves it: a generator's state of 16 bytes, and moments with their channels last."""
     state = fit_run(training, settings_for(steps=4), pixels, tmp_path)
-    content = training.load(tmp_path)
+    content = workshop.read_checkpoint(tmp_path)
     content["generator"] = torch.zeros(16, dtype=torch.uint8)
     for moments in content["optimizer"]["state"].values():
         for key in ("exp_avg", "exp_avg_sq"):
             if moments[key].dim() == 4:
                 moments[key] = moments[key].to(memory_format=torch.channels_last)
     again = training.new_state(training.network_of(settings_for()), 1e-3, 0)
-    training.restore(again, content)
+    training.restore_checkpoint(again, content)
     assert "another kind of device" in capsys.readouterr().out
     assert not torch.equal(again["generator"].get_state(), torch.Generator().get_state())
     theirs, ours = (list(s["optimizer"].state.items()) for s in (state, again))
@@ -206,24 +208,26 @@ def test_a_checkpoint_from_another_kind_of_device_goes_on(training, pixels, tmp_
         assert torch.equal(a, b)
 
 
-def test_processes_start_with_the_same_weights_and_drop_out_other_units(training, monkeypatch):
-    monkeypatch.setattr(training, "wrap", lambda *_: None)
+def test_processes_start_with_the_same_weights_and_drop_out_other_units(
+    workshop, training, monkeypatch
+):
+    monkeypatch.setattr(training, "wrap_model", lambda *_: None)
     drawn, weights = [], []
     for place in ((0, 2), (1, 2), (0, 1)):
-        monkeypatch.setattr(training, "ranks", lambda place=place: place)
-        state = training.prepare(settings_for())
+        monkeypatch.setattr(workshop, "ranks", lambda place=place: place)
+        state = training.prepare_state(settings_for())
         weights.append(torch.cat([p.flatten() for p in state["model"].parameters()]))
         drawn.append(torch.rand(1).item())
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
     assert len(set(drawn)) == 3
 
 
-def test_a_batch_too_small_to_mix_all_stages_is_refused(sde, training):
-    with pytest.raises(sde.BadInput, match="batch = 2 cannot mix 3 stages: give 3 or more"):
-        training.prepare(settings_for(stages="mixed", batch=2))
+def test_a_batch_too_small_to_mix_all_stages_is_refused(workshop, sde, training):
+    with pytest.raises(workshop.BadInput, match="batch = 2 cannot mix 3 stages: give 3 or more"):
+        training.prepare_state(settings_for(stages="mixed", batch=2))
 
 
-def test_ctrl_c_finishes_the_step_and_saves(training, pixels, tmp_path, monkeypatch):
+def test_ctrl_c_finishes_the_step_and_saves(workshop, training, pixels, tmp_path, monkeypatch):
     settings = settings_for(steps=50)
     state = training.new_state(training.network_of(settings), 1e-3, 0)
     plain, handler = training.train, signal.getsignal(signal.SIGINT)
@@ -236,46 +240,48 @@ def test_ctrl_c_finishes_the_step_and_saves(training, pixels, tmp_path, monkeypa
 
     monkeypatch.setattr(training, "train", interrupted)
     assert training.fit(state, pixels, settings, tmp_path) is False
-    assert training.load(tmp_path)["step"] == state["step"] == 5
+    assert workshop.read_checkpoint(tmp_path)["step"] == state["step"] == 5
     assert signal.getsignal(signal.SIGINT) == handler  # in a background job: SIG_IGN
 
 
-def test_an_earlier_run_is_kept(training, tmp_path):
+def test_an_earlier_run_is_kept(workshop, training, tmp_path):
     run = tmp_path / "run"
     for expected in ([], ["run.1"], ["run.1", "run.2"]):
-        training.claim(run, resume=False)
+        workshop.claim_folder(run, resume=False)
         (run / "checkpoint.pt").write_text("weights", encoding="utf-8")
         kept = sorted(p.name for p in tmp_path.iterdir() if p.name != "run")
         assert kept == expected
-    training.claim(run, resume=True)
+    workshop.claim_folder(run, resume=True)
     assert (run / "checkpoint.pt").exists()
 
 
 def test_broken_checkpoints_are_named_and_the_one_before_serves(
-    sde, training, pixels, tmp_path, capsys
+    workshop, sde, training, pixels, tmp_path, capsys
 ):
-    with pytest.raises(sde.BadInput, match="there is no checkpoint"):
-        training.load(tmp_path)
+    with pytest.raises(workshop.BadInput, match="there is no checkpoint"):
+        workshop.read_checkpoint(tmp_path)
     fit_run(training, settings_for(), pixels, tmp_path)
     path, before = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.previous.pt"
     whole = path.read_bytes()
-    assert training.load(tmp_path)["step"] == 6
+    assert workshop.read_checkpoint(tmp_path)["step"] == 6
     capsys.readouterr()
     for broken in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
         path.write_bytes(broken)
-        assert training.load(tmp_path)["step"] == 3
+        assert workshop.read_checkpoint(tmp_path)["step"] == 3
         assert "going back to" in capsys.readouterr().out
     path.unlink()  # killed between the two renames
-    assert training.load(tmp_path)["step"] == 3
+    assert workshop.read_checkpoint(tmp_path)["step"] == 3
     before.write_bytes(whole[:1000])
-    with pytest.raises(sde.BadInput, match="no readable checkpoint"):
-        training.load(tmp_path)
+    with pytest.raises(workshop.BadInput, match="no readable checkpoint"):
+        workshop.read_checkpoint(tmp_path)
     torch.save({"weights": torch.zeros(1)}, path)
-    with pytest.raises(sde.BadInput, match="no readable checkpoint"):
-        training.load(tmp_path)
+    with pytest.raises(workshop.BadInput, match="no readable checkpoint"):
+        workshop.read_checkpoint(tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(sde, training, pixels, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(
+    workshop, sde, training, pixels, tmp_path, monkeypatch
+):
     fit_run(training, settings_for(), pixels, tmp_path)
     whole, save = (tmp_path / "checkpoint.pt").read_bytes(), torch.save
 
@@ -286,13 +292,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(sde, training, pixels, tmp_path,
 
     monkeypatch.setattr(torch, "save", full)
     state = training.new_state(training.network_of(settings_for()), 1e-3, 0)
-    with pytest.raises(sde.BadInput, match="cannot write .*is the disk full"):
-        training.save(state, settings_for(), tmp_path)
+    with pytest.raises(workshop.BadInput, match="cannot write .*is the disk full"):
+        training.save_checkpoint(state, settings_for(), tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == whole
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_weights_gone_bad_are_not_saved(sde, unet, training, pixels, tmp_path):
+def test_weights_gone_bad_are_not_saved(workshop, sde, unet, training, pixels, tmp_path):
     settings = settings_for(steps=9)
     state = training.new_state(training.network_of(settings), 1e-3, 0)
     plain = training.train
@@ -305,14 +311,14 @@ def test_weights_gone_bad_are_not_saved(sde, unet, training, pixels, tmp_path):
 
     training.train = spoiled
     try:
-        with pytest.raises(sde.BadInput, match=r"no longer finite at step 6.*step 3 is saved"):
+        with pytest.raises(workshop.BadInput, match=r"no longer finite at step 6.*step 3 is saved"):
             training.fit(state, pixels, settings, tmp_path, save_every=3)
     finally:
         training.train = plain
-    assert all(v.isfinite().all() for v in training.load(tmp_path)["model"].values())
+    assert all(v.isfinite().all() for v in workshop.read_checkpoint(tmp_path)["model"].values())
 
 
-def test_early_stopping_keeps_each_stage_at_its_best(unet, training, pixels, tmp_path):
+def test_early_stopping_keeps_each_stage_at_its_best(workshop, unet, training, pixels, tmp_path):
     settings = settings_for(
         arch="separate", network="digits_separate", steps=400, batch=8, lr=1e-2, patience=2
     )
@@ -320,12 +326,12 @@ def test_early_stopping_keeps_each_stage_at_its_best(unet, training, pixels, tmp
     torch.manual_seed(0)
     state = training.new_state(training.network_of(settings), 1e-2, 0)
     assert training.fit(state, pixels[:8], settings, tmp_path, held_out=pixels[32:])
-    rows = training.read_metrics(tmp_path)
+    rows = workshop.read_log(tmp_path)
     assert state["active"] == [] or state["step"] == 400
     assert len(state["active"]) < 3, "8 pictures are overfitted within 400 steps"
     model, _ = training.load_model(tmp_path)
     best = dict(model=model, ema=model.cpu(), active=[0, 1, 2], generator=torch.Generator())
-    found = training.look(best, pixels[32:], "vp", 99)
+    found = training.check_held_out(best, pixels[32:], "vp", 99)
     for k in range(3):
         seen = [row[f"held_out_{k}"] for row in rows if f"held_out_{k}" in row]
         assert found[k] == pytest.approx(min(seen), rel=1e-3)
@@ -343,15 +349,15 @@ class Attack:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_checkpoint_cannot_run_code(sde, training, tmp_path):
+def test_a_checkpoint_cannot_run_code(workshop, sde, training, tmp_path):
     torch.save({"settings": {}, "ema": Attack(tmp_path / "owned")}, tmp_path / "checkpoint.pt")
-    with pytest.raises(sde.BadInput):
-        training.load(tmp_path)
+    with pytest.raises(workshop.BadInput):
+        workshop.read_checkpoint(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
-def test_boundaries_come_from_the_user_or_from_step_02(sde, clustering, unet, training):
-    pixels, _ = sde.load_images("digits")
+def test_boundaries_come_from_the_user_or_from_step_02(workshop, sde, clustering, unet, training):
+    pixels, _ = workshop.load_images("digits")
     assert training.find_boundaries("0.2, 0.5", "digits", pixels, "vp") == [0.2, 0.5]
     assert training.find_boundaries("", "celeba", pixels, "vp") == pytest.approx(unet.PUBLISHED)
     found = training.find_boundaries("", "digits", pixels, "vp")
@@ -361,15 +367,15 @@ def test_boundaries_come_from_the_user_or_from_step_02(sde, clustering, unet, tr
     assert training.find_boundaries("", "digits", pixels, "vp", "table7_4") == pytest.approx(
         [0.376, 0.526, 0.726]
     )
-    with pytest.raises(sde.BadInput, match="must be numbers"):
+    with pytest.raises(workshop.BadInput, match="must be numbers"):
         training.find_boundaries("0.2;0.5", "digits", pixels, "vp")
 
 
-def test_contradictions_on_resume_are_named(sde, training):
+def test_contradictions_on_resume_are_named(workshop, sde, training):
     old = settings_for()
-    training.agree({**old, "steps": 99}, old, "runs/x")
-    with pytest.raises(sde.BadInput, match="trained with batch = 4, not 8"):
-        training.agree({**old, "batch": 8}, old, "runs/x")
+    workshop.check_same_settings({**old, "steps": 99}, old, "runs/x")
+    with pytest.raises(workshop.BadInput, match="trained with batch = 4, not 8"):
+        workshop.check_same_settings({**old, "batch": 8}, old, "runs/x")
 
 
 @pytest.mark.parametrize(
@@ -382,19 +388,19 @@ def test_contradictions_on_resume_are_named(sde, training):
         ({"patience": 1, "arch": "multistage"}, "--arch separate"),
     ],
 )
-def test_settings_that_cannot_work(sde, training, change, sentence):
+def test_settings_that_cannot_work(workshop, sde, training, change, sentence):
     good = dict(arch="unified", process="vp", stages="mixed", patience=0)
     training.check_settings(**good)
-    with pytest.raises(sde.BadInput, match=sentence):
+    with pytest.raises(workshop.BadInput, match=sentence):
         training.check_settings(**{**good, **change})
 
 
-def test_every_recipe_has_a_network(sde, unet, training):
-    for dataset, recipe in training.RECIPES.items():
+def test_every_recipe_has_a_network(workshop, sde, unet, training):
+    for dataset, known in workshop.DATASETS.items():
         for arch in ("multistage", "unified", "separate"):
             for process in ("vp", "edm", "pfgm-64"):
                 assert training.network_name("", dataset, arch, process) in unet.NETWORKS
-        assert {"steps", "batch", "lr", "warmup", "flip"} == set(recipe)
+        assert {"steps", "batch", "lr", "warmup", "flip"} == set(known["recipe"])
     assert training.network_name("", "celeba", "multistage", "vp") == "table5_1"
     assert training.network_name("cifar10", "celeba", "unified", "vp") == "cifar10_unified"
     assert training.network_name("table7_4", "cifar10", "multistage", "vp") == "table7_4"
@@ -402,24 +408,26 @@ def test_every_recipe_has_a_network(sde, unet, training):
         *(("table5_1", "separate", "multistage"), ("table5_1", "unified", "multistage")),
         *(("table7_1", "multistage", "unified"), ("table3_separate", "unified", "separate")),
     ):
-        with pytest.raises(sde.BadInput, match=f"'{network}' is {own}, not {arch}: give --arch"):
+        with pytest.raises(
+            workshop.BadInput, match=f"'{network}' is {own}, not {arch}: give --arch"
+        ):
             training.network_name(network, "cifar10", arch, "vp")
 
 
-def test_a_network_for_other_times_is_refused(sde, training):
-    with pytest.raises(sde.BadInput, match="'edm' is made for times of 'edm', not of vp"):
+def test_a_network_for_other_times_is_refused(workshop, sde, training):
+    with pytest.raises(workshop.BadInput, match="'edm' is made for times of 'edm', not of vp"):
         training.network_of(settings_for(network="edm"))
 
 
-def test_files_read_while_training_give_the_same_weights(sde, training, tmp_path):
+def test_files_read_while_training_give_the_same_weights(workshop, sde, training, tmp_path):
     from PIL import Image
 
     stream = random.Random(0)
     for i in range(12):
         colour = tuple(stream.randrange(256) for _ in range(3))
         Image.new("RGB", (20, 16), colour).save(tmp_path / f"{i:02}.png")
-    files = sde.PictureFiles(sde.picture_files("folder", tmp_path), 8)
-    held = sde.read_pictures(files)
+    files = workshop.PictureFiles(workshop.list_picture_files("folder", tmp_path), 8)
+    held = workshop.read_pictures(files)
     settings = settings_for(channels=3, size=8, flip=True)
     ends = []
     for images, workers in ((held, 0), (files, 0), (files, 2)):
@@ -431,55 +439,61 @@ def test_files_read_while_training_give_the_same_weights(sde, training, tmp_path
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
 
 
-def test_unreadable_files_are_named_and_counted(sde, training, tmp_path, capsys):
+def test_unreadable_files_are_named_and_counted(workshop, sde, training, tmp_path, capsys):
     from PIL import Image
 
     for i in range(150):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:03}.png")
     torn = tmp_path / "007.png"
     torn.write_bytes(torn.read_bytes()[:40])
-    files = sde.PictureFiles(sde.picture_files("folder", tmp_path), 8)
-    assert sde.read_pictures(files).shape == (149, 3, 8, 8)
+    files = workshop.PictureFiles(workshop.list_picture_files("folder", tmp_path), 8)
+    assert workshop.read_pictures(files).shape == (149, 3, 8, 8)
     said = capsys.readouterr().out
     assert "unreadable, skipped" in said and "007.png" in said and "1 of 150" in said
     bad = []
-    for pictures in training.pictures_of_steps(files, 50, 0, range(1, 12), bad=bad):
+    for pictures in workshop.pictures_of_steps(files, 50, 0, range(1, 12), bad=bad):
         assert pictures.shape == (50, 3, 8, 8)
     assert bad == [torn]
     (tmp_path / "008.png").write_bytes(b"nothing")
-    with pytest.raises(sde.BadInput, match="2 of 150 pictures are unreadable"):
-        sde.read_pictures(files)
-    with pytest.raises(sde.BadInput, match="2 of 150 pictures are unreadable"):
-        list(training.pictures_of_steps(files, 50, 0, range(1, 30), bad=[]))
+    with pytest.raises(workshop.BadInput, match="2 of 150 pictures are unreadable"):
+        workshop.read_pictures(files)
+    with pytest.raises(workshop.BadInput, match="2 of 150 pictures are unreadable"):
+        list(workshop.pictures_of_steps(files, 50, 0, range(1, 30), bad=[]))
 
 
-def test_a_batch_without_a_readable_picture_is_one_sentence(sde, training, tmp_path):
+def test_a_batch_without_a_readable_picture_is_one_sentence(workshop, sde, training, tmp_path):
     """From a worker too, whose exceptions arrive with its whole trace."""
     (tmp_path / "a.png").write_bytes(b"nothing")
-    files = sde.PictureFiles(sde.picture_files("folder", tmp_path) * 1000, 8)
+    files = workshop.PictureFiles(workshop.list_picture_files("folder", tmp_path) * 1000, 8)
     for workers in (0, 1):
         # all of them are one file, so that it counts once: far below the 1% that are refused
-        with pytest.raises(sde.BadInput, match="^none of the pictures of a batch is readable") as e:
-            list(training.pictures_of_steps(files, 4, 0, range(1, 3), workers, bad=[]))
+        with pytest.raises(
+            workshop.BadInput, match="^none of the pictures of a batch is readable"
+        ) as e:
+            list(workshop.pictures_of_steps(files, 4, 0, range(1, 3), workers, bad=[]))
         assert "\n" not in str(e.value)
 
 
-def test_pictures_are_opened_by_as_many_workers_as_asked(sde, training, tmp_path, monkeypatch):
+def test_pictures_are_opened_by_as_many_workers_as_asked(
+    workshop, sde, training, tmp_path, monkeypatch
+):
     from PIL import Image
 
     Image.new("RGB", (8, 8), (9, 8, 7)).save(tmp_path / "a.png")
-    asked, read = [], sde.read_pictures
+    asked, read = [], workshop.read_pictures
     watched = lambda pictures, workers: asked.append(workers) or read(pictures)  # noqa: E731
-    monkeypatch.setattr(sde, "read_pictures", watched)
-    found = training.open_pictures("folder", tmp_path, 8, 4.0, 3)
+    monkeypatch.setattr(workshop, "read_pictures", watched)
+    found = workshop.open_data_set("folder", tmp_path, 8, 4.0, 3)
     assert found[:, :, 0, 0].tolist() == [[9, 8, 7]] and asked == [3]
-    large = training.open_pictures("folder", tmp_path, 8, 0.0, 3)
-    assert isinstance(large, sde.PictureFiles) and asked == [3]
+    large = workshop.open_data_set("folder", tmp_path, 8, 0.0, 3)
+    assert isinstance(large, workshop.PictureFiles) and asked == [3]
 
 
-def test_a_few_pictures_take_the_published_boundaries(sde, unet, training, capsys, monkeypatch):
+def test_a_few_pictures_take_the_published_boundaries(
+    workshop, sde, unet, training, capsys, monkeypatch
+):
     def fail(*args, **how):
-        raise sde.BadInput("alpha = 0.9 leaves no t_1 < t_2")
+        raise workshop.BadInput("alpha = 0.9 leaves no t_1 < t_2")
 
     def find(n):
         return training.find_boundaries("", "folder", torch.zeros(n, 3, 8, 8).byte(), "vp")
@@ -488,12 +502,14 @@ def test_a_few_pictures_take_the_published_boundaries(sde, unet, training, capsy
     assert "1 pictures are too few to find boundaries" in capsys.readouterr().out
     monkeypatch.setattr(training.clustering, "algorithm_1", fail)
     assert find(training.FEW - 1) == pytest.approx(unet.PUBLISHED)
-    with pytest.raises(sde.BadInput, match=r"no boundaries \(alpha = 0.9 .*\): give --boundaries"):
+    with pytest.raises(
+        workshop.BadInput, match=r"no boundaries \(alpha = 0.9 .*\): give --boundaries"
+    ):
         find(training.FEW)
 
 
 @pytest.mark.parametrize("n", [1, 3, 10])
-def test_a_handful_of_pictures_can_be_trained_on(root, training, tmp_path, n):
+def test_a_handful_of_pictures_can_be_trained_on(workshop, root, training, tmp_path, n):
     from PIL import Image
 
     (tmp_path / "few").mkdir()
@@ -501,7 +517,7 @@ def test_a_handful_of_pictures_can_be_trained_on(root, training, tmp_path, n):
         Image.new("RGB", (20, 20), (80 * i % 256, 30, 200)).save(tmp_path / "few" / f"{i}.png")
     flags = ("--dataset", "folder", "--root", str(tmp_path / "few"), "--size", "8", "--steps", "2")
     run_step(root, tmp_path, *flags, "--network", "digits", "--boundaries", "", "--name", "few")
-    assert training.load(tmp_path / "few")["settings"]["boundaries"]
+    assert workshop.read_checkpoint(tmp_path / "few")["settings"]["boundaries"]
     assert (tmp_path / "few" / "denoised.png").is_file()
 
 
@@ -520,16 +536,16 @@ def run_step(root, out, *flags, launcher=(), wait=True):
 
 
 def weights_of(training, folder):
-    content = training.load(folder)
+    content = training.workshop.read_checkpoint(folder)
     return {**content["model"], **{f"ema.{k}": v for k, v in content["ema"].items()}}
 
 
-def test_two_processes_train_as_one(root, training, tmp_path):
+def test_two_processes_train_as_one(workshop, root, training, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     rows = {}
     for name, launcher in (("one", ()), ("two", torchrun)):
         run_step(root, tmp_path, "--name", name, launcher=launcher)
-        rows[name] = training.read_metrics(tmp_path / name)
+        rows[name] = workshop.read_log(tmp_path / name)
     assert len(rows["one"]) == len(rows["two"]) == 12
     for one, two in zip(rows["one"], rows["two"], strict=True):
         losses = [key for key in one if key.startswith("loss")]
@@ -542,7 +558,7 @@ def test_two_processes_train_as_one(root, training, tmp_path):
     assert not list(tmp_path.glob("two.*"))
 
 
-def test_a_killed_run_goes_on_bit_for_bit(root, training, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(workshop, root, training, tmp_path):
     run_step(root, tmp_path, "--name", "whole")
     flags = ("--name", "killed", "--save_every", "2", "--sample_every", "1")
     process = run_step(root, tmp_path, *flags, wait=False)
@@ -552,13 +568,13 @@ def test_a_killed_run_goes_on_bit_for_bit(root, training, tmp_path):
     time.sleep(random.Random().uniform(0, 0.3))
     process.kill()
     process.communicate()
-    assert 2 <= training.load(tmp_path / "killed")["step"] <= 12
+    assert 2 <= workshop.read_checkpoint(tmp_path / "killed")["step"] <= 12
     run_step(root, tmp_path, *flags, "--resume")
     whole, killed = (weights_of(training, tmp_path / name) for name in ("whole", "killed"))
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
-    rows = training.read_metrics(tmp_path / "killed")
+    rows = workshop.read_log(tmp_path / "killed")
     assert [row["step"] for row in rows] == list(range(1, 13))
-    assert rows[-1]["petaflops"] == training.read_metrics(tmp_path / "whole")[-1]["petaflops"]
+    assert rows[-1]["petaflops"] == workshop.read_log(tmp_path / "whole")[-1]["petaflops"]
 
 
 def test_a_run_can_be_loaded_for_sampling(training, pixels, tmp_path):
@@ -571,27 +587,27 @@ def test_a_run_can_be_loaded_for_sampling(training, pixels, tmp_path):
     torch.testing.assert_close(model(x, t), ema(x, t))
 
 
-def test_bfloat16_only_where_the_hardware_has_it(training, monkeypatch):
+def test_bfloat16_only_where_the_hardware_has_it(workshop, training, monkeypatch):
     """An RTX 20xx says that it can: it emulates, but for convolutions."""
     emulates = lambda including_emulation=True: including_emulation  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulates)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    with training.half_precision(torch.device("cuda")):
+    with workshop.half_precision(torch.device("cuda")):
         assert not torch.is_autocast_enabled("cuda")
 
 
-def test_more_processes_than_gpus_are_refused(sde, training, monkeypatch):
+def test_more_processes_than_gpus_are_refused(workshop, sde, training, monkeypatch):
     before = torch.backends.cudnn.benchmark
     assert not before  # importing the steps has set nothing
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     try:
-        training.join()
+        workshop.join_processes()
         assert torch.backends.cudnn.benchmark
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("LOCAL_RANK", "1")
-        with pytest.raises(sde.BadInput, match="among 1: give torchrun --nproc_per_node=1"):
-            training.join()
+        with pytest.raises(workshop.BadInput, match="among 1: give torchrun --nproc_per_node=1"):
+            workshop.join_processes()
     finally:
         torch.backends.cudnn.benchmark = before
 
@@ -602,7 +618,7 @@ def test_the_trial_takes_the_steps_that_training_takes(training, pixels, tmp_pat
         state = training.new_state(training.network_of(settings), 1e-3, 0)
         model = state["model"]
         state["forward"] = lambda x, t, stage, m=model, s=seen: s.append(stage) or m(x, t, stage)
-        training.expect(state, settings)
+        training.estimate_training(state, settings)
         assert seen == 2 * kinds
         seen.clear()
         loop = training.train(state, pixels, 6, batch=4, stages=stages)
@@ -610,21 +626,23 @@ def test_the_trial_takes_the_steps_that_training_takes(training, pixels, tmp_pat
         assert len(seen) == 6 and all(stage in kinds for stage in seen)
 
 
-def test_without_a_number_of_steps_time_tells_when_to_save(training, pixels, tmp_path, monkeypatch):
+def test_without_a_number_of_steps_time_tells_when_to_save(
+    workshop, training, pixels, tmp_path, monkeypatch
+):
     saved, state, settings = [], None, settings_for()
-    monkeypatch.setattr(training, "save", lambda state, *_: saved.append(state["step"]))
-    for minutes, expected in ((training.TEN_MINUTES, [6]), (-1, [1, 2, 3, 4, 5, 6])):
-        monkeypatch.setattr(training, "TEN_MINUTES", minutes)
+    monkeypatch.setattr(training, "save_checkpoint", lambda state, *_: saved.append(state["step"]))
+    for minutes, expected in ((workshop.TEN_MINUTES, [6]), (-1, [1, 2, 3, 4, 5, 6])):
+        monkeypatch.setattr(workshop, "TEN_MINUTES", minutes)
         state = training.new_state(training.network_of(settings), 1e-3, 0)
         saved.clear()
         assert training.fit(state, pixels, settings, tmp_path) and saved == expected
 
 
-def test_training_without_enough_memory_is_one_sentence(sde, training, pixels, tmp_path):
+def test_training_without_enough_memory_is_one_sentence(workshop, sde, training, pixels, tmp_path):
     def full(*args, **how):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     state = training.new_state(training.network_of(settings_for()), 1e-3, 0)
     state["forward"] = full
-    with pytest.raises(sde.BadInput, match=r"\(for 2\.00 GiB more\): give a smaller --batch"):
+    with pytest.raises(workshop.BadInput, match=r"\(for 2\.00 GiB more\): give a smaller --batch"):
         training.fit(state, pixels, settings_for(), tmp_path)

@@ -144,7 +144,7 @@ def test_rk45_meets_its_tolerance(sde, evaluation):
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 3, 7, 12, 20])
-def test_evaluations_are_as_many_as_asked(sde, evaluation, nfe):
+def test_evaluations_are_as_many_as_asked(workshop, sde, evaluation, nfe):
     for name, solver in evaluation.SAMPLERS.items():
         count = []
 
@@ -157,14 +157,14 @@ def test_evaluations_are_as_many_as_asked(sde, evaluation, nfe):
         if rule == "as many as it takes":
             continue
         if (rule == "2n" and nfe % 2) or (rule == "2n - 1" and nfe % 2 == 0):
-            with pytest.raises(sde.BadInput, match=f"nfe = {nfe}"):
+            with pytest.raises(workshop.BadInput, match=f"nfe = {nfe}"):
                 list(solver(eps, sde.VP, start, nfe))
             continue
         *_, x = solver(eps, sde.VP, start, nfe)
         assert len(count) == nfe and x.shape == (2, 1, 4, 4) and x.dtype == torch.float32, name
 
 
-def test_grids(sde, evaluation):
+def test_grids(workshop, sde, evaluation):
     for grid in ("log-snr", "time", "quadratic"):
         times = evaluation.time_grid(sde.VP, 10, grid)
         assert (
@@ -175,13 +175,13 @@ def test_grids(sde, evaluation):
     assert evaluation.time_grid(sde.VP, 10, "quadratic")[5] == pytest.approx(
         ((1 + 1e-3**0.5) / 2) ** 2
     )
-    with pytest.raises(sde.BadInput, match="unknown grid 'cubic'"):
+    with pytest.raises(workshop.BadInput, match="unknown grid 'cubic'"):
         evaluation.time_grid(sde.VP, 10, "cubic")
 
 
 @pytest.fixture
 def model(unet):
-    return unet.randomize(unet.build("digits", encoder=8, decoders=(8, 8, 8), attention=()))
+    return unet.randomize(unet.build_network("digits", encoder=8, decoders=(8, 8, 8), attention=()))
 
 
 @pytest.mark.parametrize("name", ["dpm-solver-3", "ancestral", "euler-maruyama"])
@@ -195,7 +195,9 @@ def test_a_picture_depends_on_seed_and_index_alone(evaluation, model, name):
     assert (whole - other).abs().max() > 0.1
 
 
-def test_a_set_is_drawn_in_shards_and_goes_on(evaluation, training, model, tmp_path, monkeypatch):
+def test_a_set_is_drawn_in_shards_and_goes_on(
+    workshop, evaluation, training, model, tmp_path, monkeypatch
+):
     how = dict(sampler="ancestral", nfe=4, seed=2, batch=2)
     whole = evaluation.draw_set(model, "vp", tmp_path / "one", 7, shard=3, **how)
     assert whole.shape == (7, 1, 8, 8) and whole.dtype == torch.uint8
@@ -216,27 +218,34 @@ def test_a_set_is_drawn_in_shards_and_goes_on(evaluation, training, model, tmp_p
 
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     drawn.clear()
-    monkeypatch.setattr(training, "ranks", lambda: (1, 2))
+    monkeypatch.setattr(workshop, "ranks", lambda: (1, 2))
     with pytest.raises(FileNotFoundError):  # the other's shards are not there yet
         evaluation.draw_set(model, "vp", tmp_path / "two", 7, shard=3, **how)
     assert drawn == [(3, 3)]
-    monkeypatch.setattr(training, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(workshop, "ranks", lambda: (0, 2))
     shared = evaluation.draw_set(model, "vp", tmp_path / "two", 7, shard=3, **how)
     assert torch.equal(shared, whole) and drawn == [(3, 3), (0, 3), (6, 1)]
 
 
 def test_equivalent_work_is_weighted_by_evaluations(sde, evaluation, unet):
-    model = unet.build("digits", encoder=8, decoders=(8, 8, 8), boundaries=unet.PUBLISHED)
+    model = unet.build_network("digits", encoder=8, decoders=(8, 8, 8), boundaries=unet.PUBLISHED)
     count, share = evaluation.stage_shares(model, "vp", "dpm-solver-3", 20)
     assert count == 20 and share == {0: 11 / 20, 1: 2 / 20, 2: 7 / 20}
     count, share = evaluation.stage_shares(model, "vp", "rk45", 20)
     assert count > 20 and sum(share.values()) == pytest.approx(1)
 
 
-def test_another_run_may_serve_a_stage(sde, unet, training, evaluation, monkeypatch):
-    model = unet.randomize(unet.build("digits", encoder=8, decoders=(8, 8, 16), attention=()))
-    other = unet.randomize(unet.build("digits_unified", encoder=8, decoders=(8,)), seed=1)
-    runs = {"same": model, "other": other, "edm": other, "large": unet.build("mnist_unified")}
+def test_another_run_may_serve_a_stage(workshop, sde, unet, training, evaluation, monkeypatch):
+    model = unet.randomize(
+        unet.build_network("digits", encoder=8, decoders=(8, 8, 16), attention=())
+    )
+    other = unet.randomize(unet.build_network("digits_unified", encoder=8, decoders=(8,)), seed=1)
+    runs = {
+        "same": model,
+        "other": other,
+        "edm": other,
+        "large": unet.build_network("mnist_unified"),
+    }
     process = lambda name: {"process": "edm" if name == "edm" else "vp"}  # noqa: E731
     monkeypatch.setattr(
         training, "load", lambda name: dict(settings=process(name), step=7, of=name)
@@ -244,9 +253,9 @@ def test_another_run_may_serve_a_stage(sde, unet, training, evaluation, monkeypa
     monkeypatch.setattr(training, "averaged_model", lambda content: runs[content["of"]])
     draw = lambda model: evaluation.sample(model, "vp", 2, "ddim", 8)  # noqa: E731
     plain = draw(model)
-    hybrid, named = evaluation.hybrid(model, "vp", "1=same")
+    hybrid, named = evaluation.build_hybrid(model, "vp", "1=same")
     assert torch.equal(draw(hybrid), plain) and named == "1=same-step7"
-    mixed, named = evaluation.hybrid(model, "vp", "0=same,2=other")
+    mixed, named = evaluation.build_hybrid(model, "vp", "0=same,2=other")
     assert named == "0=same-step7-2=other-step7"
     own, theirs = evaluation.stage_gflops(model), evaluation.stage_gflops(other)
     assert evaluation.stage_gflops(mixed) == [own[0], own[1], theirs[0]] != own
@@ -255,8 +264,8 @@ def test_another_run_may_serve_a_stage(sde, unet, training, evaluation, monkeypa
     assert torch.equal(mixed(x, t, stage=2), other(x, t))
     assert torch.equal(mixed(x, t, stage=1), model.branch(x, t, 1))
     for text in ("3=same", "x=same", "1", "1=edm", "1=large"):
-        with pytest.raises(sde.BadInput):
-            evaluation.hybrid(model, "vp", text)
+        with pytest.raises(workshop.BadInput):
+            evaluation.build_hybrid(model, "vp", text)
 
 
 def test_sampling_walks_through_the_stages_from_noise_to_image(evaluation, model):
@@ -273,20 +282,20 @@ def test_sampling_walks_through_the_stages_from_noise_to_image(evaluation, model
         ({"n": 0}, "samples = 0"),
     ],
 )
-def test_impossible_sampling(sde, evaluation, model, change, sentence):
-    with pytest.raises(sde.BadInput, match=sentence):
+def test_impossible_sampling(workshop, sde, evaluation, model, change, sentence):
+    with pytest.raises(workshop.BadInput, match=sentence):
         evaluation.sample(model, "vp", **{"n": 2, **change})
 
 
 @pytest.fixture(scope="module")
-def measured(sde, evaluation):
-    pixels, labels = sde.load_images("digits")
+def measured(workshop, sde, evaluation):
+    pixels, labels = workshop.load_images("digits")
     classifier, accuracy = evaluation.train_classifier(pixels, labels, steps=150)
     return (
         pixels,
         classifier,
         accuracy,
-        evaluation.register(lambda x: classifier.body(x.float() / 255), 64),
+        evaluation.register_features(lambda x: classifier.body(x.float() / 255), 64),
     )
 
 
@@ -336,42 +345,44 @@ def test_precision_and_recall_are_not_swapped(evaluation, measured):
     assert found["precision"] == 1.0 and found["recall"] < 0.5
 
 
-def test_a_grid_can_be_chosen(sde, unet, evaluation):
-    model = unet.randomize(unet.build("digits"))
+def test_a_grid_can_be_chosen(workshop, sde, unet, evaluation):
+    model = unet.randomize(unet.build_network("digits"))
     draw = lambda **how: evaluation.sample(model, "vp", 2, "ddim", 4, seed=3, **how)  # noqa: E731
     assert torch.equal(draw(), draw(grid="log-snr"))
     assert not torch.equal(draw(), draw(grid="time"))
     times = evaluation.times_asked("ddim", sde.VP, 4, "time")
     assert times == pytest.approx(sde.VP.t_max - (1 - 1e-3) / 4 * np.arange(4))
-    with pytest.raises(sde.BadInput, match="'heun' has a grid of its own"):
+    with pytest.raises(workshop.BadInput, match="'heun' has a grid of its own"):
         evaluation.times_asked("heun", sde.VP, 3, "time")
-    with pytest.raises(sde.BadInput, match="give 2n"):
+    with pytest.raises(workshop.BadInput, match="give 2n"):
         evaluation.times_asked("predictor-corrector", sde.VP, 3)
 
 
-def test_halves_are_disjoint_and_bounded(sde, evaluation, measured):
+def test_halves_are_disjoint_and_bounded(workshop, sde, evaluation, measured):
     pixels = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1)
     a, b = evaluation.real_halves(pixels, 50)
     assert len(set(a.flatten().tolist()) | set(b.flatten().tolist())) == 100
-    with pytest.raises(sde.BadInput, match="samples = 51 is more than half the data set: take 50"):
+    with pytest.raises(
+        workshop.BadInput, match="samples = 51 is more than half the data set: take 50"
+    ):
         evaluation.real_halves(pixels, 51)
 
 
-def test_sets_that_cannot_be_compared(sde, evaluation, measured):
+def test_sets_that_cannot_be_compared(workshop, sde, evaluation, measured):
     extractor = measured[3]
-    with pytest.raises(sde.BadInput, match="10 or more"):
+    with pytest.raises(workshop.BadInput, match="10 or more"):
         evaluation.evaluate(torch.rand(5, 1, 8, 8), torch.rand(20, 1, 8, 8), extractor)
-    with pytest.raises(sde.BadInput, match="of one size"):
+    with pytest.raises(workshop.BadInput, match="of one size"):
         evaluation.evaluate(torch.rand(20, 1, 9, 9), torch.rand(20, 1, 8, 8), extractor)
 
 
-def test_missing_inception_weights_are_one_sentence(sde, evaluation, monkeypatch):
+def test_missing_inception_weights_are_one_sentence(workshop, sde, evaluation, monkeypatch):
     def offline(**kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr("torch_fidelity.calculate_metrics", offline)
     pictures = torch.rand(20, 3, 32, 32)
-    with pytest.raises(sde.BadInput, match="Inception's weights cannot be had"):
+    with pytest.raises(workshop.BadInput, match="Inception's weights cannot be had"):
         evaluation.evaluate(pictures, pictures, "inception-v3-compat")
     assert evaluation.pick_extractor("cifar10", None, None) == (
         "inception-v3-compat",
@@ -382,7 +393,7 @@ def test_missing_inception_weights_are_one_sentence(sde, evaluation, monkeypatch
     assert evaluation.distance_name("own-3", 50_000) == "Fréchet distance ↓"
 
 
-def test_features_of_ones_own(sde, evaluation, tmp_path):
+def test_features_of_ones_own(workshop, sde, evaluation, tmp_path):
     class Means(torch.nn.Module):
         def forward(self, x):
             return x.float().mean(3).flatten(1)
@@ -394,7 +405,7 @@ def test_features_of_ones_own(sde, evaluation, tmp_path):
     found = evaluation.evaluate(pictures[:20] / 255, pictures[20:] / 255, name)
     assert found["frechet"] > 0 and "inception_score" not in found
     (tmp_path / "torn.pt").write_bytes(b"nothing")
-    with pytest.raises(sde.BadInput, match=r"torn\.pt is no TorchScript file"):
+    with pytest.raises(workshop.BadInput, match=r"torn\.pt is no TorchScript file"):
         evaluation.own_features(str(tmp_path / "torn.pt"), pictures[:4])
 
 
@@ -443,40 +454,48 @@ class Answer(torch.nn.Module):
         ("width late", "into 20×20 features: it must give 20×4"),
     ],
 )
-def test_features_that_cannot_be_measured_with(sde, evaluation, tmp_path, how, sentence):
+def test_features_that_cannot_be_measured_with(workshop, sde, evaluation, tmp_path, how, sentence):
     path, pictures = str(tmp_path / "odd.pt"), torch.randint(0, 200, (40, 3, 4, 4)).byte()
     torch.jit.script(Answer(how)).save(path)
-    with pytest.raises(sde.BadInput, match=rf"odd\.pt .*{sentence}") as found:
+    with pytest.raises(workshop.BadInput, match=rf"odd\.pt .*{sentence}") as found:
         name = evaluation.own_features(path, pictures[:4])
         evaluation.evaluate(pictures[:20], pictures[20:], name)
     assert "\n" not in str(found.value)
 
 
-def test_sets_too_small_to_measure(sde, evaluation):
+def test_sets_too_small_to_measure(workshop, sde, evaluation):
     evaluation.check_number(10, range(20))
-    with pytest.raises(sde.BadInput, match="19 real pictures are too few to measure: give 20 or"):
+    with pytest.raises(
+        workshop.BadInput, match="19 real pictures are too few to measure: give 20 or"
+    ):
         evaluation.check_number(10, range(19))
-    with pytest.raises(sde.BadInput, match="samples = 9 is too few to measure: take 10 or more"):
+    with pytest.raises(
+        workshop.BadInput, match="samples = 9 is too few to measure: take 10 or more"
+    ):
         evaluation.check_number(9, range(100))
 
 
-def test_an_unreadable_reference_is_one_sentence(sde, evaluation, tmp_path):
+def test_an_unreadable_reference_is_one_sentence(workshop, sde, evaluation, tmp_path):
     from PIL import Image
 
     for i in range(3):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "torn.png").write_bytes(b"nothing")
-    with pytest.raises(sde.BadInput, match=r"1 of 4 pictures are unreadable, .*torn\.png: mend or"):
+    with pytest.raises(
+        workshop.BadInput, match=r"1 of 4 pictures are unreadable, .*torn\.png: mend or"
+    ):
         evaluation.read_reference(tmp_path, 32)
     for folder in ("missing", "torn.png"):
-        with pytest.raises(sde.BadInput, match=f"cannot read the folder .*{folder}"):
+        with pytest.raises(workshop.BadInput, match=f"cannot read the folder .*{folder}"):
             evaluation.read_reference(tmp_path / folder, 32)
 
 
-def test_a_host_of_weights_that_never_answers_is_given_up(sde, evaluation, tmp_path, monkeypatch):
+def test_a_host_of_weights_that_never_answers_is_given_up(
+    workshop, sde, evaluation, tmp_path, monkeypatch
+):
     from torch_fidelity import feature_extractor_inceptionv3 as library
 
-    monkeypatch.setattr(sde, "PATIENCE", 0.3)
+    monkeypatch.setattr(workshop, "PATIENCE", 0.3)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     pictures, begin = torch.rand(20, 3, 32, 32), time.monotonic()
     with socket.socket() as server:
@@ -484,20 +503,22 @@ def test_a_host_of_weights_that_never_answers_is_given_up(sde, evaluation, tmp_p
         server.listen(20)
         url = f"http://127.0.0.1:{server.getsockname()[1]}/weights.pth"
         monkeypatch.setattr(library, "URL_INCEPTION_V3", url)
-        with pytest.raises(sde.BadInput, match=r"weights cannot be had \(.*timed out.*\): give"):
+        with pytest.raises(
+            workshop.BadInput, match=r"weights cannot be had \(.*timed out.*\): give"
+        ):
             evaluation.evaluate(pictures, pictures, "inception-v3-compat")
     assert time.monotonic() - begin < 20 and socket.getdefaulttimeout() is None
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_reference_of_another_size_is_refused(sde, evaluation, tmp_path):
+def test_a_reference_of_another_size_is_refused(workshop, sde, evaluation, tmp_path):
     from PIL import Image
 
     for i in range(3):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     assert evaluation.read_reference(tmp_path, 32).shape == (3, 3, 32, 32)
     Image.new("RGB", (32, 30)).save(tmp_path / "3.png")
-    with pytest.raises(sde.BadInput, match=r"3\.png has 32×30 pixels, the samples 32×32"):
+    with pytest.raises(workshop.BadInput, match=r"3\.png has 32×30 pixels, the samples 32×32"):
         evaluation.read_reference(tmp_path, 32)
 
 
@@ -517,7 +538,7 @@ def test_every_solver_can_be_compared(evaluation, model, measured, monkeypatch):
     ]
 
 
-def test_pfgm_noise_is_student_s_and_tends_to_a_gaussian(sde):
+def test_pfgm_noise_is_student_s_and_tends_to_a_gaussian(workshop, sde):
     x, D = torch.empty(40_000, 1, 1, 2, dtype=torch.float64), 5.0
     generator = torch.Generator().manual_seed(0)
     noise = sde.fresh_noise(x, generator, sde.PFGM.with_D(D)).flatten(1)
@@ -529,7 +550,7 @@ def test_pfgm_noise_is_student_s_and_tends_to_a_gaussian(sde):
     gauss = sde.fresh_noise(x, generators[0])
     far = sde.fresh_noise(x, generators[1], sde.PFGM.with_D(1e8))
     torch.testing.assert_close(far, gauss, rtol=1e-3, atol=1e-6)
-    with pytest.raises(sde.BadInput, match="D above 0"):
+    with pytest.raises(workshop.BadInput, match="D above 0"):
         sde.PFGM.with_D(0)
 
 
@@ -552,14 +573,14 @@ def test_pfgm_is_sampled_by_heun(sde, evaluation, D):
     assert share.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
 
 
-def test_memory_that_does_not_suffice_is_named(sde, evaluation, model, monkeypatch):
+def test_memory_that_does_not_suffice_is_named(workshop, sde, evaluation, model, monkeypatch):
     def full(*args, **how):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     pictures = torch.rand(20, 3, 32, 32)
     monkeypatch.setattr("torch_fidelity.calculate_metrics", full)
-    with pytest.raises(sde.BadInput, match="memory .* is used up .*fewer --samples"):
+    with pytest.raises(workshop.BadInput, match="memory .* is used up .*fewer --samples"):
         evaluation.evaluate(pictures, pictures, "inception-v3-compat")
     monkeypatch.setattr(model, "forward", full)
-    with pytest.raises(sde.BadInput, match="memory .* is used up .*a smaller --batch"):
+    with pytest.raises(workshop.BadInput, match="memory .* is used up .*a smaller --batch"):
         evaluation.sample(model, "vp", 2)

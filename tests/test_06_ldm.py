@@ -18,8 +18,8 @@ TINY = dict(kind="kl", channels=1, code=2, width=8, mults=(1, 2), blocks=1, entr
 
 
 @pytest.fixture
-def pixels(sde):
-    return sde.load_images("digits")[0]
+def pixels(workshop, sde):
+    return workshop.load_images("digits")[0]
 
 
 @pytest.fixture
@@ -36,13 +36,15 @@ def run(root, folder, *flags, launcher=()):
 # ------------------------------------------------------------------------------- autoencoders
 
 
-def test_the_published_layout_has_the_published_parameters(ldm):
+def test_the_published_layout_has_the_published_parameters(workshop, ldm):
     """55,322,782: counted in the code of LDM's authors."""
     with torch.device("meta"):
-        model = ldm.Autoencoder(**ldm.VQ_F4)
-        assert ldm.count(model) == 55_322_782
-        assert ldm.count(model.encoder) == 22_337_411 + 12  # and the 1x1 convolution after it
-        assert ldm.count(model.decoder) == 32_960_771 + 12
+        model = ldm.Autoencoder(**workshop.VQ_F4)
+        assert ldm.unet.count_parameters(model) == 55_322_782
+        assert (
+            ldm.unet.count_parameters(model.encoder) == 22_337_411 + 12
+        )  # and the 1x1 convolution after it
+        assert ldm.unet.count_parameters(model.decoder) == 32_960_771 + 12
         assert model.encode(torch.empty(2, 3, 256, 256)).shape == (2, 3, 64, 64)
 
 
@@ -57,7 +59,9 @@ def recording(golden):
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-def test_the_released_first_stage_loads_and_agrees(ldm, recording, tmp_path, monkeypatch, prefix):
+def test_the_released_first_stage_loads_and_agrees(
+    workshop, ldm, recording, tmp_path, monkeypatch, prefix
+):
     found, state = recording
 
     class ModelCheckpoint:  # LDM's files name this class of Lightning, which nobody has here
@@ -75,7 +79,7 @@ def test_the_released_first_stage_loads_and_agrees(ldm, recording, tmp_path, mon
     monkeypatch.undo()
 
     model = ldm.load_first_stage(tmp_path / "model.ckpt")
-    assert model.options == ldm.VQ_F4
+    assert model.options == workshop.VQ_F4
     with torch.no_grad():
         h = model.encode(torch.from_numpy(found["x"]))
         torch.testing.assert_close(h, torch.from_numpy(found["h"]), rtol=1e-5, atol=1e-6)
@@ -86,7 +90,7 @@ def test_the_released_first_stage_loads_and_agrees(ldm, recording, tmp_path, mon
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
-def test_other_files_are_no_first_stage(ldm, recording, tmp_path):
+def test_other_files_are_no_first_stage(workshop, ldm, recording, tmp_path):
     _, state = recording
     path = tmp_path / "x.pt"
     cases = {
@@ -97,22 +101,22 @@ def test_other_files_are_no_first_stage(ldm, recording, tmp_path):
     }
     for sentence, content in cases.items():
         torch.save(content, path)
-        with pytest.raises(ldm.BadInput, match=sentence):
+        with pytest.raises(workshop.BadInput, match=sentence):
             ldm.load_first_stage(path)
     path.write_bytes(b"torn")
-    with pytest.raises(ldm.BadInput, match="cannot be read as plain tensors"):
+    with pytest.raises(workshop.BadInput, match="cannot be read as plain tensors"):
         ldm.load_first_stage(path)
-    with pytest.raises(ldm.BadInput, match="there is no checkpoint"):
+    with pytest.raises(workshop.BadInput, match="there is no checkpoint"):
         ldm.load_first_stage(tmp_path / "none.pt")
 
 
-def test_pictures_that_do_not_fit_are_refused(ldm, tiny):
+def test_pictures_that_do_not_fit_are_refused(workshop, ldm, tiny):
     colour = ldm.Autoencoder(**{**TINY, "channels": 3})
-    with pytest.raises(ldm.BadInput, match="takes colour pictures, and these are grey"):
+    with pytest.raises(workshop.BadInput, match="takes colour pictures, and these are grey"):
         colour.encode(torch.zeros(1, 1, 8, 8))
-    with pytest.raises(ldm.BadInput, match="9×8 cannot be made 2 times smaller"):
+    with pytest.raises(workshop.BadInput, match="9×8 cannot be made 2 times smaller"):
         tiny.encode(torch.zeros(1, 1, 9, 8))
-    with pytest.raises(ldm.BadInput, match="unknown autoencoder 'gan'"):
+    with pytest.raises(workshop.BadInput, match="unknown autoencoder 'gan'"):
         ldm.Autoencoder(**{**TINY, "kind": "gan"})
 
 
@@ -132,10 +136,10 @@ def test_rounding_takes_the_nearest_entry_and_passes_the_gradient(ldm):
     assert torch.equal(h.grad, weight) and book.vectors.grad is None
 
 
-def test_the_pull_of_vq_moves_both_sides(ldm, pixels, training):
+def test_the_pull_of_vq_moves_both_sides(workshop, ldm, pixels, training):
     """Codebook to encoder with weight 1, encoder to codebook with beta."""
     model = ldm.Autoencoder(**{**TINY, "kind": "vq"})
-    x = training.network_space(pixels[:8])
+    x = workshop.to_network_space(pixels[:8])
     _, pull, log = ldm.reconstruct(model, x, None, beta=0.25)
     h = model.encoder(x)
     e = model.codebook(h)[1]
@@ -157,17 +161,17 @@ def test_dead_entries_are_moved_onto_latents(ldm):
     book.vectors.data[0] = 0.0
     h = torch.randn(4, 2, 3, 3)
     book.used[0] = 5
-    assert ldm.revive(book, h, torch.Generator().manual_seed(0)) == 7
+    assert ldm.revive_entries(book, h, torch.Generator().manual_seed(0)) == 7
     assert torch.equal(book.vectors[0], torch.zeros(2)) and book.used.sum() == 0
     rows = h.movedim(1, 3).reshape(-1, 2)
     assert all((rows == vector).all(1).any() for vector in book.vectors[1:])
 
 
-def test_the_pull_of_kl_is_that_of_gaussians(ldm, pixels, training):
+def test_the_pull_of_kl_is_that_of_gaussians(workshop, ldm, pixels, training):
     """Against torch's own."""
     torch.manual_seed(0)
     model = ldm.Autoencoder(**TINY)
-    x = training.network_space(pixels[:32])
+    x = workshop.to_network_space(pixels[:32])
     mean, log_var = model.encoder(x).chunk(2, dim=1)
     normal = torch.distributions.Normal
     exact = torch.distributions.kl_divergence(
@@ -183,7 +187,7 @@ def test_training_rebuilds_pictures(ldm, pixels, tmp_path, kind):
     state = ldm.new_autoencoder_state(plan, 8, 3e-3, seed=0)
     ldm.fit_autoencoder(state, pixels, 250, 64, tmp_path)
     model = ldm.load_first_stage(tmp_path / "autoencoder.pt")
-    rebuilt = ldm.decode(model, ldm.encode(model, pixels[:500]), 1.0)
+    rebuilt = ldm.decode_latents(model, ldm.encode_pictures(model, pixels[:500]), 1.0)
     truth = pixels[:500] / 255
     assert F.mse_loss(rebuilt, truth) < 0.35 * truth.var()  # far better than the mean picture
     rows = [
@@ -277,10 +281,12 @@ def test_lpips_takes_part_and_training_goes_on_without_its_weights(
     assert torch.autograd.grad(lpips(a, b), b)[0].abs().sum() > 0
 
 
-def test_a_host_of_lpips_that_never_answers_is_given_up(ldm, sde, tmp_path, monkeypatch, capsys):
+def test_a_host_of_lpips_that_never_answers_is_given_up(
+    workshop, ldm, sde, tmp_path, monkeypatch, capsys
+):
     from torch_fidelity import sample_similarity_lpips as library
 
-    monkeypatch.setattr(sde, "PATIENCE", 0.3)
+    monkeypatch.setattr(workshop, "PATIENCE", 0.3)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     begin = time.monotonic()
     with socket.socket() as server:
@@ -305,16 +311,19 @@ def test_latents_have_unit_variance_and_come_back(ldm, tiny, pixels, tmp_path):
     codes = ldm.Latents(tmp_path, scale)
     whole = codes.all()
     assert len(codes) == 1797 and whole.std().item() == pytest.approx(1, abs=1e-3)
-    expected = scale * ldm.encode(tiny, pixels)
+    expected = scale * ldm.encode_pictures(tiny, pixels)
     torch.testing.assert_close(whole, expected, rtol=1e-3, atol=1e-3)  # half precision on disk
     for i in (0, 699, 700, 1796):
         assert torch.equal(codes[i], whole[i])
     torch.testing.assert_close(
-        ldm.decode(tiny, expected[:5], scale), ldm.decode(tiny, ldm.encode(tiny, pixels[:5]), 1.0)
+        ldm.decode_latents(tiny, expected[:5], scale),
+        ldm.decode_latents(tiny, ldm.encode_pictures(tiny, pixels[:5]), 1.0),
     )
 
 
-def test_encoding_goes_on_where_it_stopped_and_refuses_stale_latents(ldm, tiny, pixels, tmp_path):
+def test_encoding_goes_on_where_it_stopped_and_refuses_stale_latents(
+    workshop, ldm, tiny, pixels, tmp_path
+):
     about = dict(dataset="digits", size=8)
     scale = ldm.encode_set(tiny, pixels, tmp_path, about, shard=500)
     note = json.loads((tmp_path / "latents.json").read_text(encoding="utf-8"))
@@ -328,12 +337,12 @@ def test_encoding_goes_on_where_it_stopped_and_refuses_stale_latents(ldm, tiny, 
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == when
 
     other = ldm.Autoencoder(**TINY).eval()  # another initialisation
-    assert ldm.fingerprint(other) != ldm.fingerprint(tiny) == note["autoencoder"]
-    with pytest.raises(ldm.BadInput, match="belong to autoencoder"):
+    assert ldm.hash_weights(other) != ldm.hash_weights(tiny) == note["autoencoder"]
+    with pytest.raises(workshop.BadInput, match="belong to autoencoder"):
         ldm.encode_set(other, pixels, tmp_path, about)
-    with pytest.raises(ldm.BadInput, match="belong to pictures 1797, and this run has 100"):
+    with pytest.raises(workshop.BadInput, match="belong to pictures 1797, and this run has 100"):
         ldm.encode_set(tiny, pixels[:100], tmp_path, about)
-    with pytest.raises(ldm.BadInput, match="belong to dataset 'digits'"):
+    with pytest.raises(workshop.BadInput, match="belong to dataset 'digits'"):
         ldm.encode_set(tiny, pixels, tmp_path, dict(dataset="mnist", size=8))
 
 
@@ -344,18 +353,24 @@ def pictures(folder, n, size=40):
         Image.fromarray(pixels).save(folder / f"{i:03}.png")
 
 
-def test_files_are_encoded_without_the_unreadable(ldm, sde, tmp_path):
+def test_files_are_encoded_without_the_unreadable(workshop, ldm, sde, tmp_path):
     pictures(tmp_path / "faces", 12)
     (tmp_path / "faces" / "005.png").write_bytes(b"torn")
-    files = sde.PictureFiles(sde.picture_files("folder", tmp_path / "faces"), 16)
+    files = workshop.PictureFiles(workshop.list_picture_files("folder", tmp_path / "faces"), 16)
     model = ldm.Autoencoder(**{**TINY, "channels": 3}).eval()
     scale = ldm.encode_set(model, files, tmp_path / "latents", dict(size=16), shard=8)
     codes = ldm.Latents(tmp_path / "latents", scale).all()
-    known = sde.read_pictures(sde.PictureFiles([f for f in files.files if f.name != "005.png"], 16))
-    torch.testing.assert_close(codes, scale * ldm.encode(model, known), rtol=1e-3, atol=1e-3)
-    assert [len(half) for half in ldm.reference(files, 5)] == [5, 5]  # 11 can be read
-    torn = sde.PictureFiles([f for f in files.files if f.name == "005.png"], 16)
-    with pytest.raises(ldm.BadInput, match=r"none of 1 pictures is readable, such as .*005\.png"):
+    known = workshop.read_pictures(
+        workshop.PictureFiles([f for f in files.files if f.name != "005.png"], 16)
+    )
+    torch.testing.assert_close(
+        codes, scale * ldm.encode_pictures(model, known), rtol=1e-3, atol=1e-3
+    )
+    assert [len(half) for half in ldm.choose_real_sets(files, 5)] == [5, 5]  # 11 can be read
+    torn = workshop.PictureFiles([f for f in files.files if f.name == "005.png"], 16)
+    with pytest.raises(
+        workshop.BadInput, match=r"none of 1 pictures is readable, such as .*005\.png"
+    ):
         ldm.cut_out(torn, 0, 1, 0)
 
 
@@ -363,7 +378,7 @@ def test_files_are_encoded_without_the_unreadable(ldm, sde, tmp_path):
 
 
 def test_times_are_steps_of_the_schedule_in_their_stage(training, unet, sde):
-    model = unet.build("digits_latent")
+    model = unet.build_network("digits_latent")
     edges = training.stage_edges(model, "ldm")
     assert edges.tolist() == pytest.approx([0, 0.442, 0.631, 1])
     generator = torch.Generator().manual_seed(0)
@@ -376,18 +391,18 @@ def test_times_are_steps_of_the_schedule_in_their_stage(training, unet, sde):
         assert set(model.stage(t).tolist()) == {k}
     assert training.stage_chances(edges, "ldm", [0, 2]).tolist() == [0.5, 0, 0.5]
     assert training.kernel_of("ldm") is sde.LDM
-    on_a_step = unet.build("digits_latent", boundaries=(0.443, 0.632))
+    on_a_step = unet.build_network("digits_latent", boundaries=(0.443, 0.632))
     assert training.stage_edges(on_a_step, "ldm").tolist() == edges.tolist()
 
 
-def test_the_network_is_told_the_step_and_latents_stay_as_they_are(training, unet):
+def test_the_network_is_told_the_step_and_latents_stay_as_they_are(workshop, training, unet):
     settings = dict(network="digits_latent", process="ldm", boundaries=[0.4425, 0.6315])
     assert training.network_of(settings).encoders[0].time == "ldm"
     assert training.network_of({**settings, "network": "digits"}).encoders[0].time == "ldm"
-    with pytest.raises(training.BadInput, match="made for times of 'ldm'"):
+    with pytest.raises(workshop.BadInput, match="made for times of 'ldm'"):
         training.network_of({**settings, "process": "vp"})
     codes = torch.randn(32, 2, 4, 4)
-    assert torch.equal(training.network_space(codes), codes)
+    assert torch.equal(workshop.to_network_space(codes), codes)
 
 
 def test_names_of_latent_networks(ldm, unet):
@@ -402,12 +417,14 @@ def test_names_of_latent_networks(ldm, unet):
 
 
 def test_a_scaled_down_copy_of_the_published_configuration_takes_a_step(
-    ldm, sde, unet, evaluation, tmp_path, monkeypatch
+    workshop, ldm, sde, unet, evaluation, tmp_path, monkeypatch
 ):
     """Faces in files, VQ-f4 with both losses, the published network; all of it narrower."""
     pictures(tmp_path / "faces", 10)
-    files = sde.PictureFiles(sde.picture_files("folder", tmp_path / "faces"), 32)
-    state = ldm.new_autoencoder_state({**ldm.VQ_F4, "width": 8, "entries": 32}, 32, 1e-4, seed=0)
+    files = workshop.PictureFiles(workshop.list_picture_files("folder", tmp_path / "faces"), 32)
+    state = ldm.new_autoencoder_state(
+        {**workshop.VQ_F4, "width": 8, "entries": 32}, 32, 1e-4, seed=0
+    )
     ldm.fit_autoencoder(state, files, 1, 4, tmp_path, adversarial=0.75, bad=[])
     model = ldm.load_first_stage(tmp_path / "autoencoder.pt")
     scale = ldm.encode_set(model, files, tmp_path / "latents", dict(size=32))
@@ -419,7 +436,7 @@ def test_a_scaled_down_copy_of_the_published_configuration_takes_a_step(
     settings = dict(dataset="folder", arch="multistage", network="narrow", process="ldm", seed=0)
     settings.update(boundaries=list(unet.STEPS), channels=3, size=8, scale=scale, flip=False)
     settings.update(steps=1, batch=4, lr=1e-4, warmup=1, ema=0.9999)
-    back = lambda z: ldm.decode(model, z, scale)  # noqa: E731
+    back = lambda z: ldm.decode_latents(model, z, scale)  # noqa: E731
     state, finished = ldm.train_latents(settings, codes, tmp_path, decode=back)
     assert finished and (tmp_path / "checkpoint.pt").exists()
     x = evaluation.sample(state["ema"], "ldm", 2, "dpm-solver++-2m", 5, grid="time")
@@ -428,10 +445,10 @@ def test_a_scaled_down_copy_of_the_published_configuration_takes_a_step(
 
 def test_reaching_a_distance(ldm):
     points = [(1.0, 8.0), (2.0, 4.0), (3.0, 5.0), (4.0, 2.0)]
-    assert ldm.reach(points, 6.0) == 1.5
-    assert ldm.reach(points, 4.0) == 2.0
-    assert ldm.reach(points, 9.0) == 1.0
-    assert ldm.reach(points, 1.0) is None
+    assert ldm.compute_to_reach(points, 6.0) == 1.5
+    assert ldm.compute_to_reach(points, 4.0) == 2.0
+    assert ldm.compute_to_reach(points, 9.0) == 1.0
+    assert ldm.compute_to_reach(points, 1.0) is None
 
 
 def test_what_autograd_keeps_is_counted(unet):
@@ -462,13 +479,15 @@ def test_dry_run_of_the_published_configuration(root, tmp_path):
 TINY_RUN = ("--code_steps", "4", "--batch", "8", "--samples", "20", "--nfe", "3")
 
 
-def test_a_run_goes_on_and_draws_again(root, tmp_path, training):
+def test_a_run_goes_on_and_draws_again(workshop, root, tmp_path, training):
     flags = (*TINY_RUN, "--no-compare")
     assert run(root, tmp_path, *flags, "--steps", "6", "--name", "whole").returncode == 0
     assert run(root, tmp_path, *flags, "--steps", "3", "--name", "parts").returncode == 0
     done = run(root, tmp_path, *flags, "--steps", "6", "--name", "parts", "--resume")
     assert done.returncode == 0, done.stderr
-    whole, parts = (training.load(tmp_path / "runs" / name) for name in ("whole", "parts"))
+    whole, parts = (
+        workshop.read_checkpoint(tmp_path / "runs" / name) for name in ("whole", "parts")
+    )
     assert whole["settings"] == parts["settings"]
     for key, value in whole["ema"].items():
         assert torch.equal(parts["ema"][key], value)
@@ -478,7 +497,7 @@ def test_a_run_goes_on_and_draws_again(root, tmp_path, training):
     assert run(root, tmp_path, *again).returncode == 0
     metrics = json.loads((tmp_path / "runs" / "parts" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["sampler"] == "ddim" and metrics["step"] == 6
-    assert training.load(tmp_path / "runs" / "parts")["settings"]["autoencoder"] == step
+    assert workshop.read_checkpoint(tmp_path / "runs" / "parts")["settings"]["autoencoder"] == step
 
     # a run keeps its own autoencoder
     own = (tmp_path / "runs" / "parts" / "autoencoder.pt").read_bytes()
@@ -508,7 +527,7 @@ def test_a_run_goes_on_and_draws_again(root, tmp_path, training):
     assert done.returncode == 2 and "06_ldm.py --resume" in done.stderr.splitlines()[-1]
 
 
-def test_two_processes_do_as_one(root, tmp_path, training):
+def test_two_processes_do_as_one(workshop, root, tmp_path, training):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     flags = (*TINY_RUN, "--steps", "4", "--no-compare", "--kind", "vq")
     for name, launcher in (("one", ()), ("two", torchrun)):
@@ -519,7 +538,7 @@ def test_two_processes_do_as_one(root, tmp_path, training):
     for key, value in a.items():
         if key != "codebook.used":
             torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-3)
-    a, b = (training.read_metrics(path) for path in (one, two))
+    a, b = (workshop.read_log(path) for path in (one, two))
     assert [row["step"] for row in a] == [row["step"] for row in b] == [1, 2, 3, 4]
     for row, other in zip(a, b, strict=True):
         losses = [key for key in row if key.startswith("loss")]
@@ -554,12 +573,12 @@ def test_bad_input_is_one_sentence(ldm, root, tmp_path, case):
 
 
 def test_an_autoencoder_is_saved_by_time_and_says_where_memory_ends(
-    ldm, training, pixels, tmp_path, monkeypatch
+    workshop, ldm, training, pixels, tmp_path, monkeypatch
 ):
     saved = []
     monkeypatch.setattr(ldm, "save_autoencoder", lambda state, *_: saved.append(state["step"]))
-    for minutes, expected in ((training.TEN_MINUTES, [3]), (-1, [1, 2, 3])):
-        monkeypatch.setattr(training, "TEN_MINUTES", minutes)
+    for minutes, expected in ((workshop.TEN_MINUTES, [3]), (-1, [1, 2, 3])):
+        monkeypatch.setattr(workshop, "TEN_MINUTES", minutes)
         saved.clear()
         state = ldm.new_autoencoder_state(TINY, 8, 1e-3, seed=0)
         assert ldm.fit_autoencoder(state, pixels, 3, 8, tmp_path) and saved == expected
@@ -569,10 +588,10 @@ def test_an_autoencoder_is_saved_by_time_and_says_where_memory_ends(
 
     state = ldm.new_autoencoder_state(TINY, 8, 1e-3, seed=0)
     state["model"].decoder.forward = full
-    with pytest.raises(ldm.BadInput, match="memory .* is used up .*smaller --size"):
+    with pytest.raises(workshop.BadInput, match="memory .* is used up .*smaller --size"):
         ldm.fit_autoencoder(state, pixels, 3, 8, tmp_path)
-    with pytest.raises(ldm.BadInput, match="memory .* is used up .*smaller --size"):
-        ldm.decode(state["model"], torch.zeros(1, 2, 4, 4), 1.0)
+    with pytest.raises(workshop.BadInput, match="memory .* is used up .*smaller --size"):
+        ldm.decode_latents(state["model"], torch.zeros(1, 2, 4, 4), 1.0)
 
 
 def test_what_an_autoencoder_gives_is_float32_under_autocast(ldm):

@@ -109,13 +109,13 @@ def test_an_interruption_loses_one_unit(work, tiny, monkeypatch):
     assert tiny() == [("multistage", 0)]
 
 
-def test_a_seed_can_be_asked_for(tiny, sde):
+def test_a_seed_can_be_asked_for(workshop, tiny, sde):
     text = (tiny.folder / "tiny.toml").read_text(encoding="utf-8")
     (tiny.folder / "tiny.toml").write_text(
         text.replace("points", "seeds = [0, 1]\npoints", 1), encoding="utf-8"
     )
     assert tiny("--seeds", "1") == [("unified", 1), ("multistage", 1)]
-    with pytest.raises(sde.BadInput, match="--seeds 'one' must be whole numbers"):
+    with pytest.raises(workshop.BadInput, match="--seeds 'one' must be whole numbers"):
         tiny("--seeds", "one")
 
 
@@ -168,9 +168,8 @@ def test_few_pictures_are_a_part_of_those_that_are_not_held_out(work, runner):
 def test_a_result_is_named_by_the_recipe_too(work, runner, monkeypatch):
     plain, own = settle(runner, batch=0), settle(runner, lr=1e-3)
     names = work.fingerprint(plain), work.fingerprint(own)
-    recipes = {**work.training.RECIPES}
-    recipes["digits"] = {**recipes["digits"], "lr": 1e-2}
-    monkeypatch.setattr(work.training, "RECIPES", recipes)
+    digits = work.workshop.DATASETS["digits"]
+    monkeypatch.setitem(digits, "recipe", {**digits["recipe"], "lr": 1e-2})
     assert work.fingerprint(plain) != names[0]  # its learning rate is the recipe's
     assert work.fingerprint(own) == names[1]
     networks = {**work.unet.NETWORKS}
@@ -234,7 +233,7 @@ def test_looking_changes_nothing_and_training_is_that_of_step_04(work, runner, t
 def test_early_stopping_stops_before_the_budget_is_spent(work, runner, monkeypatch):
     monkeypatch.setattr(work, "measure", lambda *_: dict(frechet=0.0))
     worse = lambda state, *_: state["active"].clear()  # noqa: E731 - as if nothing had helped
-    monkeypatch.setattr(work.training, "look", worse)
+    monkeypatch.setattr(work.training, "check_held_out", worse)
     monkeypatch.setattr(work, "losses", lambda *_: {})
     d = settle(runner, arch="separate", boundaries="0.1,0.44", patience=1, points=[1.0, 2.0])
     record = work.train(d)
@@ -243,8 +242,8 @@ def test_early_stopping_stops_before_the_budget_is_spent(work, runner, monkeypat
 
 
 def test_another_network_serves_the_other_intervals(work, unet):
-    own = unet.randomize(unet.build("digits_separate", boundaries=(0.1, 0.44)), seed=1)
-    other = unet.randomize(unet.build("digits_unified"), seed=2)
+    own = unet.randomize(unet.build_network("digits_separate", boundaries=(0.1, 0.44)), seed=1)
+    other = unet.randomize(unet.build_network("digits_unified"), seed=2)
     hybrid, x = work.others_serve(own, [1], other), torch.randn(2, 1, 8, 8)
     for k, t in enumerate((0.05, 0.3, 0.7)):
         expected = own if k == 1 else other
@@ -253,7 +252,7 @@ def test_another_network_serves_the_other_intervals(work, unet):
 
 
 def test_gradients_of_neighbouring_times_agree_and_follow_the_seed(work, digits, unet):
-    model = unet.randomize(unet.build("digits_unified"))
+    model = unet.randomize(unet.build_network("digits_unified"))
     images = digits[:64] * 2 - 1
     same = torch.tensor(work.alike(model, images, [0.5, 0.51, 0.52], "vp"))
     assert torch.equal(same, same.T) and same.min() > 0.9
@@ -279,7 +278,7 @@ def test_ratio_of_compute_at_which_another_run_is_as_good():
     assert draw.reach(one, other, paper) == 0.75
 
 
-def test_features_of_a_resnet56(work, evaluation, sde, tmp_path):
+def test_features_of_a_resnet56(workshop, work, evaluation, sde, tmp_path):
     features, path = work.features, tmp_path / "resnet.th"
     torch.manual_seed(0)
     net = features.ResNet56().eval()
@@ -305,7 +304,7 @@ def test_features_of_a_resnet56(work, evaluation, sde, tmp_path):
 
     path.write_bytes(b"no checkpoint")
     for asked, sentence in ((path, "is no checkpoint of a CIFAR-10 ResNet-56"), ("", "give its")):
-        with pytest.raises(sde.BadInput, match=sentence):
+        with pytest.raises(workshop.BadInput, match=sentence):
             features.resnet56(asked)
 
 
@@ -333,16 +332,16 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_bad_file_is_named_in_one_sentence(case, runner, sde, tmp_path):
+def test_a_bad_file_is_named_in_one_sentence(workshop, case, runner, sde, tmp_path):
     lines, sentence = BROKEN[case]
     (tmp_path / "bad.toml").write_text(f"[[runs]]\n{lines}\n", encoding="utf-8")
-    with pytest.raises(sde.BadInput, match=sentence) as error:
+    with pytest.raises(workshop.BadInput, match=sentence) as error:
         runner.read_experiments(tmp_path)
     assert str(error.value).startswith("bad.toml")
 
 
 def test_missing_data_is_a_sentence_and_is_asked_for_only_where_needed(
-    work, runner, sde, tmp_path, monkeypatch, capsys
+    workshop, work, runner, sde, tmp_path, monkeypatch, capsys
 ):
     def offline(*_, download, **__):
         raise RuntimeError("no network") if not download else OSError("no network")
@@ -354,7 +353,7 @@ def test_missing_data_is_a_sentence_and_is_asked_for_only_where_needed(
     runner.main(places)
     assert "colour: left out, it asks for CIFAR-10" in capsys.readouterr().out
     work.pictures.cache_clear()
-    with pytest.raises(sde.BadInput, match="CIFAR10 is not in nowhere"):
+    with pytest.raises(workshop.BadInput, match="CIFAR10 is not in nowhere"):
         runner.main([*places, "--only", "colour"])
 
 

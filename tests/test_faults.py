@@ -40,22 +40,22 @@ def fails(step, *flags, cwd, **how):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_every_number_has_a_range_and_its_default_lies_in_it(sde, name):
-    numbers = [entry for entry in sde.parameters(name) if type(entry[1]) in (int, float)]
+def test_every_number_has_a_range_and_its_default_lies_in_it(workshop, sde, name):
+    numbers = [entry for entry in workshop.read_parameters(name) if type(entry[1]) in (int, float)]
     assert numbers
     for key, default, comment in numbers:
         assert re.search(r"[\[(]\S+, \S+[\])]$", comment), f"{key} has no range"
-        assert sde.checked(key, default, type(default), comment) == default
+        assert workshop.check_value(key, default, type(default), comment) == default
         for wrong in (float("nan"), float("inf"), -2, 10**30):
-            with pytest.raises(sde.BadInput, match=f"{key} = "):
-                sde.checked(key, wrong, type(default), comment)
+            with pytest.raises(workshop.BadInput, match=f"{key} = "):
+                workshop.check_value(key, wrong, type(default), comment)
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_papermill_understands_every_parameter(sde, name, caplog):
+def test_papermill_understands_every_parameter(workshop, sde, name, caplog):
     cell = (ROOT / f"{name}.py").read_text(encoding="utf-8").split('tags=["parameters"]\n')[1]
     found = PythonTranslator.inspect({"source": cell.split("# %%")[0]})
-    assert [p.name for p in found] == [key for key, _, _ in sde.parameters(name)]
+    assert [p.name for p in found] == [key for key, _, _ in workshop.read_parameters(name)]
     assert caplog.text == ""
 
 
@@ -73,13 +73,13 @@ def test_papermill_understands_every_parameter(sde, name, caplog):
         (dict(stpes=3), "unknown parameter 'stpes': take one of dataset, root"),
     ],
 )
-def test_what_papermill_hands_over_is_checked(sde, monkeypatch, injected, sentence):
-    monkeypatch.setattr(sde, "NOTEBOOK", True)
-    defaults = {key: default for key, default, _ in sde.parameters("04_train")}
+def test_what_papermill_hands_over_is_checked(workshop, sde, monkeypatch, injected, sentence):
+    monkeypatch.setattr(workshop, "NOTEBOOK", True)
+    defaults = {key: default for key, default, _ in workshop.read_parameters("04_train")}
     cell = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in injected.items())
     kernel = {"__name__": "__main__", **defaults, **injected, "In": ["", cell]}
-    with pytest.raises(sde.BadInput, match=sentence):
-        sde.settings(kernel, "04_train")
+    with pytest.raises(workshop.BadInput, match=sentence):
+        workshop.settings(kernel, "04_train")
     fine = {
         **defaults,
         "steps": 7.0,
@@ -87,17 +87,19 @@ def test_what_papermill_hands_over_is_checked(sde, monkeypatch, injected, senten
         "boundaries": 0.5,
         "In": ["", "# Parameters\nlr = 1"],
     }
-    sde.settings(fine := {"__name__": "__main__", **fine}, "04_train")
+    workshop.settings(fine := {"__name__": "__main__", **fine}, "04_train")
     assert (fine["steps"], fine["lr"], fine["boundaries"]) == (7, 1.0, "0.5")
 
 
 @pytest.mark.parametrize(
     "key, value", [("steps", -1), ("lr", -0.1), ("ema", 1.0), ("patience", -1), ("save_every", -1)]
 )
-def test_where_a_range_ends(sde, key, value):
-    comment = next(comment for name, _, comment in sde.parameters("04_train") if name == key)
-    with pytest.raises(sde.BadInput, match=rf"{key} = {value} must lie in \[0, "):
-        sde.checked(key, value, type(value), comment)
+def test_where_a_range_ends(workshop, sde, key, value):
+    comment = next(
+        comment for name, _, comment in workshop.read_parameters("04_train") if name == key
+    )
+    with pytest.raises(workshop.BadInput, match=rf"{key} = {value} must lie in \[0, "):
+        workshop.check_value(key, value, type(value), comment)
 
 
 OUT_OF_RANGE = [
@@ -143,16 +145,16 @@ def test_a_full_disk_during_training(training, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_log_on_a_full_disk(sde, training, tmp_path):
+def test_a_log_on_a_full_disk(workshop, sde, training, tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(sde.BadInput, match="cannot write to .*No space left"):
-        training.append({"step": 1}, tmp_path / "metrics.jsonl")
+    with pytest.raises(workshop.BadInput, match="cannot write to .*No space left"):
+        workshop.append_row({"step": 1}, tmp_path / "metrics.jsonl")
 
 
-def test_a_torn_row_is_dropped_and_said(training, tmp_path, capsys):
+def test_a_torn_row_is_dropped_and_said(workshop, training, tmp_path, capsys):
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1, "loss_0": 0.5}\n{"step": 2, "lo', encoding="utf-8")
-    training.trim(log, 9)
+    workshop.trim_log(log, 9)
     assert 'a torn row is dropped: {"step": 2, "lo' in capsys.readouterr().out
     assert log.read_text(encoding="utf-8") == '{"step": 1, "loss_0": 0.5}\n'
 
@@ -170,44 +172,44 @@ def spoiled(content, how):
 
 
 @pytest.mark.parametrize("how", ["no optimiser", "no weight", "another shape"])
-def test_checkpoints_that_do_not_fit(sde, training, run, how):
-    content = training.load(run / "runs" / "r")
-    with pytest.raises(sde.BadInput, match="the checkpoint does not fit its run"):
-        training.prepare(content["settings"], spoiled(content, how))
+def test_checkpoints_that_do_not_fit(workshop, sde, training, run, how):
+    content = workshop.read_checkpoint(run / "runs" / "r")
+    with pytest.raises(workshop.BadInput, match="the checkpoint does not fit its run"):
+        training.prepare_state(content["settings"], spoiled(content, how))
     if how != "no optimiser":  # which sampling does not need
-        with pytest.raises(sde.BadInput, match="the checkpoint does not fit its run"):
+        with pytest.raises(workshop.BadInput, match="the checkpoint does not fit its run"):
             training.averaged_model(content)
 
 
-def test_an_unfinished_autoencoder_of_another_kind(sde, ldm, tmp_path):
-    state = ldm.new_autoencoder_state(ldm.SMALL, 8, 1e-3, 0)
+def test_an_unfinished_autoencoder_of_another_kind(workshop, sde, ldm, tmp_path):
+    state = ldm.new_autoencoder_state(workshop.SMALL, 8, 1e-3, 0)
     ldm.save_autoencoder(state, tmp_path / "autoencoder.pt", finished=False)
     content = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
-    other = ldm.new_autoencoder_state({**ldm.SMALL, "kind": "vq"}, 8, 1e-3, 0)
-    with pytest.raises(sde.BadInput, match="trained with kind = 'kl', not 'vq'"):
+    other = ldm.new_autoencoder_state({**workshop.SMALL, "kind": "vq"}, 8, 1e-3, 0)
+    with pytest.raises(workshop.BadInput, match="trained with kind = 'kl', not 'vq'"):
         ldm.resume_autoencoder(other, content)
     del content["critic"]
-    with pytest.raises(sde.BadInput, match="autoencoder.pt does not fit its run"):
+    with pytest.raises(workshop.BadInput, match="autoencoder.pt does not fit its run"):
         ldm.resume_autoencoder(state, content)
 
 
-def test_two_runs_of_one_name(sde, training, tmp_path):
-    hold = f"t = importlib.import_module('{STEPS[3]}'); t.claim('r', False); print('held')"
+def test_two_runs_of_one_name(workshop, sde, training, tmp_path):
+    hold = f"t = importlib.import_module('{STEPS[0]}'); t.claim_folder('r', False); print('held')"
     code = f"import importlib; {hold}; import time; time.sleep(99)"
     how = dict(cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, text=True)
     other = subprocess.Popen([sys.executable, "-uc", code], **how)
     assert other.stdout.readline() == "held\n"
     (tmp_path / "r" / "checkpoint.pt").write_text("theirs", encoding="utf-8")
     for resume in (True, False):
-        with pytest.raises(sde.BadInput, match="another process is training in .*--name"):
-            training.claim(tmp_path / "r", resume)
+        with pytest.raises(workshop.BadInput, match="another process is training in .*--name"):
+            workshop.claim_folder(tmp_path / "r", resume)
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
     other.kill()
     other.communicate()
-    training.claim(tmp_path / "r", False)  # the lock died with its process
-    training.claim(tmp_path / "r", False)  # and one's own does not stand in the way
+    workshop.claim_folder(tmp_path / "r", False)  # the lock died with its process
+    workshop.claim_folder(tmp_path / "r", False)  # and one's own does not stand in the way
     assert (tmp_path / "r.1" / "checkpoint.pt").read_text(encoding="utf-8") == "theirs"
-    sde.release(tmp_path / "r")
+    workshop.unlock_folder(tmp_path / "r")
 
 
 def damage(path):
@@ -220,7 +222,7 @@ def damage(path):
 
 
 def test_torn_sets_are_drawn_again(unet, evaluation, tmp_path, capsys):
-    model = unet.build("digits").eval()
+    model = unet.build_network("digits").eval()
     draw = lambda: evaluation.draw_set(model, "vp", tmp_path, 12, shard=8, nfe=2)  # noqa: E731
     whole, second = draw(), tmp_path / "0000008.npy"
     assert "again" not in capsys.readouterr().out
@@ -230,9 +232,9 @@ def test_torn_sets_are_drawn_again(unet, evaluation, tmp_path, capsys):
         assert f"{second} is torn or holds something else" in capsys.readouterr().out
 
 
-def test_torn_latents_are_encoded_again(sde, ldm, tmp_path, capsys):
-    model = ldm.Autoencoder(**ldm.SMALL).eval()
-    pictures = sde.load_images("digits")[0][:20]
+def test_torn_latents_are_encoded_again(workshop, sde, ldm, tmp_path, capsys):
+    model = ldm.Autoencoder(**workshop.SMALL).eval()
+    pictures = workshop.load_images("digits")[0][:20]
     encode = lambda: ldm.encode_set(model, pictures, tmp_path, {"size": 8}, shard=8)  # noqa: E731
     scale, second = encode(), tmp_path / "00000008.npy"
     whole = ldm.Latents(tmp_path, scale).all()
@@ -242,13 +244,13 @@ def test_torn_latents_are_encoded_again(sde, ldm, tmp_path, capsys):
         assert torch.equal(ldm.Latents(tmp_path, scale).all(), whole)
         assert f"{second} is torn or holds something else" in capsys.readouterr().out
     (tmp_path / "latents.json").write_text("{", encoding="utf-8")
-    with pytest.raises(sde.BadInput, match=r"latents\.json is damaged: remove"):
+    with pytest.raises(workshop.BadInput, match=r"latents\.json is damaged: remove"):
         encode()
 
 
-def test_a_stage_is_named_by_a_decimal_number(sde, unet, evaluation):
-    with pytest.raises(sde.BadInput, match="model_for_stage = '²=x'"):
-        evaluation.hybrid(unet.build("digits"), "vp", "²=x")
+def test_a_stage_is_named_by_a_decimal_number(workshop, sde, unet, evaluation):
+    with pytest.raises(workshop.BadInput, match="model_for_stage = '²=x'"):
+        evaluation.build_hybrid(unet.build_network("digits"), "vp", "²=x")
 
 
 # ---------------------------------------------------------------------------------------- signals
@@ -306,7 +308,7 @@ def test_sigterm_during_sampling_and_where_figures_go(run, tmp_path):
 # ---------------------------------------------------------------------------------------- threads
 
 
-def test_idle_threads_sleep_soon_in_a_script_and_nowhere_else(sde, monkeypatch):
+def test_idle_threads_sleep_soon_in_a_script_and_nowhere_else(workshop, sde, monkeypatch):
     kept = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     asked = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
@@ -316,13 +318,13 @@ def test_idle_threads_sleep_soon_in_a_script_and_nowhere_else(sde, monkeypatch):
         for key, value in env.items():
             monkeypatch.setenv(key, value)
         monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / main), raising=False)
-        sde.ready_script()
+        workshop.prepare_script()
         return os.environ.get("GOMP_SPINCOUNT")
 
     try:
         assert spins("own_script.py") is None and spins("tests/04_x.py") is None
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == kept
-        assert spins("04_train.py") == sde.SPINS
+        assert spins("04_train.py") == workshop.SPINS
         assert spins("04_train.py", OMP_WAIT_POLICY="active") is None
         assert spins("04_train.py", GOMP_SPINCOUNT="7") == "7"
     finally:
@@ -335,7 +337,7 @@ def test_the_process_is_readied_before_torch_is_loaded(name):
     """What it sets for torch's threads counts only then."""
     lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
     first = lambda word: next(i for i, line in enumerate(lines) if line.startswith(word))  # noqa: E731
-    readied = "ready_script()" if name == STEPS[0] else "sde = importlib.import_module("
+    readied = "prepare_script()" if name == STEPS[0] else "workshop = importlib.import_module("
     heavy = [
         first(word)
         for word in ("import torch", "import matplotlib", "import numpy")

@@ -25,8 +25,8 @@ def waits():
 
 
 @pytest.fixture
-def pixels(sde, waits):
-    return sde.load_images("digits")[0][:200].to(sde.device())
+def pixels(workshop, sde, waits):
+    return workshop.load_images("digits")[0][:200].to(workshop.device())
 
 
 def counted(waits, work):
@@ -39,7 +39,7 @@ def counted(waits, work):
 def prepared(training, process, stages="uniform", content=None):
     more = dict(network="digits_latent", channels=1, size=8) if process == "ldm" else {}
     asked = dict(process=process, stages=stages, boundaries=CUTS[process])
-    return training.prepare({**SETTINGS, **asked, **more}, content)
+    return training.prepare_state({**SETTINGS, **asked, **more}, content)
 
 
 def test_the_pretended_gpu_refuses_and_counts(waits):
@@ -102,23 +102,25 @@ def test_the_posterior_mean_does_not_wait_for_chunks(sde, waits, n):
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
-def test_an_autoencoder_on_a_gpu(ldm, waits, pixels, kind):
-    state = ldm.new_autoencoder_state({**ldm.SMALL, "kind": kind}, 8, 1e-3, 0)
+def test_an_autoencoder_on_a_gpu(workshop, ldm, waits, pixels, kind):
+    state = ldm.new_autoencoder_state({**workshop.SMALL, "kind": kind}, 8, 1e-3, 0)
     loop = ldm.train_autoencoder(state, pixels, 3, 8, adversarial=0.5)
     next(loop)
     number, (_, row) = counted(waits, lambda: next(loop))
     assert number <= 1 and torch.isfinite(row["error"]), dict(waits)
     model = state["model"].eval()
-    assert ldm.decode(model, ldm.encode(model, pixels[:4]), 1.0).device.type == "cpu"
+    assert (
+        ldm.decode_latents(model, ldm.encode_pictures(model, pixels[:4]), 1.0).device.type == "cpu"
+    )
 
 
-def test_a_run_on_a_gpu_goes_on_and_draws(training, waits, pixels, tmp_path):
+def test_a_run_on_a_gpu_goes_on_and_draws(workshop, training, waits, pixels, tmp_path):
     how, ends = dict(process="vp", batch=12, stages="mixed"), []
     state = prepared(training, "vp", "mixed")
     list(training.train(state, pixels, 2, **how))
     settings = {**SETTINGS, "process": "vp", "boundaries": CUTS["vp"]}
-    training.save(state, settings, tmp_path)
-    again = prepared(training, "vp", "mixed", training.load(tmp_path))
+    training.save_checkpoint(state, settings, tmp_path)
+    again = prepared(training, "vp", "mixed", workshop.read_checkpoint(tmp_path))
     for run in (state, again):
         assert [step for step, _ in training.train(run, pixels, 4, **how)] == [3, 4]
         ends.append(torch.cat([p.detach().flatten().cpu() for p in run["ema"].parameters()]))

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, STEPS
 
 SMALL = {
+    "00_workshop": {},
     "01_sde_and_denoiser": dict(samples=4, steps=100),
     "02_clustering": dict(samples=1000),
     "03_multistage_unet": {},
