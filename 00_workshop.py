@@ -341,8 +341,11 @@ def tile_images(images, columns=16, scale=0):
     return make_grid(big, nrow=columns, padding=6, pad_value=1.0)
 
 
-def show_images(rows, titles, path, columns=16):
-    """Draw titled grids of images under each other: `rows` is a list of (n, C, H, W) in [0, 1]."""
+def show_images(rows, titles, path, columns=16, labels=None):
+    """Draw titled grids of images under each other: `rows` is a list of (n, C, H, W) in [0, 1].
+
+    labels: words that stand over the columns of the first grid, such as times.
+    """
     grids = [tile_images(row.detach().cpu().float(), columns) for row in rows]
     height = sum(grid.shape[1] for grid in grids) / grids[0].shape[2] * 10 + 0.35 * len(rows)
     figure, axes = plt.subplots(len(rows), 1, figsize=(10, height), squeeze=False)
@@ -350,8 +353,11 @@ def show_images(rows, titles, path, columns=16):
         ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
         # the name of a run may have letters that the locale lacks: their bytes stand for them
         title = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        ax.set_title(title, fontsize=10, loc="left")
+        ax.set_title(title, fontsize=10, loc="left", pad=18 if labels and ax is axes[0, 0] else 6)
         ax.axis("off")
+    for i, label in enumerate(labels or []):
+        middle = (i + 0.5) * (grids[0].shape[2] - 6) / columns + 3  # tiles lie 6 pixels apart
+        axes[0, 0].text(middle, 0, label, ha="center", va="bottom", fontsize=9)
     figure.tight_layout()
     show_figure(path)
 
