@@ -15,16 +15,6 @@
 #
 # The rule of admission: *what stands here holds no equation of the paper, serves at least two steps,
 # and imports no step.* (A test keeps to it.)
-#
-# | part | what it does |
-# |---|---|
-# | settings | one cell of plain assignments is the flags of the shell and papermill's parameters |
-# | files | are written aside and renamed, so that nobody ever reads half of one |
-# | data sets | all of them, with their networks and recipes, in one dictionary |
-# | pictures of steps | which pictures a training step sees: the seed and the step alone decide |
-# | device, memory, processes | one CPU, one GPU or many, under the same commands |
-# | runs | a folder each, locked while it is written, with checkpoints and a log |
-# | the loop | that keeps a training: bar, log, checkpoints, Ctrl-C |
 
 # %%
 import argparse
@@ -118,10 +108,8 @@ def exit_with(message):
 # %%
 def describe_environment():
     """Describe this machine: (lines to print, whether everything required is there and fits)."""
-    lines, complete = (
-        [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"],
-        True,
-    )
+    lines = [f"python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    complete = True
     required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     for name in re.findall(r"^([\w-]+)", required, re.MULTILINE):
         try:
@@ -130,27 +118,18 @@ def describe_environment():
             lines.append(f"{name} MISSING: pip install -r requirements.txt -c constraints.txt")
             complete = False
     try:
+        import psutil
         import torch
         import torchvision  # noqa: F401 - fails to load beside a torch it was not built for
 
-        lines.append(
-            f"device {device()}, {torch.get_num_threads()} threads, {describe_free_memory()}"
-        )
+        free = f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory free"
+        lines.append(f"device {device()}, {torch.get_num_threads()} threads, {free}")
+        if torch.cuda.is_available():
+            lines.append(f"{torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB free on the GPU")
     except Exception as error:  # whatever it is, the reader should see it in one line
         lines.append(f"torch DOES NOT LOAD ({error}): install the versions of constraints.txt")
         complete = False
     return lines, complete
-
-
-def describe_free_memory():
-    """Describe the free memory of this machine, and of its GPU where it has one (GiB)."""
-    import psutil
-    import torch
-
-    text = f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory free"
-    if torch.cuda.is_available():
-        text += f", {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB on the GPU"
-    return text
 
 
 def device():
@@ -321,8 +300,6 @@ def open_shard(path, shape, kind):
 # %%
 def show_figure(path):
     """Save the current matplotlib figure as `path` and, in a notebook, put it on the page."""
-    import matplotlib.pyplot as plt
-
     with replacing(path) as aside:
         plt.savefig(aside, dpi=110, bbox_inches="tight", format="png")
     if NOTEBOOK:
@@ -370,8 +347,9 @@ def show_images(rows, titles, path, columns=16, labels=None):
 # | key | meaning |
 # |---|---|
 # | `shape` | of a picture, (C, H, W); without one `--size` decides, and pictures are in colour |
-# | `torchvision`, `place` | the class that reads it, and where its files lie below `--root` |
-# | `judge` | "digits": measured by a classifier trained on its labels (step 05); else by Inception |
+# | `read` | function of `--root` to (uint8 (N, C, H, W), labels) |
+# | `torchvision`, `place` | in its place: torchvision's class, and where its files lie below `--root` |
+# | `judge` | "digits": measured by a classifier of its ten labels (step 05); none: by Inception |
 # | `network`, `recipe` | steps 03 and 04: a small network, and how long to train; none: the paper's |
 # | `autoencoder`, `latent_network`, `latent_recipe` | the same for step 06 |
 #
@@ -379,7 +357,17 @@ def show_images(rows, titles, path, columns=16, labels=None):
 # networks, which a laptop trains in a minute or an hour; for colour pictures on little hardware there
 # is `--network cifar10`. Widths follow the paper's choice (encoder 128, decoders 192, 128, 16).
 
+
 # %%
+def read_digits(root):
+    """Read scikit-learn's digits, which lie in no folder: (uint8 (1797, 1, 8, 8), labels)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = torch.tensor(data.images / 16 * 255).round().to(torch.uint8)  # 17 grey levels
+    return pixels[:, None], torch.tensor(data.target)
+
+
 PAPER = dict(steps=450_000, batch=128, lr=2e-4, warmup=5000, flip=True)
 # latent diffusion's for CelebA-HQ (Rombach et al. 2022, Appendix E), 500,000 steps as in the paper;
 # how long to train its autoencoder, which it loads, is our guess
@@ -387,11 +375,13 @@ PAPER_LATENT = dict(code_steps=300_000, code_batch=8, code_lr=4e-5, perceptual=1
 PAPER_LATENT |= dict(adversarial=0.75, steps=500_000, batch=48, lr=9.6e-5, warmup=1)
 VQ_F4 = dict(kind="vq", channels=3, code=3, width=128, mults=(1, 2, 4), blocks=2, entries=8192)
 SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, entries=256)
+PUBLISHED = dict(recipe=PAPER, autoencoder=VQ_F4, latent_recipe=PAPER_LATENT)
 WIDTHS, NO_JUDGES = dict(encoder=32, decoders=(48, 32, 16)), dict(perceptual=0.0, adversarial=0.0)
 
 DATASETS = {
     "digits": dict(
         shape=(1, 8, 8),
+        read=read_digits,
         judge="digits",
         network=dict(**WIDTHS, attention=(4,)),
         recipe=dict(steps=900, batch=64, lr=3e-3, warmup=100, flip=False),
@@ -424,14 +414,8 @@ DATASETS = {
         latent_recipe=dict(code_steps=20_000, code_batch=64, code_lr=5e-4, perceptual=1.0)
         | dict(adversarial=0.75, steps=100_000, batch=128, lr=5e-4, warmup=1000),
     ),
-    "celeba": dict(
-        torchvision="CelebA",
-        place="celeba",
-        recipe=PAPER,
-        autoencoder=VQ_F4,
-        latent_recipe=PAPER_LATENT,
-    ),
-    "folder": dict(recipe=PAPER, autoencoder=VQ_F4, latent_recipe=PAPER_LATENT),
+    "celeba": dict(torchvision="CelebA", place="celeba", **PUBLISHED),
+    "folder": PUBLISHED,
 }
 
 
@@ -450,16 +434,12 @@ def load_images(dataset="digits", root="data", size=32):
     `size` is the side in pixels for sets without a shape of their own (centre crop, then antialiased
     resize). Raises BadInput where the set is unknown, damaged or not to be had.
     """
-    shape = about(dataset).get("shape")
-    if shape is None:
+    known = about(dataset)
+    if "read" in known:
+        return known["read"](root)
+    if "shape" not in known:
         return read_pictures(open_picture_files(dataset, root, size)), None
-    if "torchvision" not in DATASETS[dataset]:
-        from sklearn.datasets import load_digits
-
-        data = load_digits()
-        pixels = torch.tensor(data.images / 16 * 255).round().to(torch.uint8)  # 17 grey levels
-        return pixels[:, None], torch.tensor(data.target)
-    data = _torchvision_set(dataset, root)
+    data, shape = _torchvision_set(dataset, root), known["shape"]
     pixels, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(3, 1)  # (N, C, H, W)
     if pixels.shape[1:] != shape or not 0 < len(pixels) == len(labels) or labels.max() > 9:
@@ -496,10 +476,8 @@ def _torchvision_set(dataset, root, **options):
 
 
 def _damaged(dataset, root, reason):
-    return BadInput(
-        f"{Path(root) / DATASETS[dataset]['place']} is damaged ({reason}): remove it, and it is downloaded "
-        "again"
-    )
+    place = Path(root) / DATASETS[dataset]["place"]
+    return BadInput(f"{place} is damaged ({reason}): remove it, and it is downloaded again")
 
 
 PATIENCE = 30  # seconds without a byte after which a download has failed
@@ -621,7 +599,7 @@ class PictureFiles:
 
 
 def open_picture_files(dataset, root, size):
-    """Open the pictures of `celeba` or `folder` as PictureFiles. Raises as `picture_files`."""
+    """Open the pictures of `celeba` or `folder` as PictureFiles. Raises as `list_picture_files`."""
     kept = Path(root) / "celeba" / f"train-{size}.npy" if dataset == "celeba" else None
     return PictureFiles(list_picture_files(dataset, root), size, kept)
 
@@ -664,9 +642,6 @@ def read_pictures(pictures, workers=0):
 
 def _decode(pictures, workers):
     """Decode PictureFiles: (uint8 tensor without the unreadable, the indices of these)."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
     n, size = len(pictures), pictures.size
     pixels, good, bad, first = torch.empty(n, 3, size, size, dtype=torch.uint8), 0, [], 0
     loader = DataLoader(
@@ -788,43 +763,27 @@ def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
             yield images[i.to(images.device)]
         return
     loader = DataLoader(
-        Indexed(images),
+        images,
         batch_sampler=(i.tolist() for i in picks()),
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_stack,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_interrupts,
     )
-    for pictures, unreadable in loader:
-        for i in unreadable:
-            if images.files[i] not in bad:
-                bad.append(images.files[i])
+    for i, (readable, pictures) in zip(picks(), loader, strict=True):
+        readable = torch.tensor(readable)
+        for j in i[~readable].tolist():
+            if images.files[j] not in bad:
+                bad.append(images.files[j])
                 tqdm.write(f"unreadable, skipped: {bad[-1]}")
         if len(bad) > 0.01 * len(images):
             report_unreadable(bad, len(images))
-        if pictures is None:
+        if not readable.any():
             raise BadInput("none of the pictures of a batch is readable: see the files named above")
+        if not readable.all():
+            stand_in = torch.arange(len(i)) % len(pictures)
+            pictures = pictures[torch.where(readable, readable.cumsum(0) - 1, stand_in)]
         yield pictures.to(device(), non_blocking=True)
-
-
-class Indexed:
-    """Give (i, picture) in place of the picture."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __getitem__(self, i):
-        return i, self.images[i]
-
-
-def _collate(items):
-    """Stack pictures, with readable ones in the place of None: (pictures, unreadable indices).
-
-    Where none is readable there are no pictures either, but None.
-    """
-    good = [picture for _, picture in items if picture is not None]
-    stack = [good[j % len(good)] if p is None else p for j, (_, p) in enumerate(items) if good]
-    return torch.stack(stack) if good else None, [i for i, picture in items if picture is None]
 
 
 # %% tags=["nbval-check-output"]
@@ -874,8 +833,6 @@ def check_memory(size, what):
 
 def is_out_of_memory(error):
     """Tell whether an error says that the memory of a GPU, or of this machine, is used up."""
-    import torch
-
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -945,15 +902,6 @@ def first_process_first():
         dist.barrier()
 
 
-def any_process(flag, device):
-    """Tell whether any process has raised its flag, to all of them alike."""
-    if ranks()[1] == 1:
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
-
-
 # %% [markdown]
 # ## A run on disk
 #
@@ -967,7 +915,7 @@ LOCKED = {}  # the folders that this process writes into, each open and locked: 
 
 
 def lock_folder(folder):
-    """Lock a folder, until `release` or the end of this process.
+    """Lock a folder, until `unlock_folder` or the end of this process.
 
     Raises BadInput where another process holds it.
     """
@@ -987,13 +935,13 @@ def lock_folder(folder):
 
 
 def unlock_folder(folder):
-    """Give back a folder that `hold` locked, if it did."""
+    """Give back a folder that `lock_folder` locked, if it did."""
     if (place := LOCKED.pop(Path(folder).resolve(), None)) is not None:
         os.close(place)
 
 
 def claim_folder(folder, resume):
-    """Make the folder of a run and hold it; an earlier run of that name is kept as `folder`.1, …
+    """Make the folder of a run and lock it; an earlier run of that name is kept as `folder`.1, …
 
     Raises BadInput where the folder cannot be made, or another process writes into it.
     """
@@ -1149,7 +1097,11 @@ def defer_signals():
 
 def asked_to_stop(stop, step, device):
     """Tell all processes alike whether one was asked to stop; several talk every tenth step."""
-    return (ranks()[1] == 1 or step % 10 == 0) and any_process(bool(stop), device)
+    if ranks()[1] == 1 or step % 10:
+        return bool(stop) and ranks()[1] == 1
+    flag = torch.tensor(float(bool(stop)), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 TEN_MINUTES = 600  # what a power cut may cost where --save_every does not count steps
