@@ -95,7 +95,9 @@ def replace_unprintable():
 
 def report_bad_input(kind, error, trace):
     """Report what a user can mend in one line with exit status 2; leave real bugs their trace."""
-    if not issubclass(kind, BadInput):
+    if issubclass(kind, RuntimeError) and is_out_of_memory(error):
+        error = used_up(error, "end what else uses it, or ask for less, as by --batch or --memory")
+    elif not issubclass(kind, BadInput):
         return sys.__excepthook__(kind, error, trace)
     exit_with(error)
 
@@ -833,7 +835,16 @@ def check_memory(size, what):
 
 def is_out_of_memory(error):
     """Tell whether an error says that the memory of a GPU, or of this machine, is used up."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    known = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())  # it may not be loaded yet
+    return isinstance(error, known) or "can't allocate memory" in str(error)
+
+
+def used_up(error, way_out):
+    """Make BadInput, with a way out, of torch's page about memory."""
+    wanted = re.search(r"allocate ([\d.,]+ \w+)", str(error))
+    wanted = f" (for {wanted[1]} more)" if wanted else ""
+    whose = "GPU" if device().type == "cuda" else "machine"
+    return BadInput(f"the memory of this {whose} is used up{wanted}: {way_out}")
 
 
 @contextmanager
@@ -847,10 +858,7 @@ def enough_memory(way_out="give a smaller --batch"):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        wanted = re.search(r"allocate ([\d.,]+ \w+)", str(error))  # of a page of other numbers
-        wanted = f" (for {wanted[1]} more)" if wanted else ""
-        whose = "GPU" if device().type == "cuda" else "machine"
-        raise BadInput(f"the memory of this {whose} is used up{wanted}: {way_out}") from error
+        raise used_up(error, way_out) from error
 
 
 # %% [markdown]

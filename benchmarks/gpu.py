@@ -173,7 +173,9 @@ def agree_networks(args):
     be as far off where that is more than 1e-2.
     """
     small = [name for name in unet.NETWORKS if name.startswith(tuple(unet.SMALL_NETWORKS))]
-    for name in ("digits", "table5_1", "edm", "ldm") if args.quick else (*small, *PUBLISHED):
+    first = [*small, *PUBLISHED]  # all kinds; then the others, as far as the time goes
+    others = [name for name in unet.NETWORKS if name not in first]
+    for name in ("digits", "table5_1", "edm", "ldm") if args.quick else [*first, *others]:
         torch.manual_seed(0)
         model = unet.build_network(name, dropout=0.0, **TINY if args.quick else {})
         for p in model.parameters():  # what starts at zero would hide all that is before it

@@ -8,7 +8,8 @@ from pathlib import Path
 
 # The tests mean the CPU, whatever this machine has: hidden before anything asks for a GPU, here and
 # in the processes that the tests start. The fixture `card` gives it back to those that want it.
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+# Kept in the environment too: the processes of `pytest -n` come after it was hidden.
+VISIBLE = os.environ.setdefault("VISIBLE_TO_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # They run side by side, and OpenMP threads that share cores wait for each other: one will do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

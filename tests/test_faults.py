@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import re
 import signal
 import subprocess
 import sys
@@ -344,3 +345,15 @@ def test_the_process_is_readied_before_torch_is_loaded(name):
         if any(line.startswith(word) for line in lines)
     ]
     assert first(readied) < min(heavy)
+
+
+def test_memory_used_up_anywhere_in_a_script_is_one_sentence(workshop, capsys):
+    """Such as where a network or a data set is moved to a GPU that others fill."""
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+    with pytest.raises(SystemExit) as end:
+        workshop.report_bad_input(type(full), full, None)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert re.search(r"error: the memory .* is used up \(for 2\.00 GiB more\): .*--batch", said)
+    workshop.report_bad_input(RuntimeError, RuntimeError("another bug"), None)
+    assert capsys.readouterr().err.strip() == "RuntimeError: another bug"

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from pretended_gpu import pretended_gpu
+
+try:
+    from pretended_gpu import pretended_gpu
+except (ImportError, AttributeError) as error:  # as below, only earlier
+    reason = f"this torch cannot be made to pretend a GPU: {error}"
+    pytest.skip(reason, allow_module_level=True)
 
 SETTINGS = dict(dataset="digits", arch="multistage", network="digits", steps=9, batch=12, lr=1e-3)
 SETTINGS |= dict(warmup=2, ema=0.9999, seed=0, flip=True)
@@ -99,6 +104,22 @@ def test_the_posterior_mean_does_not_wait_for_chunks(sde, waits, n):
         torch.testing.assert_close(mean.cpu(), expected, rtol=1e-5, atol=2e-6)
         found.append(number)
     assert found[0] == found[1] <= 4
+
+
+def test_a_gpu_compares_with_more_pictures_at_a_time(sde, waits, monkeypatch):
+    images, begins, plain = torch.rand(1500, 3, 32, 32), [], sde._leaders
+    watched = lambda so_far, new, at, best: begins.append(at) or plain(so_far, new, at, best)  # noqa: E731
+    monkeypatch.setattr(sde, "_leaders", watched)
+    for where in ("cpu", "cuda"):
+        sde.posterior_mean(images[:2].to(where), 0.2, sde.VP, images.to(where))
+    assert begins == [0, 1000, 0]
+
+
+def test_a_card_s_rate_is_that_of_large_products_in_a_row(ldm, waits, monkeypatch):
+    asked, ones = [], torch.ones
+    small = lambda *size, **how: asked.append(size) or ones(4, 4, **how)  # noqa: E731
+    monkeypatch.setattr(torch, "ones", small)
+    assert counted(waits, ldm.product_rate)[0] == 5 and asked == [(8192, 8192)]  # a wait for ten
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])

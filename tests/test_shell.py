@@ -202,3 +202,16 @@ def test_a_gpu_trains_and_draws(card, tmp_path):
     for step, *flags in (("04_train", "--steps", "3"), ("05_sample_eval", "--samples", "20")):
         done = run(script(step), "--batch", "8", *flags, cwd=tmp_path, env=card)
         assert done.returncode == 0 and " on cuda" in done.stdout, done.stderr
+
+
+def test_a_hidden_gpu_can_be_had_by_every_process_of_the_tests():
+    """The processes of `pytest -n` are started when the first one has hidden it already."""
+    worker = [sys.executable, "-c", "import conftest; print(conftest.VISIBLE)"]
+    first = f"import conftest, subprocess; subprocess.run({worker})"
+    fresh = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    for key in ("CUDA_VISIBLE_DEVICES", "VISIBLE_TO_TESTS"):
+        fresh.pop(key, None)
+    for visible, expected in (({}, "0"), ({"CUDA_VISIBLE_DEVICES": "3"}, "3")):
+        how = dict(env=fresh | visible, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", first], **how)
+        assert done.stdout.strip() == expected, done.stderr

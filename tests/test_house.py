@@ -1,0 +1,126 @@
+"""The shape of the house: what stands above the line in each step, and a data set in one place."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, STEPS
+
+LESSONS = STEPS[1:]
+LINE = "# ## Below this line: faster, safer, as published"
+MAIN = 'if __name__ == "__main__"'
+
+
+def cells(text):
+    """Cut a percent script into (head, body, number of its first line)."""
+    found, at = [], 1
+    for part in re.split(r"(?m)^(?=# %%)", text):
+        if part.startswith("# %%"):
+            head, _, body = part.partition("\n")
+            found.append((head, body, at + 1))
+        at += part.count("\n")
+    return found
+
+
+def counted(body):
+    return sum(bool(line.strip("# ")) for line in body.splitlines())
+
+
+def shows(body):
+    """Tell whether a cell prints or draws where it is run."""
+    return MAIN in body and re.search(r"print\(|show_|draw_", body.split(MAIN, 1)[1])
+
+
+def measures(step):
+    """Measure a step: {name: number}, of what stands above the line but for the whole's length."""
+    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
+    assert text.count(LINE) == 1, f"{step} has no line between the lesson and what is below"
+    lesson = text[: text.index(LINE)]
+    code = [cell for cell in cells(lesson) if "[markdown]" not in cell[0]]
+    prose = sum(counted(body) for head, body, _ in cells(lesson) if "[markdown]" in head)
+    told = [cell for cell in code if not re.search(r"import_module|workshop\.settings\(", cell[1])]
+    told = [cell for cell in told if "parameters" not in cell[0]]
+    silent = longest = 0
+    for _, body, _ in told:
+        silent = 0 if shows(body) else silent + 1
+        longest = max(longest, silent)
+    first = next((at + body[: body.index(MAIN)].count("\n") for _, body, at in told if shows(body)))
+    return {
+        "lines": text.count("\n"),
+        "above": lesson.count("\n"),
+        "longest cell": max(counted(body) for _, body, _ in code),
+        "prose a line of code": round(prose / sum(counted(body) for _, body, _ in code), 2),
+        "cells without output in a row": longest,
+        "first output": first,
+    }
+
+
+LIMITS = {
+    "lines": (0, 1000),
+    "above": (0, 450),
+    "longest cell": (0, 25),
+    "prose a line of code": (0.7, 9),
+    "cells without output in a row": (0, 1),
+    "first output": (0, 60),
+}
+
+
+@pytest.mark.parametrize("step", LESSONS)
+def test_the_lesson_is_short_and_the_rest_is_below(step):
+    found = measures(step)
+    print(step, found)
+    outside = {
+        name: found[name] for name, (low, high) in LIMITS.items() if not low <= found[name] <= high
+    }
+    assert not outside
+
+
+def test_the_house_is_small():
+    lengths = {s: (ROOT / f"{s}.py").read_text(encoding="utf-8").count("\n") for s in STEPS}
+    print(lengths, "in all", sum(lengths.values()))
+    assert lengths[STEPS[0]] <= 1150 and sum(lengths.values()) <= 6400
+
+
+NOISES = """
+    "noises": dict(
+        shape=(1, 8, 8),
+        read=lambda root: (
+            torch.randint(256, (80, 1, 8, 8), generator=torch.Generator()).byte(),
+            torch.arange(80) % 10,
+        ),
+        judge="digits",
+        network=dict(encoder=8, decoders=(8, 8, 8)),
+        recipe=dict(steps=2, batch=8, lr=1e-3, warmup=1, flip=False),
+        autoencoder=SMALL,
+        latent_network=dict(encoder=8, decoders=(8, 8, 8)),
+        latent_recipe=dict(code_steps=2, code_batch=8, code_lr=1e-3, **NO_JUDGES)
+        | dict(steps=2, batch=8, lr=1e-3, warmup=1),
+    ),
+}
+
+
+def about("""
+
+
+def test_a_data_set_is_added_in_one_place(tmp_path):
+    """Another entry of DATASETS is trained, drawn, measured and encoded by every step."""
+    for path in [*ROOT.glob("0*.py"), ROOT / "requirements.txt"]:
+        text = path.read_text(encoding="utf-8")
+        if path.stem == STEPS[0]:
+            assert text.count("\n}\n\n\ndef about(") == 1
+            text = text.replace("\n}\n\n\ndef about(", NOISES)
+        (tmp_path / path.name).write_text(text, encoding="utf-8")
+    few = ["--dataset", "noises", "--samples"]
+    for step, *flags in (
+        ("02_clustering", *few, "200", "--pairs", "2"),
+        ("04_train", "--dataset", "noises", "--boundaries", "0.1,0.44"),
+        ("05_sample_eval", "--name", "noises-multistage", "--samples", "20", "--nfe", "2"),
+        ("06_ldm", *few, "20", "--nfe", "2"),
+    ):
+        done = subprocess.run(
+            [sys.executable, f"{step}.py", *flags], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("noises-multistage", "noises-latent", "noises-latent-unified"):
+        assert (tmp_path / "runs" / name / "checkpoint.pt").exists()
