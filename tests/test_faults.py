@@ -3,7 +3,6 @@
 import os
 import re
 import resource
-import re
 import signal
 import subprocess
 import sys
