@@ -17,34 +17,12 @@
 # and imports no step.* (A test keeps to it.)
 
 # %%
-import argparse
-import ast
 import builtins
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
-import re
 import signal
-import socket
 import sys
-import time
-import warnings
-from contextlib import contextmanager
-from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs under one name are not told apart
-    fcntl = None
-
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
-    os.chdir("..")  # a notebook that was opened where it lies
-ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
-
-
 SPINS = "1000"  # turns of an idle thread before it sleeps; OpenMP's own default is 300,000
 
 
@@ -63,8 +41,10 @@ def prepare_script():
 
     A signal ends it quietly with status 130 or 143, and what waits in a `finally` is done.
     """
-    main = Path(getattr(sys.modules["__main__"], "__file__", "")).resolve()
-    if NOTEBOOK or main.parent != ROOT or not re.match(r"0\d_", main.name):
+    main = os.path.realpath(getattr(sys.modules["__main__"], "__file__", ""))
+    folder, name = os.path.split(main)
+    step = name[:1] + name[2:3] == "0_" and not NOTEBOOK
+    if not step or folder != os.path.dirname(os.path.realpath(__file__)):
         return  # a step that is imported as a library leaves the process as it is
     let_idle_threads_sleep()
     for kind in (signal.SIGINT, signal.SIGTERM):
@@ -72,8 +52,29 @@ def prepare_script():
             signal.signal(kind, lambda number, _: sys.exit(128 + number))
 
 
-prepare_script()
+prepare_script()  # before all that takes a while to load
 
+import argparse
+import ast
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import socket
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs under one name are not told apart
+    fcntl = None
+
+if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")  # a notebook that was opened where it lies
+ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
 # %% [markdown]
 # ## Errors, and what this machine has
@@ -262,7 +263,7 @@ def replacing(path):
         reason = error.strerror or error
         raise BadInput(f"cannot write {path} ({reason}): choose another place") from error
     finally:
-        if aside.is_file():
+        if os.path.isfile(aside):  # False, too, for a name that is too long
             aside.unlink()
 
 
@@ -287,7 +288,7 @@ def open_shard(path, shape, kind):
 
     Returns None where there is none, or, which is said, one that is torn or holds something else.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # which its name may be too long for
         return None
     try:
         found = np.load(path, mmap_mode="r")
@@ -670,8 +671,9 @@ def _stack(items):
 
 
 def ignore_interrupts(worker):
-    """Leave Ctrl-C to the main process, and to it alone what it holds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the main process, which ends its workers, and to it alone what it holds."""
+    for kind in (signal.SIGINT, signal.SIGTERM):  # a terminal or a scheduler sends them to all
+        signal.signal(kind, signal.SIG_IGN)
     for folder in list(LOCKED):
         unlock_folder(folder)
 
@@ -998,13 +1000,15 @@ def read_checkpoint(folder):
     Raises BadInput where there is none that can be read.
     """
     paths = [Path(folder) / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
-    if not any(path.is_file() for path in paths):
+    if not any(os.path.isfile(path) for path in paths):
         raise BadInput(f"there is no checkpoint {paths[0]}: train one with 04_train.py")
     for path in paths:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            content["settings"], content["ema"]  # noqa: B018 - some other file has neither
+            parts = [type(content[key]) for key in ("settings", "ema", "step")]
         except Exception:  # torch.load fails in many ways on a broken or foreign file
+            continue
+        if not (issubclass(parts[0], dict) and issubclass(parts[1], dict) and parts[2] is int):
             continue
         if path != paths[0]:
             print(f"{paths[0]} is missing or torn: going back to {path}, step {content['step']:,}")
@@ -1072,10 +1076,12 @@ def append_row(row, log):
 def read_log(folder, file="metrics.jsonl"):
     """Read a run's log as a list of dictionaries; torn rows, as of a full disk, are dropped."""
     rows, path = [], Path(folder) / file
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            row["step"]  # noqa: B018 - every row has one
+            rows.append(row)
+        except (KeyError, TypeError, ValueError):
             print_once(f"{path}: a torn row is dropped: {line[:60]}")
     return rows
 

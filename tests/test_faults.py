@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def test_a_full_disk_during_training(training, tmp_path):
     assert not list(tmp_path.rglob("*.part*"))
 
 
+def test_a_name_that_is_too_long(workshop, tmp_path):
+    long = tmp_path / ("x" * 300)
+    assert workshop.open_shard(long, (1, 8, 8), np.uint8) is None
+    with pytest.raises(workshop.BadInput, match="cannot write .*too long"):
+        with workshop.replacing(long / "file"):
+            pass
+    with pytest.raises(workshop.BadInput, match="there is no checkpoint"):
+        workshop.read_checkpoint(long)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_a_log_on_a_full_disk(workshop, sde, training, tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
@@ -157,6 +168,33 @@ def test_a_torn_row_is_dropped_and_said(workshop, training, tmp_path, capsys):
     workshop.trim_log(log, 9)
     assert 'a torn row is dropped: {"step": 2, "lo' in capsys.readouterr().out
     assert log.read_text(encoding="utf-8") == '{"step": 1, "loss_0": 0.5}\n'
+
+
+def test_a_run_whose_log_was_lost_goes_on(run, workshop, tmp_path):
+    """Nothing is left to train, and no row is there to draw or to print."""
+    shutil.copytree(run / "runs", tmp_path / "runs")
+    log = tmp_path / "runs" / "r" / "metrics.jsonl"
+    for text in (b"", b"12\nnull\n{}\n", b"\xff\xfe\x00\n", b'{"st'):
+        log.write_bytes(text)
+        assert workshop.read_log(log.parent) == []
+    process = start("04_train", *FLAGS, "--resume", cwd=tmp_path)
+    out, said = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Traceback" not in said, said
+    assert 'a torn row is dropped: {"st' in out
+
+
+@pytest.mark.parametrize("spoil", [dict(step="x"), dict(settings=1), dict(ema=[])])
+def test_files_that_are_no_checkpoints(workshop, tmp_path, spoil, capsys):
+    whole = dict(step=1, settings={}, ema={})
+    torch.save({**whole, **spoil}, tmp_path / "checkpoint.pt")
+    with pytest.raises(workshop.BadInput, match="is no readable checkpoint"):
+        workshop.read_checkpoint(tmp_path)
+    torch.save({k: v for k, v in whole.items() if k not in spoil}, tmp_path / "checkpoint.pt")
+    with pytest.raises(workshop.BadInput, match="is no readable checkpoint"):
+        workshop.read_checkpoint(tmp_path)
+    torch.save(whole, tmp_path / "checkpoint.previous.pt")
+    assert workshop.read_checkpoint(tmp_path) == whole
+    assert "going back to" in capsys.readouterr().out
 
 
 def spoiled(content, how):
@@ -284,6 +322,20 @@ def test_a_signal_while_torch_is_being_loaded(kind, status, tmp_path):
     process.send_signal(kind)
     said = process.communicate(timeout=60)
     assert (process.returncode, *said) == (status, "", "")
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_signal_while_the_standard_library_is_being_loaded(name, tmp_path):
+    """A Ctrl-C in the very first moments: it comes from a module that stands in for argparse."""
+    stub = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "argparse.py").write_text(stub, encoding="utf-8")
+    let = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    env = {**ENV, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{name}.py")],
+        **dict(cwd=tmp_path, env=env, capture_output=True, text=True, preexec_fn=let),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_sigterm_during_clustering(tmp_path):
