@@ -9,10 +9,9 @@
 # # 02 · Where to cut the timeline
 #
 # **You will** measure how alike the optimal denoisers of two noise levels are, and let the paper's
-# Algorithm 1 turn that measurement into two times, $t_1$ and $t_2$, and its Algorithm 2 into any
-# number of them. They cut the timeline into stages, each of which gets its own decoder in step 03.
-# No network is needed: the cuts are a closed-form property of the data set. Three rivals are built
-# beside them, which makes this step Table 4 and the intervals of Table 7.
+# Algorithm 1 turn that into two times, $t_1$ and $t_2$, and its Algorithm 2 into any number of them.
+# They cut the timeline into stages, each of which gets its own decoder in step 03. No network is
+# needed: the cuts are a closed-form property of the data set.
 #
 # `python 02_clustering.py --dataset cifar10 --samples 50000` reproduces the published numbers.
 
@@ -49,70 +48,372 @@ seed = 0  # seed of every random number [0, 4294967295]
 workshop.settings(globals(), "02_clustering")
 
 # %% [markdown]
-# ## How alike are two noise levels?
-#
-# Take one picture $x_0$ and one noise $\epsilon$, blur to two times $t_a$, $t_b$, and ask the
-# optimal denoiser of each for the noise. The share of pixels on which the answers agree within
-# $\eta$ is
-#
-# $$\mathcal D=\frac1n\sum_{i=1}^n\mathbb 1\big(|\epsilon^*_{t_a}(x_{t_a})-\epsilon^*_{t_b}(x_{t_b})|_i\le\eta\big),
-#   \qquad \mathcal S(\epsilon^*_{t_a},\epsilon^*_{t_b})=\mathbb E_{x_0,\epsilon}[\mathcal D]. \tag{6}$$
-#
-# The paper calls $\mathcal D$ a distance, yet it is 1 where the two agree: a similarity.
-
+# One picture and one noise, at twelve times: on which pixels does the optimal denoiser of step 01
+# name the noise that was put in?
 
 # %%
-def similarity(eps_a, eps_b, eta=2 / 256):
-    """Compute the share of entries in which two noise predictions (B, C, H, W) agree: D, (B,).
-
-    Source: paper, the equation before Eq. 6.
-    """
-    return ((eps_a - eps_b).abs() <= eta).flatten(1).double().mean(1)
-
+if __name__ == "__main__":
+    pixels, labels = workshop.load_images(dataset, root)
+    images = pixels[:50_000].to(workshop.device()).float() / 255  # (N, C, H, W) in [0, 1]
+    dice = torch.Generator().manual_seed(seed)
+    times = torch.tensor([0.001, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85, 1.0])
+    x0 = images[:1].expand(12, -1, -1, -1)
+    eps = torch.randn(images[:1].shape, generator=dice).to(x0).expand_as(x0)
+    xt = sde.perturb(x0, eps, times, VP)
+    named = (sde.optimal_denoiser(xt, times, VP, images) - eps).abs() <= eta
+    titles = ["the picture with noise, at t =", r"black: the noise is named within $\eta$"]
+    columns = dict(columns=12, labels=[f"{t:g}" for t in times.tolist()])
+    workshop.show_images([xt, 1 - named.float()], titles, "figures/02_named.png", **columns)
 
 # %% [markdown]
-# Algorithm 1 compares every time with the two ends of the timeline.
+# On `digits`, on all of them at first: the digit is known, so what was added to it is known as well.
+# Then on fewer and fewer, until only the margin is left, which is black in every digit of the data
+# set. At the very end all pixels are black again, for another reason that Algorithm 1 has to deal
+# with: the noise is so strong that $x_t$ itself is the answer.
+#
+# ## How alike are two noise levels?
+#
+# Blur $x_0$ with the noise $\epsilon$ to two times $t_a$, $t_b$, and ask the optimal denoiser of
+# each for the noise. The share of pixels on which the answers agree within $\eta$ is
+#
+# $$\mathcal D(\epsilon^*_{t_a},\epsilon^*_{t_b},x_0,\epsilon)=\frac1n\sum_{i=1}^n
+#   \mathbb 1\big(|\epsilon^*_{t_a}(x_{t_a})-\epsilon^*_{t_b}(x_{t_b})|_i\le\eta\big),\qquad
+#   \mathcal S(\epsilon^*_{t_a},\epsilon^*_{t_b})=\mathbb E_{x_0,\epsilon}[\mathcal D]. \tag{6}$$
+#
+# The paper calls $\mathcal D$ a distance, yet it is 1 where the two agree: a similarity. Algorithm 1
+# compares every time with the two ends of the timeline, and there the answers are known.
 #
 # * **The image end, $t=0$.** As the noise vanishes the optimal denoiser knows the picture, so
 #   $\epsilon^*_0(x_0)=\epsilon$: the noise that was put in.
 # * **The noise end, $t=1$.** There the picture is lost and the best guess is the data set's mean
-#   $\bar y$. The published cuts come out when this *constant* guess is asked about $x_t$, that is
-#   $\hat\epsilon_1(x_t)=(x_t-s_t\bar y)/(s_t\sigma_t)$. Printed is $\epsilon^*_1(x_1)$, asked about
-#   $x_1$; `reference="literal"` does that.
+#   $\bar y$, hence $\hat\epsilon_1(x_t)=(x_t-s_t\bar y)/(s_t\sigma_t)$. (The paper prints
+#   $\epsilon^*_1(x_1)$. The published cuts come out when the mean is asked about $x_t$, as here.)
 
 
 # %%
-def compare_with_ends(y, eps, t, kernel, denoiser, y_mean, eta=2 / 256, reference="mean"):
-    """Compute D to the image end and to the noise end (line 6 of Algorithm 1): (K, 2) float64.
+def similarity(eps_a, eps_b, eta=2 / 256):
+    """Compute D, the share of entries in which two predictions (B, C, H, W) agree: (B,)."""
+    return ((eps_a - eps_b).abs() <= eta).flatten(1).double().mean(1)  # Eq. 6
 
-    y, eps: (K, C, H, W), pictures and noises at times t (K,); denoiser(x, t) answers for them.
-    y_mean: (1, C, H, W), the data set's mean. reference: "mean" compares with the constant denoiser
-    at x_t, "literal" with eps*_1 at x_1.
+
+def mean_denoiser(x, t, kernel, y_mean):
+    """Predict the noise in x (B, C, H, W) as if the picture were the mean y_mean (1, C, H, W)."""
+    s, sigma = (sde.per_image(v, x) for v in (kernel.s(t), kernel.sigma(t)))
+    return (x - s * y_mean) / (s * sigma)
+
+
+if __name__ == "__main__":
+    y_mean = images.mean(0, keepdim=True)
+    x0 = images[torch.randint(len(images), (100,), generator=dice).to(images.device)]
+    eps = torch.randn(x0.shape, generator=dice).to(x0)
+    print("D of one picture and S, its mean over 100, to the image end | to the noise end")
+    for t in (0.03, 0.1, 0.2, 0.4, 0.6, 0.9):
+        xt = sde.perturb(x0, eps, t, VP)
+        eps_t = sde.optimal_denoiser(xt, t, VP, images)
+        D = [similarity(eps_t, end, eta) for end in (eps, mean_denoiser(xt, t, VP, y_mean))]
+        print(f"t = {t:4g}: ", " | ".join(f"D {d[0]:.2f}, S {d.mean():.2f}" for d in D))
+
+# %% [markdown]
+# One similarity falls with $t$ and the other rises. (The first rises again at the end: there both
+# answers are nearly the noise, whatever the picture.) One picture says much the same as a hundred,
+# since many pixels take part. Where is each of the two similarities high enough?
+#
+# ## Algorithm 1
+#
+# Stage 0 should reach as far as the optimal denoiser resembles that of the image end *on average*,
+# and the last stage as far down as it resembles that of the noise end:
+#
+# $$t_1=\arg\max_\tau\{\tau\mid\mathbb E_{t\sim[0,\tau]}[\mathcal S(\epsilon^*_t,\epsilon^*_0)]\ge\alpha\},\tag{7}$$
+# $$t_2=\arg\min_\tau\{\tau\mid\mathbb E_{t\sim[\tau,1]}[\mathcal S(\epsilon^*_t,\epsilon^*_1)]\ge\alpha\}.\tag{8}$$
+#
+# The expectations are estimated from $K$ random triples. In print:
+#
+# > 1: **Input:** total samples $K$, optimal denoiser $\epsilon^*_\theta(x,t)$, thresholds
+# > $\alpha,\eta$, data set $p_\text{data}$<br>
+# > 2: **Output:** timesteps $t_1,t_2$<br>
+# > 3: $\mathcal S_0=\mathcal S_1=\emptyset$<br>
+# > 4: **for** $k\in\{1,\dots,K\}$ **do**<br>
+# > 5: $\quad y_k\sim p_\text{data},\ \epsilon_k\sim\mathcal N(0,I),\ t_k\sim[0,1]$<br>
+# > 6: $\quad\mathcal S_0^k\leftarrow\mathcal D(\epsilon^*_{t_k},\epsilon^*_0,y_k,\epsilon_k),\
+# > \mathcal S_1^k\leftarrow\mathcal D(\epsilon^*_{t_k},\epsilon^*_1,y_k,\epsilon_k)$<br>
+# > 7: $\quad\mathcal S_0\leftarrow\mathcal S_0\cup\{(t_k,\mathcal S_0^k)\}$<br>
+# > 8: $\quad\mathcal S_1\leftarrow\mathcal S_1\cup\{(t_k,\mathcal S_1^k)\}$<br>
+# > 9: **end for**<br>
+# > 10: $t_1=\arg\max_\tau\Big\{\tau\,\Big|\,
+# > \frac{\sum_{(t_k,\mathcal S_0^k)\in\mathcal S_0}[\mathcal S_0^k\cdot\mathbb 1(t_k\le\tau)]}
+# > {\sum_{(t_k,\mathcal S_0^k)\in\mathcal S_0}[\mathbb 1(t_k\le\tau)]}\ge\alpha\Big\}$<br>
+# > 11: $t_2=\arg\min_\tau\Big\{\tau\,\Big|\,
+# > \frac{\sum_{(t_k,\mathcal S_1^k)\in\mathcal S_1}[\mathcal S_1^k\cdot\mathbb 1(t_k\ge\tau)]}
+# > {\sum_{(t_k,\mathcal S_1^k)\in\mathcal S_1}[\mathbb 1(t_k\ge\tau)]}\ge\alpha\Big\}$
+#
+# Section 5 of the paper adds that $\tau$ runs through $10^4$ times, and that they begin at $t$ =
+# 0.001, since at $t=0$ there is no noise to name. The same lines in code:
+
+
+# %%
+def plain_algorithm_1(images, K, alpha=0.9, eta=2 / 256, seed=0):  # Algorithm 1, line 1
+    """Cut the timeline as printed: [t_1, t_2], S_0 and S_1 (2, K), and (tau, up, down)."""
+    dice, y_mean = torch.Generator().manual_seed(seed), images.mean(0, keepdim=True)
+    average = lambda inside, S: (inside.double() @ S[1]) / inside.sum(1)  # noqa: E731
+    S_0 = S_1 = torch.empty(2, 0)  # Algorithm 1, line 3
+    for k in torch.arange(K).split(500):  # Algorithm 1, line 4: 500 of them at once
+        y = images[torch.randint(len(images), k.shape, generator=dice).to(images.device)]
+        eps = torch.randn(y.shape, generator=dice).to(y)
+        t = torch.empty(len(k)).double()
+        t.uniform_(VP.t_min, VP.t_max, generator=dice)  # Algorithm 1, line 5
+        xt = sde.perturb(y, eps, t, VP)
+        eps_t = sde.optimal_denoiser(xt, t, VP, images)
+        # paper: eps*_1(x_1); here: the mean at x_t, because t_2 is then as published, not 0.782
+        eps_1 = mean_denoiser(xt, t, VP, y_mean)
+        D_0, D_1 = similarity(eps_t, eps, eta), similarity(eps_t, eps_1, eta)  # Algorithm 1, line 6
+        S_0 = torch.cat([S_0, torch.stack([t, D_0.cpu()])], 1)  # Algorithm 1, line 7
+        S_1 = torch.cat([S_1, torch.stack([t, D_1.cpu()])], 1)  # Algorithm 1, line 8
+    tau = torch.linspace(VP.t_min, VP.t_max, 10_001).double()[1:-1]  # Algorithm 1, line 9
+    up = average(S_0[0] <= tau[:, None], S_0)  # Algorithm 1, line 10
+    down = average(S_1[0] >= tau[:, None], S_1)  # Algorithm 1, line 11
+    t_1 = max(tau[up >= alpha].tolist(), default=VP.t_min)  # Eq. 7
+    t_2 = min(tau[down >= alpha].tolist(), default=VP.t_max)  # Eq. 8
+    return [t_1, t_2], S_0, S_1, (tau, up, down)  # Algorithm 1, line 2
+
+
+# %%
+if __name__ == "__main__":
+    K = min(samples, 2000)
+    cuts, S_0, S_1, (tau, up, down) = plain_algorithm_1(images, K, alpha, eta, seed)
+    print(f"{dataset}, K = {K:,}: t1 = {cuts[0]:.3f}, t2 = {cuts[1]:.3f}")
+    figure, ax = plt.subplots(figsize=(9, 3.4))
+    for end, color, S, average in (("image", "C0", S_0, up), ("noise", "C3", S_1, down)):
+        ax.plot(*S, ".", color=color, ms=2, alpha=0.5, label=rf"$\mathcal{{D}}$ to the {end} end")
+        ax.plot(tau, average, color=color, lw=2.5, label="… averaged from that end")
+    ax.axhline(alpha, color="gray", ls=":", label=rf"$\alpha$ = {alpha:g}")
+    for k, cut in enumerate(cuts, start=1):
+        ax.axvline(cut, color="black", ls="--", lw=1)
+        box = dict(facecolor="white", edgecolor="none", pad=1)
+        ax.text(cut + 0.01, 0.03, f"$t_{k}$ = {cut:.3f}", bbox=box)
+    title = f"Algorithm 1 on {dataset}, {K:,} samples"
+    ax.set(xlabel="t", ylabel="share of pixels alike", title=title, xlim=(0, 1), ylim=(0, 1.03))
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4)
+    workshop.show_figure("figures/02_similarity.png")
+
+# %% [markdown]
+# Every dot is one $\mathcal D$. Blue: near the image one function serves (name the noise in a known
+# picture), and $t_1$ is where its average, started at the left, sinks below $\alpha$. Red: near the
+# noise another serves (subtract the mean), and $t_2$ is where its average, started at the right,
+# does. In between the optimal denoiser changes with $t$. That is the case for three stages.
+#
+# On `digits` stage 0 is short: 64 pixels say little, so a little noise suffices to confuse two
+# digits. CIFAR-10 pictures have 3,072 values and stay recognisable much longer, up to $t_1$ =
+# 0.442 (published). Blue dots rise again at the right. There both answers are nearly the same noise,
+# because the picture's share of $\epsilon=(x-s\,y)/(s\,\sigma)$ shrinks with $1/\sigma$; the average
+# from the left is what keeps that tail out of stage 0.
+#
+# ## Rivals, and how to cut optimally
+#
+# Table 4 of the paper compares with three clusterings after Go et al. (2023). All cover the times
+# $1/T,\dots,1$ by $n$ contiguous clusters whose members should resemble the *middle* one, and none
+# smaller than $T/2n$ or larger than $3T/2n$. Two of them never look at the data:
+#
+# * **timestep** and **log-SNR**: a cluster costs $\sum|v-v_\text{middle}|$, with $v$ the time itself
+#   or the log-SNR of the kernel. (The third compares a network's gradients, below the line.)
+#
+# The cheapest clustering is found exactly by *dynamic programming*: the best way to cover the times
+# up to $j$ with one cluster more ends with some cluster $[i,j]$, and before it stands the best way
+# to cover those up to $i-1$.
+
+
+# %%
+def contiguous_clusters(cost, n, bounded=True):
+    """Cover 0..T-1 by n contiguous clusters of least total cost: the first index of all but one.
+
+    cost: (T, T), of the interval [i, j] inclusive. Bounded sizes lie within T/2n and 3T/2n.
+    Raises BadInput for an n that cannot be. Source: paper, Section C.4, after Go et al. 2023.
     """
-    xt = sde.perturb(y, eps, t, kernel)
-    eps_t = denoiser(xt, t)
-    if reference == "mean":
-        # paper: eps*_1(x_1); here: the constant denoiser y_mean at x_t, because that gives the
-        # published t_2 (CIFAR-10: 0.631 against 0.782, published 0.631).
-        s, sigma = (sde.per_image(v, xt) for v in (kernel.s(t), kernel.sigma(t)))
-        eps_1 = (xt - s * y_mean) / (s * sigma)
-    else:
-        one = torch.full_like(t, kernel.t_max)
-        eps_1 = denoiser(sde.perturb(y, eps, one, kernel), one)
-    return torch.stack([similarity(eps_t, eps, eta), similarity(eps_t, eps_1, eta)], 1).cpu()
+    T = len(cost)
+    if not 1 <= n <= T:
+        raise BadInput(f"n = {n} stages of {T} times are impossible: take 1 to {T}")
+    i, j = np.indices((T, T))
+    size = j - i + 1
+    smallest, largest = (math.ceil(T / (2 * n)), math.floor(3 * T / (2 * n))) if bounded else (1, T)
+    allowed = (size >= smallest) & (size <= largest)
+    # rounded, so that equal costs tie in spite of float error and the earliest cut wins
+    cost = np.where(allowed, cost.round(6), np.inf)
+    best, first = cost[0], []  # best[j]: the least cost of covering 0..j
+    for _ in range(n - 1):
+        through = best[:-1, None] + cost[1:]  # [i - 1, j]: the last cluster is [i, j]
+        first.append(through.argmin(0) + 1)
+        best = through.min(0)
+    cuts, end = [], T - 1
+    for begin in reversed(first):
+        cuts.append(int(begin[end]))
+        end = begin[end] - 1
+    return cuts[::-1]
 
 
 # %% [markdown]
+# `through` holds the price of every pair of such choices, and `first` remembers where the last
+# cluster began, so that the cuts can be read off backwards. The costs, summed one by one on a
+# hundred times:
+
+
+# %%
+def plain_middle_costs(v):
+    """Sum |v - v_middle| over every interval [i, j] of a sequence v (T,): (T, T)."""
+    cost = np.zeros((len(v), len(v)))
+    for i in range(len(v)):
+        for j in range(i, len(v)):
+            cost[i, j] = np.abs(v[i : j + 1] - v[(i + j) // 2]).sum()
+    return cost
+
+
+if __name__ == "__main__":
+    hundred = np.arange(1, 101) / 100
+    log_snr = np.asarray(VP.log_snr(torch.as_tensor(hundred)))
+    for name, v in (("timestep", hundred), ("log-SNR", log_snr)):
+        cost = plain_middle_costs(v)
+        found = {n: hundred[contiguous_clusters(cost, n)].tolist() for n in (2, 3, 4, 5)}
+        print(f"{name:8s}", *(f"{n} stages {cuts}" for n, cuts in found.items()), sep="  ")
+
+# %% [markdown]
+# Printed for three stages are 0.330 and 0.670 by timestep, 0.348 and 0.709 by log-SNR. The log-SNR
+# falls fastest near the image, hence its short stage 0 when stages are many. These cuts are the same
+# for every data set.
+#
+# ## Algorithm 2: any number of stages
+#
+# Algorithm 1 knows two ends and so gives three stages. For $n$ stages compare *all* times with each
+# other, and ask for the cut whose clusters are each as homogeneous as can be. Printed is
+#
+# $$\min_{t_1,\dots,t_{n-1}}\ \sum_{k=0}^{n-1}\int_{t_k}^{t_{k+1}}\!\int_{t_a}^{t_{k+1}}
+#   \mathcal S(\epsilon^*_{t_a},\epsilon^*_{t_b})\,\mathrm dt_b\,\mathrm dt_a
+#   \quad\text{with } t_0=0,\ t_n=1, \tag{22}$$
+#
+# > 1: **Input:** total samples $K$, optimal denoiser $\epsilon^*_\theta(x,t)$, interval number $n$,
+# > data set $p_\text{data}$<br>
+# > 2: **Output:** timesteps $t_1,t_2,\dots,t_{n-1}$<br>
+# > 3: $\mathcal S\leftarrow\emptyset$<br>
+# > 4: **for** $k\in\{1,\dots,K\}$ **do**<br>
+# > 5: $\quad y_k\sim p_\text{data},\ \epsilon_k\sim\mathcal N(0,I),\
+# > t_{a_k}\sim[0,1],\ t_{b_k}\sim[0,1]$<br>
+# > 6: $\quad\mathcal S^k\leftarrow\mathcal D(\epsilon^*_{t_{a_k}},\epsilon^*_{t_{b_k}},y_k,\epsilon_k)$<br>
+# > 7: $\quad\mathcal S\leftarrow\mathcal S\cup\{(t_{a_k},t_{b_k},\mathcal S^k)\}$<br>
+# > 8: **end for**<br>
+# > 9: $t_1,\dots,t_{n-1}\leftarrow\arg\min_{t_1,\dots,t_{n-1}}
+# > \sum_{k=1}^K\sum_{i=0}^{n-1}\mathcal S^k\,\mathbb 1(t_{a_k},t_{b_k}\in[t_i,t_{i+1}])$<br>
+# > 10: $\quad$ s.t. $0<t_1<t_2<\dots<t_{n-1}<1$
+#
+# Times are taken from a grid, 21 nodes as in the release, so that the samples of a pair of nodes can
+# be averaged: what the loop collects is then one matrix $S$.
+
+
+# %%
+NODES = torch.cat([torch.arange(20).double() / 20 + 0.001, torch.ones(1).double()])
+
+
+def plain_similarity_matrix(images, samples, eta=2 / 256, seed=0, function=sde.optimal_denoiser):
+    """Estimate S (Eq. 6) between all pairs of NODES from `samples` pictures: (21, 21) float64."""
+    dice, S = torch.Generator().manual_seed(seed), np.zeros((21, 21))  # Algorithm 2, line 3
+    # paper: every pair draws its own picture and noise; here: a picture and a noise serve all
+    # pairs, because 21 evaluations then give 210 similarities in place of 420 evaluations.
+    y = images[torch.randint(len(images), (samples,), generator=dice).to(images.device)]
+    eps = torch.randn(y.shape, generator=dice).to(y)  # Algorithm 2, line 5
+    answers = [function(sde.perturb(y, eps, t, VP), t, VP, images) for t in NODES]
+    for a in range(21):  # Algorithm 2, line 4
+        for b in range(21):
+            D = similarity(answers[a], answers[b], eta)  # Algorithm 2, line 6
+            S[a, b] = float(D.mean())  # Algorithm 2, line 7
+    return S  # Algorithm 2, line 8
+
+
+# %% [markdown]
+# A minimum of summed *similarities* would put unlike times together: a slip of sign. Its remedy
+# needs no commercial solver (the release has one), because clusters are contiguous and the dynamic
+# program above finds the optimum.
+
+
+# %%
+def best_intervals(S, n, objective="dissimilarity"):
+    """Cut NODES into n intervals by their similarities S (21, 21): n - 1 ascending floats.
+
+    A cut lies midway between two nodes. objective: "dissimilarity", or "mean" for the release's.
+    """
+    if objective not in ("dissimilarity", "mean"):
+        raise BadInput(f"unknown objective {objective!r}: take 'dissimilarity' or 'mean'")
+    cost = np.zeros_like(S)
+    for i in range(len(S)):
+        for j in range(i, len(S)):
+            block = S[i : j + 1, i : j + 1]
+            # paper: the sum of S; here: of 1 - S, because S is a similarity. Each pair counts once.
+            cost[i, j] = (1 - block).sum() / 2  # Eq. 22
+            if objective == "mean":
+                cost[i, j] = -block.mean()
+    first = contiguous_clusters(cost, n, bounded=False)  # Algorithm 2, line 9
+    return [float(NODES[k - 1] + NODES[k]) / 2 for k in first]
+
+
+if __name__ == "__main__":
+    S = plain_similarity_matrix(images, min(pairs, 100), eta, seed)
+    cuts = {n: best_intervals(S, n) for n in (2, 3, 4, 5)}
+    for n, found in cuts.items():
+        print(f"{n} stages:", np.round(found, 3).tolist())
+
+# %% [markdown]
+# What do they rest on? The matrix, with the three stages as squares:
+
+# %%
+if __name__ == "__main__":
+    figure, ax = plt.subplots(figsize=(5, 4))
+    edges = np.concatenate([[0], (NODES[1:] + NODES[:-1]) / 2, [1]])
+    mesh = ax.pcolormesh(edges, edges, S, vmin=0, vmax=1, cmap="viridis")
+    for low, high in zip([0, *cuts[3]], [*cuts[3], 1], strict=True):
+        frame = dict(fill=False, ec="red", lw=2, clip_on=False)
+        ax.add_patch(plt.Rectangle((low, low), high - low, high - low, **frame))
+    ax.set(title=f"S on {dataset}, and three stages", xlabel="t", ylabel="t", aspect="equal")
+    figure.colorbar(mesh, ax=ax, label="share of pixels alike")
+    workshop.show_figure("figures/02_matrix.png")
+
+# %% [markdown]
+# Yellow off the diagonal means that one function serves many times. On `digits` that happens at the
+# noise end, above 0.8, and in a small patch at the image end, below 0.1. Between them a time is like
+# its next neighbours at best, and most of each square is dark. All that the program can do there is
+# to keep the squares small, so it cuts more evenly than Algorithm 1. (The bright corners off the
+# diagonal are the two ends that resemble each other; stages are contiguous and cannot use that.)
+#
+# **You have** two algorithms that cut the timeline of any data set, and the curves and the matrix
+# that justify the cuts. Step 04 trains a decoder for each stage of Algorithm 1, in the faster form
+# that stands below, with its standard errors.
+#
+# ### Exercises
+#
+# 1. Double `eta` in `plain_algorithm_1(images, 2000)`. Which cut moves more, and why?
+#    <details><summary>Solution</summary>`plain_algorithm_1(images, 2000, eta=4 / 256)[0]`. Both
+#    stages grow, $t_2$ moves more than $t_1$: S to the image end falls steeply, so its average
+#    crosses $\alpha$ at nearly the same place; S to the noise end falls slowly.</details>
+# 2. Use only the pictures of one digit, `images[labels == 3]`. What do you expect of $t_1$?
+#    <details><summary>Solution</summary>`plain_algorithm_1(images[labels == 3], 2000)[0]`. Fewer
+#    candidates, but closer ones: the two effects nearly cancel. $t_2$ falls, because the mean of one
+#    digit is a better guess than that of all.</details>
+# 3. Compare pictures in place of noises: `plain_similarity_matrix(images, 100,
+#    function=sde.posterior_mean)`. Why is the noise end of this matrix more homogeneous?
+#    <details><summary>Solution</summary>Near the noise the posterior mean is the mean picture, at
+#    one time as at another, so pictures agree. The noise $(x_t/s_t-\hat y)/\sigma_t$ of two such
+#    times does not: the same distance to the mean picture is divided by another $\sigma_t$.</details>
+
+# %% [markdown]
+# ## Below this line: faster, safer, as published
+#
+# Algorithm 1 with a fraction of the scatter and with its standard errors, sums without loops, the
+# rival that needs a network, and Tables 4 and 7.
+#
 # ### Spending the samples where they tell something
 #
-# Printed is: draw $K$ times uniformly. On CIFAR-10 most of them are wasted. Below $t=0.25$ nearly
-# every sample says 1, and between $t_1$ and $t_2$ none of them enters an average that is used. So:
+# Of $K$ uniform draws most are wasted. On CIFAR-10 nearly every sample below $t=0.25$ says 1, and
+# between $t_1$ and $t_2$ none of them enters an average that is used. So:
 #
 # * The timeline is divided into equal **cells**, and the samples in a cell are stratified in time.
 # * A **pilot** of two samples a cell finds roughly where the cuts lie and how much $\mathcal D$
 #   scatters. Its samples are then thrown away: estimates that decide on their own sample size are
 #   biased.
-# * The rest goes to the cells in proportion to that scatter (*Neyman allocation*), shared between
+# * The remaining samples go to the cells in proportion to that scatter (*Neyman allocation*), shared between
 #   the two cuts so that both get the same error, and no cell gets fewer than two. The average of a
 #   cell is unbiased however many samples it has, hence so is any sum of cells.
 # * In a large data set, a thousand pictures can **guess** what all of them would say. Let $c$ be
@@ -121,9 +422,30 @@ def compare_with_ends(y, eps, t, kernel, denoiser, y_mean, eta=2 / 256, referenc
 #   average $c$ of the five. The guess enters once with each sign: its own error cancels, and
 #   nothing is biased (a *control variate*). On CIFAR-10 it halves the variance for a tenth of the
 #   work.
+# * The running averages are those of the cells, on the same grid of $10^4$ times. The average of
+#   single samples jitters across $\alpha$ several times, and the last of these crossings is late.
 
 
 # %%
+def compare_with_ends(y, eps, t, kernel, denoiser, y_mean, eta=2 / 256, reference="mean"):
+    """Compute D to the image end and to the noise end (line 6 of Algorithm 1): (K, 2) float64.
+
+    y, eps: (K, C, H, W), pictures and noises at times t (K,); denoiser(x, t) answers for them.
+    y_mean: (1, C, H, W), the data set's mean. reference: "mean" compares with `mean_denoiser` at
+    x_t, "literal" with eps*_1 at x_1, as printed.
+    """
+    xt = sde.perturb(y, eps, t, kernel)
+    eps_t = denoiser(xt, t)
+    if reference not in ("mean", "literal"):
+        raise BadInput(f"unknown reference {reference!r}: take 'mean' or 'literal'")
+    if reference == "mean":
+        eps_1 = mean_denoiser(xt, t, kernel, y_mean)
+    else:
+        one = torch.full_like(t, kernel.t_max)
+        eps_1 = denoiser(sde.perturb(y, eps, one, kernel), one)
+    return torch.stack([similarity(eps_t, eps, eta), similarity(eps_t, eps_1, eta)], 1).cpu()
+
+
 def guessed_denoiser(x, t, kernel, y, N):
     """Guess what N pictures tell about x (K, C, H, W) from the K pictures y that x was made of.
 
@@ -136,41 +458,34 @@ def guessed_denoiser(x, t, kernel, y, N):
     return (x - s * y_hat) / (s * sigma)
 
 
-# %%
-# J + 1 edges of cells, the means of S0 and S1 in them, and the variances of these means
-Curves = namedtuple("Curves", "edges S0 S1 v0 v1")
+# J + 1 edges of cells; the means of D in them, to the image end and to the noise end, (2, J); and
+# the variances of these means, (2, J)
+Curves = namedtuple("Curves", "edges S v")
 
 
 def similarity_curves(
-    images,
-    kernel=VP,
-    samples=5000,
-    alpha=0.9,
-    eta=2 / 256,
-    seed=0,
-    reference="mean",
-    progress=False,
+    images, kernel=VP, samples=5000, alpha=0.9, seed=0, progress=False, **settings
 ):
     """Estimate S to both ends over time, as averages of cells: `Curves` of float64 arrays.
 
     images: (N, C, H, W) floats in [0, 1]. samples: K, the evaluations of the optimal denoiser to
-    spend. eta as in `similarity`, reference as in `compare_with_ends`.
+    spend. settings: eta and reference, as in `compare_with_ends`.
     Raises BadInput for unusable images or settings. Source: paper, Algorithm 1, lines 4 to 9.
     """
-    _check_input(images, samples, reference)
+    _check_input(images, samples, 50)
     generator = torch.Generator().manual_seed(seed)
     cells = min(200, samples // 10, max(40, samples // 50))
     edges = np.linspace(kernel.t_min, kernel.t_max, cells + 1)
     with tqdm(total=samples, desc="Algorithm 1", disable=not progress, leave=False) as bar:
-        same = bar, generator, images, images.mean(0, keepdim=True), kernel, eta, reference
-        pilot = _sample_cells(edges, np.full(cells, 2), *same)
+        same = bar, generator, images, images.mean(0, keepdim=True), kernel
+        pilot = _sample_cells(edges, np.full(cells, 2), *same, **settings)
         weight = _weigh_cells(pilot, alpha)
         left = samples - 4 * cells  # after the pilot and two samples a cell
         counts = 2 + np.floor(left * weight / weight.sum()).astype(int)
-        return _sample_cells(edges, counts, *same)
+        return _sample_cells(edges, counts, *same, **settings)
 
 
-def _sample_cells(edges, counts, bar, generator, images, *settings):
+def _sample_cells(edges, counts, bar, generator, images, y_mean, kernel, **settings):
     """Estimate S0 and S1 in each cell from counts[j] samples, stratified in time within it."""
     group = 5 if len(images) >= 20_000 else 1  # draws that make one sample
     draws = group * counts
@@ -182,19 +497,15 @@ def _sample_cells(edges, counts, bar, generator, images, *settings):
     t = torch.from_numpy(edges[cell] + u * np.diff(edges)[cell]).reshape(-1, group)
     D = []
     for part in t.split(1000):
-        D.append(_draw_samples(part, generator, images, *settings))
+        D.append(_draw_samples(part, generator, images, y_mean, kernel, **settings))
         bar.update(len(part))
-    cell, D = cell[::group], torch.cat(D).numpy()
-    means, variances = [], []
-    for values in D.T:
-        mean = np.bincount(cell, values) / counts
-        square = np.bincount(cell, (values - mean[cell]) ** 2) / (counts - 1)
-        means.append(mean)
-        variances.append(square / counts)
-    return Curves(edges, *means, *variances)
+    cell, D = cell[::group], torch.cat(D).numpy().T
+    sums = lambda D: np.stack([np.bincount(cell, d) for d in D])  # noqa: E731
+    S = sums(D) / counts
+    return Curves(edges, S, sums((D - S[:, cell]) ** 2) / (counts - 1) / counts)
 
 
-def _draw_samples(t, generator, images, y_mean, kernel, eta, reference):
+def _draw_samples(t, generator, images, y_mean, kernel, **settings):
     """Draw lines 5 and 6 of Algorithm 1 at times t (K, group): one sample of both D a row, (K, 2).
 
     With a group of one a sample is D itself. Otherwise it is D of one draw of the group, corrected
@@ -204,25 +515,24 @@ def _draw_samples(t, generator, images, y_mean, kernel, eta, reference):
     i = torch.randint(len(images), (K * group,), generator=generator)
     y = images[i.to(images.device)]
     eps = torch.randn(y.shape, generator=generator).to(y)  # drawn on the CPU: same everywhere
-    t, same = t.flatten().to(y), (y_mean, eta, reference)
+    t = t.flatten().to(y)
     full = lambda x, t: sde.optimal_denoiser(x, t, kernel, images)  # noqa: E731
     if group == 1:
-        return compare_with_ends(y, eps, t, kernel, full, *same)
+        return compare_with_ends(y, eps, t, kernel, full, y_mean, **settings)
     guesses = []
     for part in torch.arange(K * group).split(1000):
         guess = lambda x, t, y=y[part]: guessed_denoiser(x, t, kernel, y, len(images))  # noqa: E731
-        guesses.append(compare_with_ends(y[part], eps[part], t[part], kernel, guess, *same))
+        some = y[part], eps[part], t[part]
+        guesses.append(compare_with_ends(*some, kernel, guess, y_mean, **settings))
     guesses = torch.cat(guesses)
     one = torch.arange(K) * group + torch.randint(group, (K,), generator=generator)
-    D = compare_with_ends(y[one], eps[one], t[one], kernel, full, *same)
+    D = compare_with_ends(y[one], eps[one], t[one], kernel, full, y_mean, **settings)
     return D - guesses[one] + guesses.reshape(K, group, 2).mean(1)
 
 
 def _weigh_cells(pilot, alpha):
     """Weigh cells by the scatter of D in them, where it enters t_1 or t_2 (with a margin)."""
-    centre = (pilot.edges[1:] + pilot.edges[:-1]) / 2
-    spread = lambda S: smooth(S**2) - smooth(S) ** 2  # noqa: E731 - of a cell and its neighbours
-    v0, v1 = (smooth(2 * v) + spread(S) for v, S in ((pilot.v0, pilot.S0), (pilot.v1, pilot.S1)))
+    centre, weight = (pilot.edges[1:] + pilot.edges[:-1]) / 2, 0
     try:
         t_1, t_2 = read_cuts(pilot, alpha)
     except BadInput:
@@ -231,13 +541,11 @@ def _weigh_cells(pilot, alpha):
     # The cells left out keep their two samples, so no cut may fall there if the pilot was unlucky.
     errors = standard_errors(pilot, [t_1, t_2], alpha)
     margin_1, margin_2 = (max(2 * error, least) for error in errors)
-    weight = 0
-    for v, S, tau, used in (
-        (v0, pilot.S0, t_1, centre < t_1 + margin_1),
-        (v1, pilot.S1, t_2, centre > t_2 - margin_2),
-    ):
+    used = centre < t_1 + margin_1, centre > t_2 - margin_2
+    for S, v, tau, cells in zip(pilot.S, pilot.v, (t_1, t_2), used, strict=True):
+        spread = smooth(S**2) - smooth(S) ** 2  # of a cell and its neighbours
         # a little more than was seen, because two samples miss what is rare
-        scatter = np.sqrt(v + 0.002) * used
+        scatter = np.sqrt(smooth(2 * v) + spread + 0.002) * cells
         slope = max(_slope(pilot.edges, S, tau, alpha), 0.1)
         # Samples in proportion to (sum / slope)^2 give both cuts the same standard error.
         weight = weight + scatter * scatter.sum() / slope**2
@@ -255,37 +563,23 @@ def smooth(values, width=7):
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _check_input(images, samples, reference):
+def _check_input(images, samples, least):
     if images.dim() != 4 or len(images) < 2:
         raise BadInput(f"clustering needs 2 images or more (N, C, H, W), got {tuple(images.shape)}")
     if not torch.isfinite(images).all():
         raise BadInput("clustering needs finite pixels, and some are NaN or infinite")
-    if samples < 50:
-        raise BadInput(f"samples = {samples} is too few: give 50 or more")
-    if reference not in ("mean", "literal"):
-        raise BadInput(f"unknown reference {reference!r}: take 'mean' or 'literal'")
+    if samples < least:
+        raise BadInput(f"samples = {samples} is too few: give {least} or more")
 
 
-# %% [markdown]
-# ### Reading off the cuts
-#
-# $t_1$ is the largest $\tau$ such that the average similarity to the image end over $[0,\tau]$ is
-# at least $\alpha$ (eq. 7), and $t_2$ the smallest $\tau$ with the same for the noise end over
-# $[\tau,1]$ (eq. 8), both on a grid of $10^4$ times. Averaging in cells also removes a bias: the
-# running average of single samples jitters across $\alpha$ several times, and the last of these
-# crossings comes late.
-
-
-# %%
 def running_averages(curves, grid=10_000):
     """Average S0 over [0, tau] and S1 over [tau, 1] on a grid: tau, up, down, each (grid - 1,)."""
     width, edges = np.diff(curves.edges), curves.edges
     tau = np.linspace(edges[0], edges[-1], grid + 1)[1:-1]
-    area0 = np.concatenate([[0], np.cumsum(width * curves.S0)])  # from the image end, at the edges
-    area1 = np.concatenate([[0], np.cumsum(width * curves.S1)])
+    area = np.pad(np.cumsum(width * curves.S, 1), ((0, 0), (1, 0)))  # up to the edges, (2, J + 1)
     # between the edges the area is bent, not straight: S falls within a cell
-    up = PchipInterpolator(edges, area0)(tau) / (tau - edges[0])
-    down = (area1[-1] - PchipInterpolator(edges, area1)(tau)) / (edges[-1] - tau)
+    to_image, to_noise = PchipInterpolator(edges, area, axis=1)(tau)
+    up, down = to_image / (tau - edges[0]), (area[1, -1] - to_noise) / (edges[-1] - tau)
     return tau, up, down
 
 
@@ -298,7 +592,7 @@ def read_cuts(curves, alpha=0.9):
     low, high = tau[up >= alpha], tau[down >= alpha]
     if not (len(low) and len(high) and low[-1] < high[0]):
         raise BadInput(f"alpha = {alpha} leaves no t_1 < t_2 on this data set: try another alpha")
-    return [float(low[-1]), float(high[0])]  # Eqs. 7 and 8
+    return [float(low[-1]), float(high[0])]
 
 
 def standard_errors(curves, boundaries, alpha=0.9):
@@ -308,116 +602,77 @@ def standard_errors(curves, boundaries, alpha=0.9):
     slope |S - alpha| there (the delta method).
     """
     centre, width = (curves.edges[1:] + curves.edges[:-1]) / 2, np.diff(curves.edges)
-    errors = []
-    for tau, S, v, used in zip(
-        boundaries,
-        (curves.S0, curves.S1),
-        (curves.v0, curves.v1),
-        (centre < boundaries[0], centre > boundaries[1]),
-        strict=True,
-    ):
-        area = np.sqrt((width**2 * v)[used].sum())  # standard error of the area under S
+    used, errors = (centre < boundaries[0], centre > boundaries[1]), []
+    for tau, S, v, cells in zip(boundaries, curves.S, curves.v, used, strict=True):
+        area = np.sqrt((width**2 * v)[cells].sum())  # standard error of the area under S
         errors.append(float(area / max(_slope(curves.edges, S, tau, alpha), 1e-9)))
     return errors
 
 
-def algorithm_1(
-    images,
-    kernel=VP,
-    samples=5000,
-    alpha=0.9,
-    eta=2 / 256,
-    seed=0,
-    reference="mean",
-    progress=False,
-):
+def algorithm_1(images, alpha=0.9, **options):
     """Cut the timeline of a data set into three stages: [t_1, t_2], ascending floats.
 
-    Arguments and errors as `similarity_curves` and `cut`. Source: paper, Algorithm 1.
+    options and errors: as `similarity_curves` and `read_cuts`. Source: paper, Algorithm 1.
     """
-    curves = similarity_curves(images, kernel, samples, alpha, eta, seed, reference, progress)
-    return read_cuts(curves, alpha)
+    return read_cuts(similarity_curves(images, alpha=alpha, **options), alpha)
 
 
-# %%
 if __name__ == "__main__":
-    pixels, _ = workshop.load_images(dataset, root)
-    images = pixels[:50_000].to(workshop.device()).float() / 255  # (N, C, H, W) in [0, 1]
-    curves = similarity_curves(images, VP, samples, alpha, eta, seed, progress=True)
+    curves = similarity_curves(images, VP, samples, alpha, seed, progress=True, eta=eta)
     ours = read_cuts(curves, alpha)
     errors = standard_errors(curves, ours, alpha)
     print(f"{dataset}, {len(images):,} pictures, K = {samples:,}, cuts and their standard errors:")
     print(f"t1 = {ours[0]:.4f} ± {errors[0]:.4f}, t2 = {ours[1]:.4f} ± {errors[1]:.4f}")
+    # a noise level is a noise level: the cuts serve any kernel at the times of the same SNR
+    print(f"{dataset}: EDM is cut at sigma =", np.round(match_snr(ours, VP, sde.EDM), 3))
 
 # %% [markdown]
-# Is it unbiased? Fifty runs with a tenth of the samples must scatter around the cuts above, by no
-# more than they say. (They say more than that: their estimate does not know that the times within a
-# cell are stratified.)
+# Is it unbiased? Twenty runs of the plain form and twenty of this one tell, with the same small
+# $K$. What both estimate is the average $\mathcal S$ of eqs. (7) and (8) at a given $\tau$, and the
+# cuts above are as good a $\tau$ as any.
 
 # %%
 if __name__ == "__main__" and len(images) < 5000:
-    runs = [similarity_curves(images, VP, 500, alpha, eta, seed=i + 1) for i in range(50)]
-    found = np.array([read_cuts(run, alpha) for run in runs])
-    said = np.array([standard_errors(run, read_cuts(run, alpha), alpha) for run in runs])
-    for k in range(2):
-        print(f"t{k + 1}: mean of 50 runs {found[:, k].mean():.4f}", end=" ")
-        print(f"± {found[:, k].std(ddof=1) / 50**0.5:.4f}, their standard deviation", end=" ")
-        print(f"{found[:, k].std(ddof=1):.4f}, said {said[:, k].mean():.4f}")
-
-# %% [markdown]
-# Why there? Look at the two similarities over time: the thin lines are the cells, the thick ones
-# the running averages that the algorithm compares with $\alpha$.
-
+    K, seeds = min(samples, 500), range(seed + 1, seed + 21)
+    plain = [plain_algorithm_1(images, K, alpha, eta, i) for i in seeds]
+    fast = [similarity_curves(images, VP, K, alpha, i, eta=eta) for i in seeds]
+    cuts = np.array([[run[0] for run in plain], [read_cuts(run, alpha) for run in fast]])
+    averages = [[run[3] for run in plain], [running_averages(run) for run in fast]]
+    at_1, at_2 = np.searchsorted(averages[1][0][0], ours)
+    kept = np.array([[[up[at_1], down[at_2]] for _, up, down in form] for form in averages])
+    mean, error = kept.mean(1), kept.std(1, ddof=1) / 20**0.5  # (2 forms, 2 ends)
+    apart = abs(mean[0] - mean[1]) / np.hypot(*error).clip(1e-3)
+    print("Is it unbiased?", "Yes:" if apart.max() < 4 else "No:", end=" ")
+    print("the mean of each form and its standard error, from the image end to t1, from t2 on:")
+    for name, *numbers in zip(("plain", "fast"), mean, error, strict=True):
+        print(f"{name:5s}", *(f"{a:.4f} ± {e:.4f} " for a, e in zip(*numbers, strict=True)))
+    print(f"They are {apart[0]:.1f} and {apart[1]:.1f} standard errors apart.")
+    assert apart.max() < 4, "the fast form should estimate what the plain one does"
 
 # %%
-def draw_similarity(curves, alpha, boundaries, title):
-    """Plot S to both ends over time, its running averages, the line alpha and the cuts."""
-    figure, ax = plt.subplots(figsize=(9, 3.6))
-    centre = (curves.edges[1:] + curves.edges[:-1]) / 2
-    tau, up, down = running_averages(curves)
-    ends = (("image", "C0", curves.S0, up), ("noise", "C3", curves.S1, down))
-    for end, color, S, running in ends:
-        ax.plot(centre, S, color=color, lw=1, label=f"similarity to the {end} end")
-        ax.plot(tau, running, color=color, lw=2.5, alpha=0.5, label="… averaged from that end")
-    ax.axhline(alpha, color="gray", ls=":", label=rf"$\alpha$ = {alpha:g}")
-    for k, tau in enumerate(boundaries, start=1):
-        ax.axvline(tau, color="black", ls="--", lw=1)
-        box = dict(facecolor="white", edgecolor="none", pad=1)
-        ax.text(tau + 0.01, 0.03, f"$t_{k}$ = {tau:.3f}", bbox=box)
-    ax.set(xlabel="t", ylabel="share of pixels alike", title=title, xlim=(0, 1), ylim=(0, 1.03))
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-if __name__ == "__main__":
-    draw_similarity(curves, alpha, ours, f"Two regimes and what lies between: {dataset}")
-    workshop.show_figure("figures/02_similarity.png")
+if __name__ == "__main__" and len(images) < 5000:
+    said = np.mean([standard_errors(run, read_cuts(run, alpha), alpha) for run in fast], 0)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1.8), sharey=True)
+    for k, ax in enumerate(axes):
+        for form, color in enumerate(("C7", "C2")):
+            ax.plot(cuts[form, :, k], form + np.linspace(-0.3, 0.3, 20), "o", ms=3, color=color)
+            ax.plot(2 * [cuts[form, :, k].mean()], [form - 0.4, form + 0.4], color=color)
+        ax.set(xlabel=f"$t_{k + 1}$", yticks=[0, 1], yticklabels=["plain", "fast"])
+        spread = cuts[:, :, k].std(1, ddof=1)
+        print(
+            f"t{k + 1}: standard deviation {spread[0]:.4f} plain and {spread[1]:.4f} fast", end=", "
+        )
+        print(f"which says {said[k]:.4f}")
+    axes[0].set_title(f"twenty seeds of each form, K = {K}", fontsize=10, loc="left")
+    workshop.show_figure("figures/02_seeds.png")
 
 # %% [markdown]
-# (Where a thin line is ragged the cells hold two samples each: no cut depends on them.)
+# The same averages, and a fraction of the scatter in the cuts. (The fast form may claim more scatter
+# than it has: its estimate does not know that the times within a cell are stratified.)
 #
-# Near the image one function serves (copy the noise), near the noise another (subtract the mean),
-# and in between the optimal denoiser changes with $t$. That is the case for three stages. On
-# `digits` the first stage is short: 64 pixels say little, so a little noise suffices to confuse two
-# digits. CIFAR-10 pictures have 3,072 values and stay recognisable much longer, up to $t_1$ = 0.442
-# (published).
+# ### The rivals as published
 #
-# Blue rises again at the right. There both answers are nearly the same noise, because the picture's
-# share of $\epsilon=(x-s\,y)/(s\,\sigma)$ shrinks with $1/\sigma$; the running average is what
-# keeps that tail out of stage one.
-#
-# ## Three rivals
-#
-# Table 4 of the paper compares with three clusterings after Go et al. (2023). All cover the times
-# $1/T,\dots,1$ by contiguous clusters whose members should resemble the *middle* one, and none
-# smaller than $T/2n$ or larger than $3T/2n$:
-#
-# * **timestep** and **log-SNR**: the cost is $\sum|v-v_\text{middle}|$, with $v$ the time itself or
-#   the log-SNR of the kernel. They do not look at the data.
-# * **gradient**: minus the sum of the *task affinities* to the middle, the cosine similarities of
-#   the gradients that a network gets at two times. It needs a network.
-#
-# The best such clustering is found exactly by dynamic programming: the cheapest way to cover the
-# first $j$ elements with $k$ clusters ends with some cluster $[i,j]$.
+# A thousand times, with the costs from prefix sums, which are equal to the plain ones.
 
 
 # %%
@@ -429,33 +684,6 @@ def middle_costs(v):
     left = (m - i) * v[m] - (total[m] - total[i])
     right = (total[j + 1] - total[m + 1]) - (j - m) * v[m]
     return np.abs(left) + np.abs(right)
-
-
-def contiguous_clusters(cost, n, bounded=True):
-    """Cover 0..T-1 by n contiguous clusters of least total cost: the first index of clusters 2..n.
-
-    cost: (T, T), of the interval [i, j] inclusive. Bounded sizes lie within T/2n and 3T/2n.
-    Raises BadInput for an n that cannot be. Source: paper, Section C.4, after Go et al. 2023.
-    """
-    T = len(cost)
-    if not 1 <= n <= T:
-        raise BadInput(f"n = {n} stages of {T} times are impossible: take 1 to {T}")
-    i, j = np.indices((T, T))
-    size = j - i + 1
-    smallest, largest = (math.ceil(T / (2 * n)), math.floor(3 * T / (2 * n))) if bounded else (1, T)
-    allowed = (size >= smallest) & (size <= largest)
-    # rounded, so that equal costs tie in spite of float error and the earliest cut wins
-    cost = np.where(allowed, cost.round(6), np.inf)
-    best, first = cost[0], []
-    for _ in range(n - 1):
-        through = best[:-1, None] + cost[1:]  # (end of the previous cluster, end of this one)
-        first.append(through.argmin(0) + 1)
-        best = through.min(0)
-    cuts, end = [], T - 1
-    for begin in reversed(first):
-        cuts.append(int(begin[end]))
-        end = begin[end] - 1
-    return cuts[::-1]
 
 
 def timestep_clusters(n, T=1000):
@@ -471,6 +699,25 @@ def snr_clusters(kernel, n, T=1000):
     return [float(t[i]) for i in contiguous_clusters(middle_costs(log_snr), n)]
 
 
+# %% tags=["nbval-check-output"]
+if __name__ == "__main__":
+    for v in (hundred, log_snr):
+        np.testing.assert_allclose(np.triu(middle_costs(v)), plain_middle_costs(v), atol=1e-9)
+    print("The costs from prefix sums are the plain ones.")
+    for n in (2, 3, 4, 5):
+        by_time, by_snr = timestep_clusters(n), snr_clusters(VP, n)
+        print(f"{n} stages: timestep {by_time}, log-SNR {by_snr}")
+
+# %% [markdown]
+# The paper prints 0.330 and 0.670 for three timestep clusters; the procedure gives 0.334 and 0.667.
+# The log-SNR cuts 0.348 and 0.709 are as printed.
+#
+# The third rival, **gradient**, costs minus the sum of the *task affinities* to the middle: the
+# cosine similarities of the gradients that a network gets at two times. Some network must be
+# trained. It comes from outside: `task_affinity` only asks for its gradient at a time.
+
+
+# %%
 def gradient_clusters(affinity, n):
     """Cut [0, 1] into n stages by task affinity (T, T): n - 1 ascending floats (paper, Table 4).
 
@@ -487,21 +734,6 @@ def gradient_clusters(affinity, n):
     return [(begin + 1) / T for begin in contiguous_clusters(total[i, m] - total[j + 1, m], n)]
 
 
-# %% tags=["nbval-check-output"]
-if __name__ == "__main__":
-    for n in (2, 3, 4, 5):
-        by_time, by_snr = timestep_clusters(n), snr_clusters(VP, n)
-        print(f"{n} stages: timestep {by_time}, log-SNR {by_snr}")
-
-# %% [markdown]
-# The paper prints 0.330 and 0.670 for three timestep clusters; the procedure gives 0.334 and 0.667.
-# The log-SNR cuts 0.348 and 0.709 are as printed.
-#
-# For the third rival some network must be trained. It comes from outside: `task_affinity` only asks
-# for its gradient at a time, whatever it is.
-
-
-# %%
 def task_affinity(gradient, T=100):
     """Compute the cosine similarity between gradients at the times 1/T..1: (T, T).
 
@@ -544,9 +776,8 @@ def small_network_gradients(images, steps=300, checkpoints=3, batch=64, width=16
         if step % (steps // checkpoints) == 0:
 
             def gradient(t):
-                grads = torch.autograd.grad(
-                    loss(y, eps, torch.full((len(y),), t).to(y)), net.parameters()
-                )
+                at = torch.full((len(y),), t).to(y)
+                grads = torch.autograd.grad(loss(y, eps, at), net.parameters())
                 return torch.cat([grad.flatten() for grad in grads])
 
             yield gradient
@@ -557,7 +788,8 @@ if __name__ == "__main__":
     nets = tqdm(small_network_gradients(images, seed=seed), "gradients", total=3, leave=False)
     affinity = np.mean([task_affinity(gradient) for gradient in nets], axis=0)
     few = max(500, samples // 20)  # the printed reference costs a second evaluation each
-    printed = similarity_curves(images, VP, few, alpha, eta, seed, "literal", progress=True)
+    literal = dict(eta=eta, reference="literal", progress=True)
+    printed = similarity_curves(images, VP, few, alpha, seed, **literal)
     table = [
         ("timestep", "0.330  0.670", timestep_clusters(3)),
         ("log-SNR", "0.348  0.709", snr_clusters(VP, 3)),
@@ -571,37 +803,23 @@ if __name__ == "__main__":
     print("* on CIFAR-10")
 
 # %% [markdown]
-# Three rows of the table are not what the paper's text says, and each difference has a size.
+# The last row is the noise end as the paper prints it, $\epsilon^*_1(x_1)$: on CIFAR-10 it puts
+# $t_2$ at 0.782, far from the published 0.631, which the row above it gives. Two more readings of
+# the paper's text were tried on CIFAR-10, and neither gives the published cuts:
 #
-# * **The noise end** as printed, $\epsilon^*_1(x_1)$, puts CIFAR-10's $t_2$ at 0.782, far from the
-#   published 0.631; asked about $x_t$, the mean gives it (the last two rows).
-# * **Pixels** lie in [0, 1] here. In [−1, 1] with the same $\eta$ the cuts of CIFAR-10 become 0.433
-#   and 0.694.
-# * **Noise** is compared, not the denoised picture; with pictures they become 0.434 and 0.915.
-
-# %%
-if __name__ == "__main__":
-    figure, ax = plt.subplots(figsize=(9, 2.1))
-    for row, (_, _, (low, high)) in enumerate(table):
-        widths = [low, high - low, 1 - high]
-        ax.barh(row, widths, left=[0, low, high], color=["C0", "C7", "C3"], alpha=0.7, ec="white")
-    names = [name for name, _, _ in table]
-    ax.set(yticks=range(len(table)), yticklabels=names, xlim=(0, 1), xlabel="t", title=dataset)
-    ax.invert_yaxis()
-    workshop.show_figure("figures/02_cuts.png")
-
-# %% [markdown]
-# ## Any number of stages (Algorithm 2)
+# * **Pixels** in [−1, 1] with the same $\eta$ (here they lie in [0, 1]): 0.433 and 0.694.
+# * **Denoised pictures** compared (here it is the noise): 0.434 and 0.915.
 #
-# Algorithm 1 knows two ends and so gives three stages. For $n$ stages compare *all* times with each
-# other and ask for the cut whose clusters are each as homogeneous as can be (eq. 22). On a grid of
-# 21 times, as in the release, the similarities are one matrix $S$.
+# ### Algorithm 2 as published
+#
+# The matrix for any kernel, and a few pictures at a time: with the same draws it is the plain one.
+# The paper's sum is cut as above, by `"dissimilarity"`, and that explains Table 7. The release's
+# objective is the sum of the clusters' *mean* similarities. Solved exactly it is degenerate: a
+# cluster of one node is perfectly similar to itself, and the optimum cuts such nodes off. (The
+# release's solver stops after five minutes.)
 
 
 # %%
-NODES = torch.cat([torch.arange(20).double() / 20 + 0.001, torch.ones(1).double()])
-
-
 def similarity_matrix(
     images, kernel=VP, samples=300, eta=2 / 256, seed=0, compare="noise", progress=False
 ):
@@ -610,11 +828,9 @@ def similarity_matrix(
     compare: "noise" compares eps*, "picture" the posterior means. The nodes are VP times; another
     kernel is met at the same SNR. Source: paper, Algorithm 2, lines 4 to 8.
     """
-    _check_input(images, max(samples, 50), "mean")
-    if samples < 1 or compare not in ("noise", "picture"):
-        raise BadInput(
-            f"samples = {samples}, compare = {compare!r}: take 1 or more, noise or picture"
-        )
+    _check_input(images, samples, 1)
+    if compare not in ("noise", "picture"):
+        raise BadInput(f"unknown compare {compare!r}: take 'noise' or 'picture'")
     generator, T = torch.Generator().manual_seed(seed), len(NODES)
     times = torch.tensor(sde.match_snr(NODES, VP, kernel), dtype=torch.float64)
     S = torch.zeros(T, T, dtype=torch.float64)
@@ -622,8 +838,6 @@ def similarity_matrix(
     for some in tqdm(rows.split(40), "Algorithm 2", disable=not progress, leave=False):
         y = images[some.to(images.device)]
         eps = torch.randn(y.shape, generator=generator).to(y)
-        # paper: every pair draws its own picture and noise; here: a picture and a noise serve all
-        # pairs, because 21 evaluations then give 210 similarities in place of 420 evaluations.
         y, eps = y.repeat_interleave(T, 0), eps.repeat_interleave(T, 0)
         t = times.repeat(len(some)).to(images.device)
         xt = sde.perturb(y, eps, t, kernel)
@@ -635,122 +849,35 @@ def similarity_matrix(
     return (S / samples).numpy()
 
 
-# %% [markdown]
-# The paper prints the program as a minimum of summed *similarities*: a slip of sign, since that
-# would put unlike times together. Two readings make sense, and neither needs a commercial solver,
-# because clusters are contiguous: the dynamic program above finds the optimum.
-#
-# * `"dissimilarity"`: minimise $\sum(1-S)$ over the pairs within a cluster. This is eq. (22) with
-#   the sign mended, and it explains Table 7.
-# * `"mean"`: maximise the sum of the clusters' mean similarities, the release's objective. Solved
-#   exactly it is degenerate: a cluster of one node is perfectly similar to itself, and the optimum
-#   cuts such nodes off. (The release's solver stops after five minutes.)
-
-
-# %%
-def best_intervals(S, n, objective="dissimilarity"):
-    """Cut NODES into n intervals by their similarities S (21, 21): n - 1 ascending floats.
-
-    A cut lies midway between two nodes. Source: paper, Eq. 22 and Algorithm 2, line 9.
-    """
-    if objective not in ("dissimilarity", "mean"):
-        raise BadInput(f"unknown objective {objective!r}: take 'dissimilarity' or 'mean'")
-    T = len(S)
-    total = np.zeros((T + 1, T + 1))
-    total[1:, 1:] = S.cumsum(0).cumsum(1)  # prefix sums
-    i, j = np.indices((T, T))
-    block = total[j + 1, j + 1] - total[i, j + 1] - total[j + 1, i] + total[i, i]  # S in [i, j]^2
-    size = np.maximum(j - i + 1, 1) ** 2
-    # paper: minimises the sum of S; here: of 1 - S, because S is a similarity.
-    cost = (size - block) / 2 if objective == "dissimilarity" else -block / size
-    first = contiguous_clusters(cost, n, bounded=False)
-    return [float(NODES[k - 1] + NODES[k]) / 2 for k in first]
-
-
-def algorithm_2(
-    images,
-    n,
-    kernel=VP,
-    samples=300,
-    eta=2 / 256,
-    seed=0,
-    objective="dissimilarity",
-    compare="noise",
-    progress=False,
-):
+def algorithm_2(images, n, kernel=VP, objective="dissimilarity", **options):
     """Cut the timeline of a data set into n stages: n - 1 ascending floats, times of the kernel.
 
-    Arguments and errors as `similarity_matrix` and `best_intervals`. Source: paper, Algorithm 2.
+    options and errors: as `similarity_matrix` and `best_intervals`. Source: paper, Algorithm 2.
     """
     if not 1 <= n <= len(NODES):
         raise BadInput(f"n = {n} stages of {len(NODES)} times are impossible: take 1 to 21")
-    S = similarity_matrix(images, kernel, samples, eta, seed, compare, progress)
-    return sde.match_snr(best_intervals(S, n, objective), VP, kernel)
+    S = similarity_matrix(images, kernel, **options)
+    return match_snr(best_intervals(S, n, objective), VP, kernel)
 
+
+if __name__ == "__main__":
+    forms = similarity_matrix, plain_similarity_matrix
+    fast, plain = (form(images, samples=20, eta=eta, seed=seed) for form in forms)
+    print(f"The fast matrix differs from the plain one by {abs(fast - plain).max():.0e} at most.")
+    np.testing.assert_allclose(fast, plain, atol=1e-2)
 
 # %%
 if __name__ == "__main__":
     S = similarity_matrix(images, VP, pairs, eta, seed, progress=True)
-    stages = {n: best_intervals(S, n) for n in (2, 3, 4, 5)}
     published = {2: [0.476], 3: [0.442, 0.630], 4: [0.376, 0.526, 0.726]}
     published[5] = [0.376, 0.476, 0.626, 0.776]
     line = lambda cuts: "  ".join(f"{tau:.3f}" for tau in cuts)  # noqa: E731
     print(f"{'Table 7':10s} {'published*':28s} {dataset}, {pairs} pictures")
-    for n, cuts in stages.items():
-        print(f"{n} stages   {line(published[n]):28s} {line(cuts)}")
+    for n, found in published.items():
+        print(f"{n} stages   {line(found):28s} {line(best_intervals(S, n))}")
     print("* on CIFAR-10; three stages by Algorithm 1")
     print("degenerate objective, 4 stages:", line(best_intervals(S, 4, "mean")))
 
-
-# %%
-def draw_matrix(S, stages, path):
-    """Draw S as a heat map, once for each number of stages, with the clusters as squares."""
-    figure, axes = plt.subplots(1, len(stages), figsize=(11, 3.1), sharey=True)
-    nodes = np.asarray(NODES)
-    edges = np.concatenate([[0], (nodes[1:] + nodes[:-1]) / 2, [1.0]])
-    for ax, (n, cuts) in zip(axes, stages.items(), strict=True):
-        mesh = ax.pcolormesh(edges, edges, S, vmin=0, vmax=1, cmap="viridis")
-        ends = [0, *cuts, 1]
-        for low, high in zip(ends, ends[1:], strict=False):
-            square = plt.Rectangle((low, low), high - low, high - low, fill=False, ec="white", lw=2)
-            ax.add_patch(square)
-        ax.set(title=f"{n} stages", xlabel="t", aspect="equal")
-    axes[0].set_ylabel("t")
-    figure.colorbar(mesh, ax=axes, label="share of pixels alike", shrink=0.8)
-    workshop.show_figure(path)
-
-
-if __name__ == "__main__":
-    draw_matrix(S, stages, "figures/02_matrix.png")
-
 # %% [markdown]
-# Bright squares on the diagonal are stretches of time that one function serves. The published
-# intervals for two stages come out exactly on CIFAR-10; for four and five they agree to one step of
-# the grid, 0.05, which is as well as a grid of 21 times can tell.
-#
-# ## From one kernel to another
-#
-# A noise level is a noise level: a cut found with VP serves any kernel at the time with the same
-# SNR.
-
-# %%
-if __name__ == "__main__":
-    print(f"{dataset}: EDM is cut at sigma =", np.round(match_snr(ours, VP, sde.EDM), 3))
-
-# %% [markdown]
-# **You have** the boundaries of three stages, or of any number, for any data set, with their
-# errors, and the curves that justify them. Step 04 trains with those of Algorithm 1.
-#
-# ### Exercises
-#
-# 1. Double `eta`. Which cut moves more, and why? <details><summary>Solution</summary>Both stages
-#    grow, $t_2$ more than $t_1$: S to the image end falls steeply, so its running average crosses
-#    $\alpha$ at nearly the same place; S to the noise end falls slowly.</details>
-# 2. Use only the pictures of one digit (`images[labels == 3]`). What do you expect of $t_1$?
-#    <details><summary>Solution</summary>Fewer candidates, but closer ones. Try it: the two effects
-#    nearly cancel.</details>
-# 3. Call `similarity_matrix(..., compare="picture")` and cut it. Why does the noise end look more
-#    homogeneous? <details><summary>Solution</summary>Near the noise the posterior mean is the mean
-#    picture, at one time as at another, so pictures agree. The noise $(x_t/s_t-\hat y)/\sigma_t$ of
-#    two such times does not: the same distance to the mean picture is divided by another
-#    $\sigma_t$.</details>
+# The published intervals for two stages come out exactly on CIFAR-10; for four and five they agree
+# to one step of the grid, 0.05, which is as well as a grid of 21 times can tell.

@@ -35,6 +35,46 @@ def test_algorithm_1_equals_quadrature_on_two_pictures(sde, clustering):
     assert found == pytest.approx([t_1, t_2], abs=0.01)
 
 
+def test_plain_algorithm_1_equals_quadrature_on_two_pictures(clustering):
+    """The same data set by the printed lines alone, and its averages against plain sums."""
+    images = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1)
+    eta, alpha = 2 / 256, 0.9
+    expected = clustering.algorithm_1(images, samples=20_000, alpha=alpha, eta=eta)
+    found, S_0, S_1, (tau, up, down) = clustering.plain_algorithm_1(images, 4000, alpha, eta)
+    assert found == pytest.approx(expected, abs=0.03)
+    assert S_0.shape == S_1.shape == (2, 4000) and len(tau) == len(up) == len(down) == 9999
+    at = 4321
+    low = [D for t, D in S_0.T.tolist() if t <= tau[at]]
+    high = [D for t, D in S_1.T.tolist() if t >= tau[at]]
+    assert up[at] == pytest.approx(sum(low) / len(low))
+    assert down[at] == pytest.approx(sum(high) / len(high))
+
+
+def test_plain_algorithm_1_on_digits(clustering, digits):
+    """Its averages at a time have the expectation of the fast form's; its cuts scatter more."""
+    fast = clustering.similarity_curves(digits, samples=20_000)
+    cuts = clustering.read_cuts(fast)
+    at = np.searchsorted(clustering.running_averages(fast)[0], cuts)
+    runs = [clustering.plain_algorithm_1(digits, 500, seed=seed) for seed in range(12)]
+    kept = np.array([[float(up[at[0]]), float(down[at[1]])] for *_, (_, up, down) in runs])
+    error = kept.std(0, ddof=1) / 12**0.5
+    assert (abs(kept.mean(0) - 0.9) < 4 * error + 0.002).all() and error.max() < 0.02
+    found = np.array([run[0] for run in runs])
+    assert (abs(found.mean(0) - cuts) < 0.02).all()
+    # a threshold that nothing keeps, or all: no error, but an empty or a full stage
+    assert clustering.plain_algorithm_1(digits[:9], 50, alpha=1.1)[0] == [0.001, 1.0]
+
+
+def test_mean_denoiser_is_the_optimal_one_where_the_picture_is_lost(sde, clustering, digits):
+    """Of a data set that holds its mean alone, at every time; of `digits`, near the noise end."""
+    eps, y_mean = torch.randn(20, 1, 8, 8), digits.mean(0, keepdim=True)
+    for t, images in ((0.4, y_mean), (1.0, digits)):
+        x = sde.perturb(digits[:20], eps, t, clustering.VP)
+        best = sde.optimal_denoiser(x, t, clustering.VP, images)
+        found = clustering.mean_denoiser(x, t, clustering.VP, y_mean)
+        torch.testing.assert_close(found, best, rtol=0, atol=1e-4 if len(images) == 1 else 2e-3)
+
+
 def test_algorithm_1_on_digits(clustering, digits):
     runs = np.array([clustering.algorithm_1(digits, seed=seed) for seed in range(3)])
     assert runs.dtype == float and (runs[:, 0] < runs[:, 1]).all()
@@ -63,7 +103,7 @@ def test_samples_go_where_they_tell(clustering, digits):
         edges, counts = np.linspace(1e-3, 1, 201), np.full(200, 5)
         generator = torch.Generator().manual_seed(seed)
         bar, y_mean = tqdm(disable=True), digits.mean(0, keepdim=True)
-        settings = bar, generator, digits, y_mean, clustering.VP, 2 / 256, "mean"
+        settings = bar, generator, digits, y_mean, clustering.VP
         return clustering.read_cuts(clustering._sample_cells(edges, counts, *settings))
 
     uniform = np.std([plain(s) for s in range(12)], 0)
@@ -75,9 +115,9 @@ def test_an_unlucky_pilot_does_no_harm(clustering, digits):
     edges = np.linspace(0, 1, 101)
     centre = (edges[1:] + edges[:-1]) / 2
     S0 = np.clip(1.3 - 2 * centre, 0, 1)
-    none = np.zeros(100)
-    tight = clustering.Curves(edges, S0, S0[::-1], none, none)
-    loose = clustering.Curves(edges, S0, S0[::-1], none + 0.08, none)
+    S, none = np.stack([S0, S0[::-1]]), np.zeros((2, 100))
+    tight = clustering.Curves(edges, S, none)
+    loose = clustering.Curves(edges, S, none + [[0.08], [0]])
     t_1, t_2 = clustering.read_cuts(tight, 0.9)
     error, _ = clustering.standard_errors(loose, [t_1, t_2], 0.9)
     assert error > 0.02
@@ -100,9 +140,9 @@ def test_guesses_change_the_scatter_and_not_the_mean(sde, clustering, reference)
     for t in (0.1, 0.3):
         times = torch.full((1500, 5), t).double()
         y_mean = images.mean(0, keepdim=True)
-        settings = generator, images, y_mean, clustering.VP, 0.05, reference
-        guessed = clustering._draw_samples(times, *settings)
-        plain = clustering._draw_samples(times[:, :1], *settings)
+        same, settings = (generator, images, y_mean, clustering.VP), dict(reference=reference)
+        guessed = clustering._draw_samples(times, *same, eta=0.05, **settings)
+        plain = clustering._draw_samples(times[:, :1], *same, eta=0.05, **settings)
         error = ((guessed.var(0) + plain.var(0)) / 1500).sqrt()
         assert (abs(guessed.mean(0) - plain.mean(0)) < 4 * error + 1e-12).all()
     assert guessed.var(0)[0] < 0.6 * plain.var(0)[0]  # at t = 0.3, where few see what all see
@@ -123,9 +163,9 @@ def test_similarity_counts_entries(clustering):
 
 
 def test_cut_reads_the_running_averages(clustering):
-    edges, zero = np.linspace(0, 1, 501), np.zeros(500)
+    edges = np.linspace(0, 1, 501)
     S0, S1 = np.repeat([1.0, 1, 0.5, 0, 0], 100), np.repeat([0.0, 0, 0.5, 1, 1], 100)
-    curves = clustering.Curves(edges, S0, S1, zero, zero)
+    curves = clustering.Curves(edges, np.stack([S0, S1]), np.zeros((2, 500)))
     # the area 0.4 + 0.5 (tau - 0.4) is 0.9 tau at tau = 0.5, and the same from the right
     tau, low, high = clustering.running_averages(curves)
     assert tau[low >= 0.9][-1] == pytest.approx(0.5, abs=2e-4)
@@ -171,6 +211,7 @@ def test_dynamic_program_equals_enumeration(clustering, n):
             price += sum(abs(value - middle) for value in v[i:j])
         return price
 
+    np.testing.assert_allclose(np.triu(cost), clustering.plain_middle_costs(v), atol=1e-12)
     options = itertools.combinations(range(1, len(v)), n - 1)
     best = min(total(cuts) for cuts in options)
     found = clustering.contiguous_clusters(cost, n)
@@ -234,6 +275,19 @@ def test_similarity_matrix_holds_equation_6(sde, clustering, digits):
         assert S[a, b] == pytest.approx(expected, abs=0.06)
     pictures = clustering.similarity_matrix(digits, samples=50, compare="picture")
     assert not np.allclose(S, pictures, atol=0.1)
+
+
+@pytest.mark.parametrize("compare", ["noise", "picture"])
+def test_similarity_matrix_is_the_plain_one(sde, clustering, digits, compare):
+    """The same pictures and noises give the same matrix, as long as they come in one part."""
+    function = sde.optimal_denoiser if compare == "noise" else sde.posterior_mean
+    plain = clustering.plain_similarity_matrix(digits, 40, seed=3, function=function)
+    fast = clustering.similarity_matrix(digits, samples=40, seed=3, compare=compare)
+    np.testing.assert_allclose(fast, plain, atol=1e-3)
+    with pytest.raises(ValueError, match="unknown compare 'x'"):
+        clustering.similarity_matrix(digits, samples=2, compare="x")
+    with pytest.raises(ValueError, match="samples = 0 is too few: give 1 or more"):
+        clustering.similarity_matrix(digits, samples=0)
 
 
 @pytest.mark.parametrize("objective", ["dissimilarity", "mean"])
