@@ -8,35 +8,299 @@
 # %% [markdown]
 # # 04 · Training, stage by stage
 #
-# **You will** train the network of step 03 to predict noise, keep an average of its weights, and
-# leave a run on disk that step 05 can sample from and that survives an interruption. From the shell
-# the same file is the training command, on a laptop, on a GPU, or on several under `torchrun`:
-# `python 04_train.py --dataset celeba`.
+# **You will** train the network of step 03 to predict noise, first in a loop of ten lines that you
+# see through, on digits. Below the line the same training is a command for a laptop, a GPU, or
+# several under `torchrun`: it survives an interruption and leaves what step 05 samples from. Its
+# settings stand there.
+#
+# `python 04_train.py` shows this lesson and then trains on digits. With flags, as in
+# `python 04_train.py --dataset celeba`, the file is the command alone.
 
 # %%
 import importlib
 import os
+import sys
 
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
-import contextlib
 import copy
-import itertools
-import sys
-import time
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 sde = importlib.import_module("01_sde_and_denoiser")
-clustering = importlib.import_module("02_clustering")
 unet = importlib.import_module("03_multistage_unet")
-BadInput = workshop.BadInput
+lesson = workshop.NOTEBOOK or (len(sys.argv) == 1 and "RANK" not in os.environ)
+
+# %% [markdown]
+# ## What the network is asked
+#
+# A training example is a picture $x_0$, a time $t$ and noise $\epsilon$. The network is given the
+# mixture $x_t=s_t(x_0+\sigma_t\,\epsilon)$ of eq. (1) and the time, and is asked for the noise.
+
+# %%
+if __name__ == "__main__" and lesson:
+    pixels, _ = workshop.load_images("digits")  # uint8 (1797, 1, 8, 8)
+    t = torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.44, 0.6, 0.8, 1.0])
+    x0 = workshop.to_network_space(pixels[3:4]).expand(10, -1, -1, -1)  # (10, 1, 8, 8)
+    eps = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)).expand_as(x0)
+    xt = sde.perturb(x0, eps, t, sde.VP)
+    rows = [workshop.to_pictures(xt), workshop.to_pictures(eps)]
+    titles = [r"it is given $x_t$ and $t$", r"it is asked for $\epsilon$"]
+    labels = [f"t = {tau:g}" for tau in t.tolist()]
+    workshop.show_images(rows, titles, "figures/04_task.png", columns=10, labels=labels)
+
+# %% [markdown]
+# One answer, ten questions. At the right it can be read off, because $x_t$ is little else than the
+# noise; at the left it is a faint grain on a picture that has to be known first. These are
+# different tasks, which is why each stage has a decoder of its own.
+#
+# Why the noise, and not the picture? Either says the other, for $x_t$ is known. But a network's
+# error in the noise is multiplied by $\sigma_t$ in the picture, so that its slips are small where
+# the picture is nearly clean, which is where they would be seen.
+#
+# ## The loss
+#
+# The paper trains by denoising score matching:
+#
+# $$\min_\theta\;\mathbb E\big[\,\omega(t)\,\|\epsilon_\theta(x_t,t)
+#   +s_t\sigma_t\nabla_{x_t}\log p_t(x_t\mid x_0)\|_2^2\,\big] \tag{4}$$
+#
+# Where is the noise in it? The kernel $p_t(x_t\mid x_0)$ is a Gaussian around $s_tx_0$ (eq. 1), so
+# its score is $-(x_t-s_tx_0)/(s_t\sigma_t)^2=-\epsilon/(s_t\sigma_t)$, and the second term is
+# $-\epsilon$: the network is compared with the noise. The cell below asks automatic differentiation
+# whether that is right.
+#
+# The expectation is over pictures, times and noise, and each batch is a fresh sample of all three.
+# The weight $\omega(t)$ says how much each time matters; with the VP kernel it is 1, as in DDPM.
+# The mean over the pixels takes the place of their sum, which changes the unit of the loss alone.
+
+
+# %%
+def compute_loss(model, x0, t, eps):
+    """Compare predicted noise with eps: a scalar. x0, eps: (B, C, H, W), t: (B,)."""
+    xt = sde.perturb(x0, eps, t, sde.VP)  # Eq. 1
+    return ((model(xt, t) - eps) ** 2).mean()  # Eq. 4
+
+
+if __name__ == "__main__" and lesson:
+    s, sigma = (sde.per_image(value, x0) for value in (sde.VP.s(t), sde.VP.sigma(t)))
+    xt = xt.clone().requires_grad_()
+    log_p = -((xt - s * x0) ** 2 / (2 * (s * sigma) ** 2)).sum()  # of Eq. 1, up to a constant
+    (score,) = torch.autograd.grad(log_p, xt)
+    gap = (s * sigma * score + eps).abs().max()
+    print(f"the second term of eq. (4) is -eps, to {gap:.0e}")
+    found = [compute_loss(lambda x, t: x, *example) for example in zip(x0, t, eps, strict=True)]
+    print("loss of a network that returns its input:", *[f"{loss:.3f}" for loss in found])
+    assert gap < 1e-4
+
+# %% [markdown]
+# Those are the losses at the ten times of the picture. Noise has variance 1, so a network that
+# always says 0 has a loss of 1 whatever the time. To return the input is worse than that near the
+# image, and nearly perfect near the noise. Our small networks start just so: they add their input
+# to what the decoder says, and an untrained decoder says 0. (The paper's networks do not add it, and
+# start with a loss of 1 everywhere.) The best that can be had is the loss of the optimal denoiser of
+# step 01.
+#
+# ## Which times?
+#
+# The paper trains one stage a batch: a stage is drawn, each as likely as the others, then every
+# picture's $t$ uniformly inside it. So a batch needs one decoder only. The encoder learns from every
+# batch, a decoder from a third of them.
+#
+# Which pictures and which stage a step sees follows from the seed and the step alone
+# (`step_generator` of step 00), so that a run can go on where it stopped; times and noise come from
+# one generator that goes on from step to step. Of photographs a half is mirrored, as in the paper's
+# recipe; a mirrored digit is none.
+
+
+# %%
+edges = torch.tensor([sde.VP.t_min, 0.1, 0.44, sde.VP.t_max])  # 02's cuts of digits, rounded
+
+
+def draw_batch(images, edges, batch, step, generator, flip=False):
+    """Draw what a step sees: x0 (B, C, H, W), t (B,) of one stage, eps (B, C, H, W), the stage."""
+    dice = [workshop.step_generator(0, 2 * step + i) for i in (0, 1)]
+    i = torch.randint(len(images), (batch,), generator=dice[0])
+    k = int(torch.multinomial(torch.ones(len(edges) - 1).double(), 1, generator=dice[1]))
+    x0 = workshop.to_network_space(images[i])
+    t = edges[k] + torch.rand(batch, generator=generator) * (edges[k + 1] - edges[k])
+    eps = torch.randn(x0.shape, generator=generator)
+    turn = torch.rand(batch, generator=generator) < 0.5
+    if flip:
+        x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
+    return x0, t, eps, k
+
+
+if __name__ == "__main__" and lesson:
+    generator, times = torch.Generator().manual_seed(0), {0: [], 1: [], 2: []}
+    for step in range(1, 301):
+        _, t, _, k = draw_batch(pixels, edges, 64, step, generator)
+        times[k] += t.tolist()
+    for k, drawn in times.items():
+        low, high, share = min(drawn), max(drawn), len(drawn) / (300 * 64)
+        print(f"stage {k}: {share:.0%} of the times, from {low:.3f} to {high:.3f}")
+
+# %% [markdown]
+# A third each, but for chance. So a short stage gets as many batches as a long one, and a third of
+# the work goes into the tenth of the timeline next to the image. A network for all times, trained
+# with $t$ uniform on the whole timeline, would spend a tenth of its work there.
+#
+# ## One step
+#
+# A step goes down the gradient of the loss by Adam. Two precautions belong to the recipe. Gradients
+# longer than 1 are cut to that length, so that one odd batch cannot throw the weights off. And the
+# learning rate grows linearly during the first steps (*warm-up*), when Adam's averages of the
+# gradients have hardly seen anything.
+#
+# A batch of one stage has no gradient for the other decoders: they and their averages in Adam stay as
+# they are. Does it learn? Ask it for one batch, again and again.
+
+
+# %%
+def training_step(model, optimizer, loss, step, warmup=100):
+    """Take one step of Adam down the gradient of a loss; `step` counts from 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.defaults["lr"] * min(1, step / warmup)
+    optimizer.step()
+
+
+if __name__ == "__main__" and lesson:
+    torch.manual_seed(0)  # the initial weights
+    model = unet.build_network("digits", boundaries=(0.1, 0.44))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    x0, t, eps, k = draw_batch(pixels, edges, 32, 1, torch.Generator().manual_seed(0))
+    found = []
+    for _ in range(10):
+        loss = compute_loss(model, x0, t, eps)
+        training_step(model, optimizer, loss, step=1, warmup=1)
+        found.append(f"{loss.item():.3f}")
+    print(f"loss of a batch of stage {k}, step after step:", *found)
+
+# %% [markdown]
+# It does. But from batch to batch the weights jitter, as each batch pulls at them in its own
+# direction, and samples suffer from that more than the loss shows. Therefore nobody samples with the
+# trained weights $\theta$, but with their exponential moving average (*EMA*)
+#
+# $$\bar\theta\leftarrow d\,\bar\theta+(1-d)\,\theta,\qquad d=\min\Big(0.9999,\frac{1+n}{10+n}\Big)
+#   \quad\text{after step }n.$$
+#
+# A decay of 0.9999 averages over about 10,000 steps. From the beginning it would long remember the
+# initial weights: after 150 steps they would still make 98.5% of the average. So it is approached,
+# and after step $n$ the average looks back on about $n/9$ steps.
+
+
+# %%
+@torch.no_grad()
+def update_average(average, model, n, decay=0.9999):
+    """Let the averaged weights follow those of the model after its step n."""
+    d = min(decay, (1 + n) / (10 + n))
+    for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(weight, 1 - d)  # d * mean + (1 - d) * weight
+
+
+# %% [markdown]
+# ## The whole loop
+#
+# These pieces are a training: draw a batch, compare, step, average. It is a generator: it yields after
+# every step, and leaves bars, plots and files to its caller. (`fused` computes Adam for all weights at
+# once. The learning rate is 3e-3, as a network of a million weights and little time want it; the
+# paper's 2e-4 is for one of a hundred million and 450,000 steps.)
+
+
+# %%
+def train_plainly(model, average, images, edges, steps, batch=32, lr=3e-3, flip=False):
+    """Train a model for some steps, and its average with it: yields (step, stage, loss)."""
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, steps + 1):
+        x0, t, eps, k = draw_batch(images, edges, batch, step, generator, flip)
+        loss = compute_loss(model, x0, t, eps)
+        training_step(model, optimizer, loss, step)
+        update_average(average, model, step)
+        yield step, k, loss.item()
+
+
+def draw_losses(curves):
+    """Plot the losses of stages over training. curves: {stage: [(step, loss)]}."""
+    plt.figure(figsize=(8, 3))
+    for k, points in sorted(curves.items()):
+        plt.plot(*zip(*points, strict=True), marker=".", color=f"C{k}", label=f"stage {k}")
+    plt.gca().set(yscale="log", xlabel="step", ylabel="loss (Eq. 4)")
+    plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+if __name__ == "__main__" and lesson:
+    torch.manual_seed(0)
+    model = unet.build_network("digits", boundaries=(0.1, 0.44))
+    average, curves = copy.deepcopy(model), {0: [], 1: [], 2: []}
+    for step, k, loss in train_plainly(model, average, pixels, edges, steps=150):
+        curves[k].append((step, loss))
+    draw_losses(curves)
+    workshop.show_figure("figures/04_plain.png")
+
+# %% [markdown]
+# A point a step, at the stage that was drawn. (On two idle cores the 150 steps take about five
+# seconds.) All stages learn, and their losses differ by orders of magnitude. Stage 2, next to the
+# noise, starts low because its input is nearly the answer. In stage 0 the noise is hard to tell from
+# the picture, and the loss falls slowly. Much of the scatter is no change of the network: within a
+# stage, too, small times are harder than large ones, and every batch has its own.
+#
+# ## What it sees
+#
+# Who knows the noise knows the picture. Solved for it, eq. (1) reads
+# $\hat x_0=x_t/s_t-\sigma_t\,\epsilon_\theta(x_t,t)$. Here is one digit at eight times, seen by the
+# averaged network, and beside it by the optimal denoiser of step 01, which has all digits at hand.
+
+
+# %%
+@torch.no_grad()
+def show_estimates(predict, images, kernel, path):
+    """Show one of the uint8 images at levels of noise, seen by predict(xt, t) and the optimum."""
+    t = torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.7])
+    t = kernel.time(sde.VP.log_snr(t)).float().to(images.device)  # the same levels in any kernel
+    x0 = workshop.to_network_space(images[3 % len(images)]).expand(len(t), -1, -1, -1)
+    eps = torch.randn(x0[:1].shape, generator=torch.Generator().manual_seed(0)).to(x0)
+    xt = sde.perturb(x0, eps, t, kernel)
+    s, sigma = (sde.per_image(value, xt) for value in (kernel.s(t), kernel.sigma(t)))
+    learned = xt / s - sigma * predict(xt, t)  # Eq. 1, solved for x0
+    best = sde.posterior_mean(xt, t, kernel, workshop.to_network_space(images[:50_000]))
+    rows = [workshop.to_pictures(row) for row in (xt, learned, best)]
+    titles = ["with noise", "what the network sees", "what the optimal denoiser sees"]
+    labels = [f"t = {tau:.2g}" for tau in t.tolist()]
+    workshop.show_images(rows, titles, path, columns=len(t), labels=labels)
+
+
+if __name__ == "__main__" and lesson:
+    show_estimates(average.eval(), pixels, sde.VP, "figures/04_plain_denoised.png")
+
+# %% [markdown]
+# After 150 steps the network cleans the left columns well and goes on to guess at $t$ = 0.3, where
+# it sees a blurred digit; at the right it has found the mean of all digits, which is the best answer
+# there. Some pixels of noise are left that the optimum removes. The run below ends in the same
+# figure after 900 steps.
+#
+# **You have** the whole method of this step: eq. (4) as a line, a batch of one stage, a step, an
+# average, and the loop. What follows trains in the same way, and proves it.
+#
+# 1. What is the loss of the optimal denoiser? Is it 0? <details><summary>Solution</summary>Pass
+#    `lambda x, t: sde.optimal_denoiser(x, t, sde.VP, workshop.to_network_space(pixels))` to
+#    `compute_loss`, with batches of `draw_batch`. It is lowest of all on these pictures, but not 0:
+#    where noise is high, more than one picture may have led to $x_t$.</details>
+# 2. Train a network for all times: `unet.build_network("digits_unified")`, with the edges 0.001 and
+#    1. Why can its curve not be compared with those above? <details><summary>Solution</summary>It
+#    averages over all $t$. Measure the loss of both averaged networks on the same batches of
+#    `draw_batch` with the edges of the three stages.</details>
+#
+# ## Below this line: faster, safer, as published
+#
+# The training command: other processes, mixed batches, several GPUs, checkpoints, early stopping.
+# Where a setting is 0 or empty the recipe of the data set decides (`workshop.DATASETS`, step 00).
 
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
@@ -48,7 +312,7 @@ network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data se
 process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pfgm-128 (tails, D)
 stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
-steps = 0  # training steps; 0: the recipe of the data set (table below) [0, 1000000000]
+steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
 batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0, 1000000]
 lr = 0.0  # Adam's learning rate; 0: the recipe of the data set [0, 10]
 ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n) [0, 1)
@@ -66,21 +330,26 @@ resume = False  # go on from the checkpoint of that run
 # %%
 workshop.settings(globals(), "04_train")
 
+import itertools
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+clustering = importlib.import_module("02_clustering")
+BadInput = workshop.BadInput
+
 # %% [markdown]
-# ## The loss
+# ### The loss of other processes
 #
-# Denoising score matching (eq. 4 of the paper) asks the network for the noise that was put in:
-#
-# $$\min_\theta\;\mathbb E\big[\,\omega(t)\,\|\epsilon_\theta(x_t,t)-\epsilon\|_2^2\,\big] \tag{4}$$
-#
-# Four processes are on offer. **vp**: the kernel of step 01, the network predicts $\epsilon$,
-# $\omega=1$. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is wrapped so that
-# its input and its target have unit variance at every $\sigma$. EDM writes this for a denoiser
-# $D=c_\text{skip}x+c_\text{out}F$; in terms of the noise, $\epsilon_\theta=(x-D)/\sigma$, it is
-# linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
+# **vp** is that of above. **ldm** is vp with the schedule of latent diffusion, whose time has 1,000
+# steps; step 06 uses it. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is
+# wrapped so that its input and its target have unit variance at every $\sigma$. EDM writes this for
+# a denoiser $D=c_\text{skip}x+c_\text{out}F$; in terms of the noise, $\epsilon_\theta=(x-D)/\sigma$,
+# it is linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
 # $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$. **pfgm-D** is edm with heavy-tailed noise (PFGM++; Xu et
-# al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes. **ldm** is vp with
-# the schedule of latent diffusion, whose time has 1,000 steps; step 06 uses it.
+# al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes.
 
 # %%
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
@@ -88,10 +357,7 @@ PLAIN = ("vp", "ldm")  # the network's output is the noise, and its time runs fr
 
 
 def kernel_of(process):
-    """Return the kernel of a process by its name: vp, ldm, edm, pfgm (D = 1) or pfgm-<D>.
-
-    Raises BadInput for another name.
-    """
+    """Return the kernel of a process: vp, ldm, edm, pfgm (D = 1) or pfgm-<D>; else BadInput."""
     name, _, D = process.partition("-")
     known = {"vp": sde.VP, "ldm": sde.LDM, "edm": sde.EDM, "pfgm": sde.PFGM}
     if process in known:
@@ -124,7 +390,7 @@ def noise_function(model, process, calls=None, half=True):
         if calls is not None:
             calls.append(k)
         times = torch.full(t.shape, float(t[0]), dtype=x.dtype, device=x.device)
-        with workshop.half_precision(x.device) if half else contextlib.nullcontext():
+        with workshop.half_precision(x.device if half else torch.device("cpu")):
             return predict_noise(model, x, times, process, stage=k)
 
     return eps
@@ -143,19 +409,15 @@ def weighted_error(model, x0, eps, t, process, **stage):
 
 
 # %% [markdown]
-# ## Which times?
+# ### Which times?
 #
-# The paper trains one stage a batch (`--stages uniform`). With vp a stage is drawn uniformly, then
-# every picture's $t$ uniformly inside it. So a short stage gets as many batches as a long one: with
-# `digits`, a third of the work goes into the 10% of the timeline next to the image. With ldm $t$ is
-# one of the thousand steps. With edm a
-# $\sigma$ drawn from EDM's log-normal distribution picks the stage, and the batch is drawn from the
-# same distribution cut to that stage.
+# With vp as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ drawn from EDM's
+# log-normal distribution picks the stage, and the batch is drawn from the same distribution cut to
+# that stage.
 #
-# `--stages mixed` is our own: every batch has all stages, in turns, and the losses of a stage are
-# weighted by its chance over its share of the batch. That is the same objective, only that the chance
-# of drawing a stage is replaced by its expectation. On `digits` it was the better choice with each of
-# three seeds (see the README).
+# `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are weighted
+# by its chance over its share of the batch: the same objective, with the expectation in place of the
+# draw of a stage. On `digits` it was the better choice with each of three seeds (see the README).
 
 
 # %%
@@ -163,7 +425,6 @@ def stage_edges(model, process):
     """Return the ends of the stages (n + 1,) float64: times, or (edm) shares of its log-normal.
 
     With ldm an end is the last of the thousand steps before a boundary.
-
     Source: the authors' release; edm: Karras et al. 2022, Table 1 (log sigma ~ N(-1.2, 1.2^2)).
     """
     cuts = model.boundaries.double().cpu()
@@ -199,44 +460,17 @@ def draw_times(edges, process, k, generator):
     return u if process == "vp" else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
 
 
-# %% [markdown]
-# ## Which pictures?
-#
-# Which pictures a step sees follows from the seed and the step alone. So a run that was interrupted
-# goes on as if nothing had happened, and several processes agree without asking each other: each
-# takes its own part of the same batch. A small data set lies on the device as one tensor; a large
-# one is read by workers, ahead of time.
-
-
-# %%
-
-
-# %% [markdown]
-# ## The loop
-#
-# `train` is a generator: it yields after every step and leaves bars, plots and files to its caller.
-# All that changes during training lies in one `state`, so that a checkpoint is that state on disk.
-
-
-# %%
-
-
 def new_state(model, lr, seed):
     """Bundle what training changes: step, model, averaged model, optimiser, random numbers.
 
     "forward" is what the loss calls; several processes or a compiler put their wrapper there.
     """
-    where = next(model.parameters()).device
-    return dict(
-        step=0,
-        seed=seed,
-        model=model,
-        forward=model,
-        ema=copy.deepcopy(model).eval().requires_grad_(False),
-        optimizer=torch.optim.Adam(model.parameters(), lr, fused=True),
-        generator=torch.Generator(where).manual_seed(seed),
-        active=list(range(len(model.decoders))),
-    )
+    state = dict(step=0, seed=seed, model=model, forward=model)
+    state["ema"] = copy.deepcopy(model).eval().requires_grad_(False)
+    state["optimizer"] = torch.optim.Adam(model.parameters(), lr, fused=True)
+    state["generator"] = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    state["active"] = list(range(len(model.decoders)))
+    return state
 
 
 def train(
@@ -261,9 +495,9 @@ def train(
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
-    kernel, peak, device = kernel_of(process), optimizer.defaults["lr"], generator.device
+    kernel, device, (rank, world) = kernel_of(process), generator.device, workshop.ranks()
     pairs = list(state["ema"].parameters()), list(model.parameters())
-    edges, (rank, world) = stage_edges(model, process), workshop.ranks()
+    edges = stage_edges(model, process)
     there = edges.to(device, torch.float32)
     todo = range(state["step"] + 1, steps + 1)
     going = itertools.takewhile(lambda _: state["active"], todo)  # until no stage is left
@@ -291,33 +525,41 @@ def train(
             error = weighted_error(state["forward"], x0, eps, t, process, stage=stage)
         # the processes' gradients are averaged, their losses shall be summed
         loss = world * (share.to(error) * error).sum()
-
         if step % 50 == 0 and not torch.isfinite(loss):
             raise BadInput(f"the loss is {loss.item()} at step {step}: train with a lower --lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, step / warmup)
-        optimizer.step()
-        with torch.no_grad():  # the average forgets faster at first: (1 + n) / (10 + n)
+        training_step(model, optimizer, loss, step, warmup)
+        with torch.no_grad():  # as update_average, all weights at once
             torch._foreach_lerp_(*pairs, 1 - min(ema, (1 + step) / (10 + step)))
         state["step"] = step
         error = error.detach()
         yield step, {j: error[i :: len(turns)].clone().mean() for i, j in enumerate(turns)}
 
 
-# %% [markdown]
-# ## A run on disk
-#
-# `runs/<name>/` holds `settings.json`, `metrics.jsonl` (a line a log step), `loss.png`, grids of
-# samples in `samples/`, and `checkpoint.pt`. The checkpoint is written aside and renamed, the one
-# before it is kept, and it contains everything that training changes, so `--resume` goes on as if
-# nothing had happened.
+if __name__ == "__main__" and lesson:
+    # Is it the plain loop? Both draw the same numbers in the same order, so every bit must agree. (On
+    # the CPU, and with means over powers of two: dividing by these is exact, sooner or later.)
+    torch.manual_seed(1)
+    model = unet.build_network("digits", boundaries=(0.1, 0.44))
+    average, state = copy.deepcopy(model), new_state(copy.deepcopy(model), lr=3e-3, seed=0)
+    plain = list(train_plainly(model, average, pixels, edges, steps=6, flip=True))
+    fast = list(train(state, pixels, steps=6, batch=32, flip=True))
+    assert [{k} for _, k, _ in plain] == [losses.keys() for _, losses in fast]
+    for one, other in ((model, state["model"]), (average, state["ema"])):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+    print("after 6 steps train_plainly and train agree in every bit of every weight")
 
+# %% [markdown]
+# ### Checkpoints, networks, boundaries
+#
+# A checkpoint holds state and settings, so that `--resume` goes on as if nothing had happened. The
+# rows of Table 3 are flags: `--arch unified`, `--arch separate`, with `--patience 5` (early
+# stopping), `--tailored` (the widths of the multistage decoders), or both, and `--arch multistage`.
 
 # %%
 STATES = ("model", "ema", "optimizer")
+VALUES = ("step", "active", "stopping", "petaflops")
+PETAFLOPS = ("petaflops", "true_petaflops")  # their names in the log
 
 
 def save_checkpoint(state, settings, folder):
@@ -326,9 +568,7 @@ def save_checkpoint(state, settings, folder):
     Raises BadInput where it cannot be written, such as on a full disk; what was there stays.
     """
     content = {key: state[key].state_dict() for key in STATES}
-    content.update(
-        {key: state[key] for key in ("step", "active", "stopping", "petaflops") if key in state}
-    )
+    content.update({key: state[key] for key in VALUES if key in state})
     content.update(settings=settings, generator=state["generator"].get_state())
     content["torch_rng"] = torch.get_rng_state()  # dropout draws from it
     if torch.cuda.is_available():
@@ -342,8 +582,7 @@ def restore_checkpoint(state, content):
         for key in STATES:
             state[key].load_state_dict(content[key])
         workshop.restore_moments(state["optimizer"])
-        kept = ("step", "active", "stopping", "petaflops")
-        state.update({key: content[key] for key in kept if key in content})
+        state.update({key: content[key] for key in VALUES if key in content})
         workshop.restore_generator(state, content)
         torch.set_rng_state(content["torch_rng"])
         if torch.cuda.is_available() and "cuda_rng" in content:
@@ -375,22 +614,6 @@ def averaged_model(content):
     return workshop.move_to_device(model).eval()
 
 
-def load_model(folder):
-    """Load the averaged network of a run: (model in eval mode on the device, its settings)."""
-    content = workshop.read_checkpoint(folder)
-    return averaged_model(content), content["settings"]
-
-
-# %% [markdown]
-# ## Recipes
-#
-# The paper's recipe is for 450,000 steps of its own network on a GPU. `digits` and `mnist` get small
-# networks, which a laptop trains in a minute or an hour. For colour pictures on little hardware there
-# is `--network cifar10`. The rows of Table 3 are flags: `--arch unified`, `--arch separate`, with
-# `--patience 5` (early stopping), `--tailored` (the widths of the multistage decoders), or both, and
-# `--arch multistage`.
-
-# %%
 PAPER_NETWORKS = {
     "vp": dict(multistage="table5_1", unified="table7_1", separate="table3_separate"),
     "edm": dict(multistage="edm", unified="edm_unified", separate="edm_separate"),
@@ -440,42 +663,35 @@ def find_boundaries(text, dataset, images, process, network="digits"):
         progress = workshop.ranks()[0] == 0
         try:
             cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
-        except BadInput as error:
+        except BadInput as why:
             if len(images) >= FEW:
-                raise BadInput(
-                    f"step 02 finds no boundaries ({error}): give --boundaries"
-                ) from None
-            workshop.print_once(
-                f"{len(images)} pictures are too few to find boundaries: taking the published ones"
-            )
+                raise BadInput(f"step 02 finds no boundaries ({why}): give --boundaries") from None
+            few = f"{len(images)} pictures are too few to find boundaries"
+            workshop.print_once(f"{few}: taking the published ones")
             cuts = unet.PUBLISHED
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
 
 
 def check_settings(arch, process, stages, patience):
     """Raise BadInput for settings that are unknown or do not go together."""
-    for what, value, known in (
-        ("arch", arch, ("multistage", "unified", "separate")),
-        ("stages", stages, ("uniform", "mixed")),
-    ):
-        if value not in known:
-            raise BadInput(f"unknown {what} {value!r}: take {', '.join(known)}")
+    known = dict(arch=("multistage", "unified", "separate"), stages=("uniform", "mixed"))
+    for what, value in (("arch", arch), ("stages", stages)):
+        if value not in known[what]:
+            raise BadInput(f"unknown {what} {value!r}: take {', '.join(known[what])}")
     kernel_of(process)
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
 
 
 # %% [markdown]
-# ## Training
+# ### A run
 #
-# Short functions around the loop: make room for the run, decide everything before the first step,
-# and train with a bar, a log, grids of samples, checkpoints, and a Ctrl-C that finishes the step it
-# is in.
+# Beside its steps a run says what it will cost, looks at held-out pictures, draws grids and counts
+# its operations. `fit` joins all that to the loop of step 00 that keeps a training. It leaves in
+# `runs/<name>/` `settings.json`, `metrics.jsonl` (a line a log step), `samples/`, `checkpoint.pt`.
 
 
 # %%
-
-
 def estimate_training(state, settings):
     """Say what will be trained and, after a trial of each kind of step, until when: stages' costs.
 
@@ -483,55 +699,38 @@ def estimate_training(state, settings):
     """
     device, model, process = state["generator"].device, state["model"], settings["process"]
     costs, (rank, world) = unet.cost_of(copy.deepcopy(model).to("meta")), workshop.ranks()
-    left, n = settings["steps"] - state["step"], len(model.decoders)
+    left, active, batch = settings["steps"] - state["step"], state["active"], settings["batch"]
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
     workshop.print_once(
-        f"{left:,} steps of {settings['batch']} pictures on {device}, processes: {world}",
+        f"{left:,} steps of {batch} pictures on {device}, processes: {world}",
         f"{settings['arch']} network {settings['network']}, boundaries {cuts}",
     )
-    for k in range(n):
+    for k in range(len(model.decoders)):
         million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
         workshop.print_once(
             f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture"
         )
-    x = torch.zeros(settings["batch"] // world, model.channels, model.size, model.size).to(device)
-    t, seconds = torch.full((len(x),), 0.5, device=device), {}
-    chance = stage_chances(stage_edges(model, process), process, state["active"]).tolist()
+    chance = stage_chances(stage_edges(model, process), process, active).tolist()
     kinds = list(enumerate(chance))
-    if settings.get("stages") == "mixed" and len(state["active"]) > 1:  # no other is ever compiled
-        mine = stages_in_turns(state["active"], settings["batch"]).chunk(world)[rank]
-        kinds = [(mine[: len(state["active"])].tolist(), 1.0)]
+    if settings.get("stages") == "mixed" and len(active) > 1:  # no other is ever compiled
+        mine = stages_in_turns(active, batch).chunk(world)[rank]
+        kinds = [(mine[: len(active)].tolist(), 1.0)]
+    x = torch.zeros(batch // world, model.channels, model.size, model.size, device=device)
+    t, seconds = torch.full((len(x),), 0.5, device=device), 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for i, (stage, _) in [*enumerate(kinds), *enumerate(kinds)]:  # the first round warms up
+        # twice, because the first time warms up
+        for timed, (stage, share) in itertools.product((False, True), kinds):
             begin = time.perf_counter()
             with workshop.half_precision(device):
                 predicted = predict_noise(state["forward"], x, t, process, stage=stage)
             predicted.float().square().mean().backward()
-            state["optimizer"].zero_grad(set_to_none=True)
+            state["optimizer"].zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[i] = time.perf_counter() - begin
-    step = sum(p * seconds[i] for i, (_, p) in enumerate(kinds))
-    end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * step))
-    workshop.print_once(
-        f"about {settings['batch'] / step:,.0f} pictures a second, done about {end}"
-    )
+            seconds += timed * share * (time.perf_counter() - begin)
+    end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * seconds))
+    workshop.print_once(f"about {batch / seconds:,.0f} pictures a second, done about {end}")
     return costs
-
-
-@torch.no_grad()
-def draw_grid(state, process, path, decode=None, n=32, nfe=25):
-    """Draw n pictures with the averaged weights and save them as a grid; decode: from latents."""
-    from torchvision.utils import save_image
-
-    model, kernel, device = state["ema"], kernel_of(process), state["generator"].device
-    x = torch.empty(n, model.channels, model.size, model.size)
-    x = sde.start_noise(x, torch.Generator().manual_seed(1), kernel).to(device)
-    *_, x = sde.probability_flow(noise_function(model, process), kernel, x, nfe)
-    with workshop.replacing(path) as aside:
-        save_image(
-            workshop.tile_images(decode(x) if decode else (x.cpu() + 1) / 2), aside, format="png"
-        )
 
 
 @torch.no_grad()
@@ -556,9 +755,8 @@ def check_held_out(state, held_out, process, patience):
         found[k] = total / len(held_out)
         if found[k] < stopping["best"][k]:
             stopping["best"][k], stopping["waited"][k] = found[k], 0
-            own = {f"encoders.{k}", f"decoders.{k}"}
-            mine = [key for key in model.state_dict() if ".".join(key.split(".")[:2]) in own]
-            best = {key: model.state_dict()[key].clone() for key in mine}
+            own, weights = (f"encoders.{k}.", f"decoders.{k}."), model.state_dict()
+            best = {key: weights[key].clone() for key in weights if key.startswith(own)}
             stopping["weights"] = {**stopping.get("weights", {}), **best}
         else:
             stopping["waited"][k] += 1
@@ -570,16 +768,18 @@ def check_held_out(state, held_out, process, patience):
     return found
 
 
-def mean_losses(recent, n, device):
-    """Average each stage's losses over steps and processes: {stage: float}."""
-    table = torch.zeros(2, n, device=device)
-    for losses in recent:
-        for k, loss in losses.items():
-            table[0, k] += loss
-            table[1, k] += 1
-    if workshop.ranks()[1] > 1:
-        dist.all_reduce(table)
-    return {k: (table[0, k] / table[1, k]).item() for k in range(n) if table[1, k]}
+@torch.no_grad()
+def draw_grid(state, process, path, decode=None, n=32, nfe=25):
+    """Draw n pictures with the averaged weights and save them as a grid; decode: from latents."""
+    from torchvision.utils import save_image
+
+    model, kernel, device = state["ema"], kernel_of(process), state["generator"].device
+    x = torch.empty(n, model.channels, model.size, model.size)
+    x = sde.start_noise(x, torch.Generator().manual_seed(1), kernel).to(device)
+    *_, x = sde.probability_flow(noise_function(model, process), kernel, x, nfe)
+    images = decode(x) if decode else workshop.to_pictures(x.cpu())
+    with workshop.replacing(path) as aside:
+        save_image(workshop.tile_images(images), aside, format="png")
 
 
 @workshop.enough_memory()
@@ -597,29 +797,46 @@ def fit(
 ):
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
-    save_every: as in `due`. held_out: pictures for early stopping; decode: turns latents into
-    pictures for the grids; measure: gives numbers on the averaged network, a dictionary, which are
-    logged with each grid.
+    save_every: as in `is_save_due`. held_out: pictures for early stopping; decode: turns latents
+    into pictures for the grids; measure: gives numbers on the averaged network, a dictionary, which
+    are logged with each grid.
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
+    n = len(state["model"].decoders)
     folder, first, bad = Path(folder), workshop.ranks()[0] == 0, []
     log, costs = folder / "metrics.jsonl", estimate_training(state, settings)
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
     options.update(stages=settings.get("stages", "uniform"), workers=workers, bad=bad)
-    loop, begin = train(state, images, steps, **options), time.perf_counter()
+    begin, petaflops = time.perf_counter(), state.setdefault("petaflops", [0.0, 0.0])
+
+    def train_and_count():
+        # As Table 2 counts (forward, of one picture a step) and in truth (all, backward twice).
+        # paper: iterations times the average over a sampler's evaluations; here: the stages that
+        # were drawn, because they are what training costs.
+        for step, losses in train(state, images, steps, **options):
+            for k in losses:
+                petaflops[0] += costs[k]["gflops"] / len(losses) / 1e6
+                petaflops[1] += 3 * costs[k]["true_gflops"] * batch / len(losses) / 1e6
+            yield step, losses
 
     def summarize(recent):
         nonlocal begin
         seconds, begin = time.perf_counter() - begin, time.perf_counter()
         row = dict(images_per_s=round(len(recent) * batch / seconds))
-        means = mean_losses(recent, len(state["model"].decoders), state["generator"].device)
-        row.update({f"loss_{k}": round(loss, 7) for k, loss in means.items()})
+        table = torch.zeros(n, 2, device=state["generator"].device)  # sums and counts of stages
+        for k, loss in (item for losses in recent for item in losses.items()):
+            table[k, 0] += loss
+            table[k, 1] += 1
+        if workshop.ranks()[1] > 1:
+            dist.all_reduce(table)
+        means = table[:, 0] / table[:, 1]  # of a stage that was not drawn: nan
+        row.update({f"loss_{k}": round(means[k].item(), 7) for k in range(n) if table[k, 1]})
         if held_out is not None:
             found = check_held_out(state, held_out, process, settings["patience"])
             row.update({f"held_out_{k}": round(loss, 7) for k, loss in found.items()})
-        petaflops = zip(("petaflops", "true_petaflops"), state["petaflops"], strict=True)
-        return row | {key: float(f"{value:.6g}") for key, value in petaflops}
+        found = zip(PETAFLOPS, petaflops, strict=True)
+        return row | {key: float(f"{value:.6g}") for key, value in found}
 
     def save(losses):
         if not all(torch.isfinite(loss) for loss in losses.values()):
@@ -634,49 +851,16 @@ def fit(
         if step % (sample_every or -(-steps // 5)) == 0 or step == steps:
             draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
             if measure:
-                row = dict(step=step, petaflops=state["petaflops"][0])
+                row = dict(step=step, petaflops=petaflops[0])
                 workshop.append_row({**row, **measure(state["ema"])}, log)
 
     finished = workshop.keep_training(
-        *(count_petaflops(loop, state, costs, batch), state, steps, log, summarize, save, after),
+        *(train_and_count(), state, steps, log, summarize, save, after),
         **dict(save_every=save_every, batch=batch, shown="loss", unit="img", unit_scale=True),
     )
     if finished:
         workshop.report_unreadable(bad, len(images))
     return finished
-
-
-def count_petaflops(loop, state, costs, batch):
-    """Pass a training's (step, losses) on and add up in state["petaflops"] what the steps cost.
-
-    As Table 2 counts (forward, of one picture a step) and in truth (all, backward twice).
-    """
-    state.setdefault("petaflops", [0.0, 0.0])
-    for step, losses in loop:
-        # paper: iterations times the average over a sampler's evaluations; here: the stages that
-        # were drawn, because they are what training costs.
-        for k in losses:
-            state["petaflops"][0] += costs[k]["gflops"] / len(losses) / 1e6
-            state["petaflops"][1] += 3 * costs[k]["true_gflops"] * batch / len(losses) / 1e6
-        yield step, losses
-
-
-# %% [markdown]
-# Under `torchrun` every process runs this file. PyTorch's data parallelism averages their gradients;
-# the first process alone prints and writes.
-
-
-# %%
-
-
-def wrap_model(state, compile):
-    """Set state["forward"]: the model, shared between processes and compiled where asked."""
-    model, several = state["model"], workshop.ranks()[1] > 1
-    if several:
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
-        unused = len(model.decoders) > 1  # a batch of one stage leaves the other decoders alone
-        model = DistributedDataParallel(model, devices, find_unused_parameters=unused)
-    state["forward"] = torch.compile(model) if compile else model
 
 
 def check_batch(settings):
@@ -693,8 +877,7 @@ def check_batch(settings):
 def prepare_state(settings, content=None, compile=False):
     """Build what a run's settings describe: a state ready to train.
 
-    content: of the checkpoint to go on from. Raises BadInput where a batch is smaller than the
-    number of stages that it shall mix.
+    content: of the checkpoint to go on from. Raises BadInput for a batch too small to mix its stages.
     """
     check_batch(settings)
     torch.manual_seed(settings["seed"])  # the initial weights
@@ -706,9 +889,12 @@ def prepare_state(settings, content=None, compile=False):
     if content:
         restore_checkpoint(state, content)
     rank, world = workshop.ranks()
-    if world > 1:  # dropout differs between processes
+    if world > 1:  # their gradients are averaged, their dropout differs
         torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
-    wrap_model(state, compile)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
+        # a batch of one stage leaves the other decoders alone
+        model = DistributedDataParallel(model, devices, find_unused_parameters=n > 1)
+    state["forward"] = torch.compile(model) if compile else model
     return state
 
 
@@ -721,8 +907,7 @@ if __name__ == "__main__":
         pixels = workshop.open_data_set(dataset, root, size, memory, workers)
     recipe = workshop.about(dataset)["recipe"]
     run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
-    asked = dict(dataset=dataset, arch=arch)
-    asked["network"] = network_name(network, dataset, arch, process)
+    asked = dict(dataset=dataset, arch=arch, network=network_name(network, dataset, arch, process))
     asked.update(process=process, stages=stages, patience=patience, ema=ema, seed=seed)
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
@@ -735,33 +920,24 @@ if __name__ == "__main__":
     if asked["batch"] % world:
         raise BadInput(f"batch = {asked['batch']} cannot be shared by {world} processes")
     content = workshop.read_checkpoint(run) if resume else None
-
-# %%
-if __name__ == "__main__":
-    if resume:
-        if boundaries:
-            asked["boundaries"] = find_boundaries(boundaries, dataset, pixels, process)
-        workshop.check_same_settings(asked, content["settings"], run)
+    if resume and not boundaries:
         asked["boundaries"] = content["settings"]["boundaries"]
-    elif arch == "unified":
+    elif arch == "unified" and not resume:
         asked["boundaries"] = []
     else:
         with workshop.first_process_first():
             found = find_boundaries(boundaries, dataset, pixels, process, asked["network"])
             asked["boundaries"] = found
+    if resume:
+        workshop.check_same_settings(asked, content["settings"], run)
     held_out, training_set = None, pixels
     if patience:
         if not torch.is_tensor(pixels):
             raise BadInput("early stopping needs the pictures in memory: give --memory more GiB")
-        if len(pixels) < 10:
-            raise BadInput(
-                f"{len(pixels)} pictures are too few for early stopping: give 10 or more"
-            )
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-        held_out, training_set = (
-            pixels[order[: len(pixels) // 10]],
-            pixels[order[len(pixels) // 10 :]],
-        )
+        if (n := len(pixels)) < 10:
+            raise BadInput(f"{n} pictures are too few for early stopping: give 10 or more")
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        held_out, training_set = pixels[order[: n // 10]], pixels[order[n // 10 :]]
     state = prepare_state(asked, content, compile)
     if rank == 0:  # nothing is touched before everything is known to fit
         workshop.claim_folder(run, resume)
@@ -780,79 +956,37 @@ if __name__ == "__main__":
         sys.exit(0 if finished else 130)
 
 # %% [markdown]
-# ## What it learned
+# ### What it learned
 #
-# The loss of each stage over training. Near the noise ($k=2$) the noise is nearly the whole picture
-# and easy to read off; near the image ($k=0$) it is a faint grain, and hard. The losses differ by
-# orders of magnitude, which is one way to see that these are different tasks.
-
+# The loss of each stage over training, each point now an average of many steps; how the samples came
+# about, always from the same noise; and what the network sees in noise now.
 
 # %%
-def draw_losses(folder):
-    """Plot the training loss of each stage in `folder`/metrics.jsonl."""
-    rows = workshop.read_log(folder)
-    plt.figure(figsize=(8, 3))
-    for key in sorted({key for row in rows for key in row if key.startswith("loss")}):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        plt.plot(*zip(*points, strict=True), marker=".", label=f"stage {key[-1]}")
-    plt.gca().set(yscale="log", xlabel="step", ylabel="loss (eq. 4)")
-    plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-
-
 if __name__ == "__main__":
-    draw_losses(run)
+    rows, curves = workshop.read_log(run), {}
+    for k in range(len(state["model"].decoders)):
+        curves[k] = [(row["step"], row[f"loss_{k}"]) for row in rows if f"loss_{k}" in row]
+    draw_losses(curves)
     workshop.show_figure(run / "loss.png")
-    last = workshop.read_log(run)[-1]
-    print(f"{last['images_per_s']:,} images/s on {workshop.device()}")
-    print(f"{1e6 * last['petaflops']:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
-    print(
-        f"{1e6 * last['true_petaflops']:.4g} GFLOPs in truth: every picture, forward and backward"
-    )
-
-# %% [markdown]
-# How the samples came about: a row of the grids that were drawn on the way, always from the same
-# noise.
-
-# %%
-if __name__ == "__main__":
-    grids = sorted((run / "samples").glob("*.png"))
-    figure, axes = plt.subplots(len(grids), 1, figsize=(10, 1.0 * len(grids)), squeeze=False)
-    for ax, path in zip(axes[:, 0], grids, strict=True):
-        grid = plt.imread(path)
-        ax.imshow(grid[: len(grid) // 2 + 3])  # the first of its two rows
-        ax.set_title(f"step {int(path.stem):,}", fontsize=9, loc="left")
-        ax.axis("off")
-    figure.tight_layout()
-    workshop.show_figure(run / "progress.png")
-
-# %% [markdown]
-# And what the network sees in noise, beside the optimal denoiser of step 01. Both estimate the
-# picture: $\hat x_0=x_t/s_t-\sigma_t\,\epsilon_\theta(x_t,t)$.
-
-# %%
-if __name__ == "__main__":
-    trained, _ = load_model(run)
-    kernel, generator = kernel_of(process), torch.Generator().manual_seed(seed)
-    levels = sde.VP.log_snr(torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.7]))
-    t = kernel.time(levels).float().to(workshop.device())  # the same noise levels in either process
+    speed, counted, true = (rows[-1][key] for key in ("images_per_s", *PETAFLOPS))
+    print(f"{speed:,} images/s on {workshop.device()}")
+    print(f"{1e6 * counted:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
+    print(f"{1e6 * true:.4g} GFLOPs in truth: every picture, forward and backward")
+    paths = sorted((run / "samples").glob("*.png"))
+    grids = [torch.tensor(plt.imread(path)).movedim(2, 0)[None] for path in paths]
+    rows = [grid[:, :, : grid.shape[2] // 2 + 3] for grid in grids]  # the first of its two rows
+    titles = [f"step {int(path.stem):,}" for path in paths]
+    workshop.show_images(rows, titles, run / "progress.png", columns=1)
+    trained = averaged_model(workshop.read_checkpoint(run))
     if not torch.is_tensor(pixels):
         pixels = workshop.read_pictures(workshop.PictureFiles(pixels.files[:1000], size), workers)
         pixels = pixels.to(workshop.device())
-    x0 = workshop.to_network_space(pixels[torch.arange(8) % len(pixels)])  # a small set starts over
-    xt = sde.perturb(x0, torch.randn(x0.shape, generator=generator).to(x0), t, kernel)
-    with torch.no_grad(), workshop.half_precision(xt.device):
-        eps = predict_noise(trained, xt, t, process)
-    s, sigma = (sde.per_image(v, xt) for v in (kernel.s(t), kernel.sigma(t)))
-    learned = xt / s - sigma * eps
-    best = sde.posterior_mean(xt, t, kernel, workshop.to_network_space(pixels[:50_000]))
-    rows = [(row + 1) / 2 for row in (x0, xt, learned, best)]
-    titles = [
-        "picture",
-        "with noise, more from left to right",
-        "the network",
-        "the optimal denoiser",
-    ]
-    workshop.show_images(rows, titles, run / "denoised.png", columns=8)
+
+    def predict(xt, t):
+        with workshop.half_precision(xt.device):
+            return predict_noise(trained, xt, t, process)
+
+    show_estimates(predict, pixels, kernel_of(process), run / "denoised.png")
 
 # %% [markdown]
 # Where noise is low both return the picture. In the middle columns the optimal denoiser still
@@ -860,14 +994,7 @@ if __name__ == "__main__":
 # similar digit in its own, softer hand. At the right both see little more than an average. The gap
 # in the middle is what makes the network generative.
 #
-# **You have** a trained multistage model in `runs/`, and the loss of each stage. Step 05 draws with
-# it.
+# **You have** a trained multistage model in `runs/`. Step 05 draws with it.
 #
-# ### Exercises
-#
-# 1. Train `--arch unified` and compare stage by stage: its one loss is an average over all $t$.
-#    What would you measure instead? <details><summary>Solution</summary>The loss of the averaged
-#    model at fixed times, on the same pictures and noise, for both models.</details>
-# 2. Give boundaries by log-SNR (`--boundaries 0.348,0.709 --name digits-snr`) and compare in step
-#    05. <details><summary>Solution</summary>`python 05_sample_eval.py --name digits-snr` prints the
-#    same table for that run.</details>
+# **Exercise.** Give boundaries by log-SNR (`--boundaries 0.348,0.709 --name digits-snr`) and compare
+# in step 05. <details><summary>Solution</summary>`--name digits-snr` there, too.</details>

@@ -1,5 +1,6 @@
 """Step 04: the loss, the times, the loop, and runs on disk."""
 
+import copy
 import json
 import math
 import os
@@ -211,7 +212,7 @@ def test_a_checkpoint_from_another_kind_of_device_goes_on(
 def test_processes_start_with_the_same_weights_and_drop_out_other_units(
     workshop, training, monkeypatch
 ):
-    monkeypatch.setattr(training, "wrap_model", lambda *_: None)
+    monkeypatch.setattr(training, "DistributedDataParallel", lambda model, *_, **how: model)
     drawn, weights = [], []
     for place in ((0, 2), (1, 2), (0, 1)):
         monkeypatch.setattr(workshop, "ranks", lambda place=place: place)
@@ -329,7 +330,7 @@ def test_early_stopping_keeps_each_stage_at_its_best(workshop, unet, training, p
     rows = workshop.read_log(tmp_path)
     assert state["active"] == [] or state["step"] == 400
     assert len(state["active"]) < 3, "8 pictures are overfitted within 400 steps"
-    model, _ = training.load_model(tmp_path)
+    model = training.averaged_model(workshop.read_checkpoint(tmp_path))
     best = dict(model=model, ema=model.cpu(), active=[0, 1, 2], generator=torch.Generator())
     found = training.check_held_out(best, pixels[32:], "vp", 99)
     for k in range(3):
@@ -577,10 +578,11 @@ def test_a_killed_run_goes_on_bit_for_bit(workshop, root, training, tmp_path):
     assert rows[-1]["petaflops"] == workshop.read_log(tmp_path / "whole")[-1]["petaflops"]
 
 
-def test_a_run_can_be_loaded_for_sampling(training, pixels, tmp_path):
+def test_a_run_can_be_loaded_for_sampling(workshop, training, pixels, tmp_path):
     settings = settings_for(arch="separate", network="digits_separate", process="edm")
     state = fit_run(training, settings, pixels, tmp_path)
-    model, stored = training.load_model(tmp_path)
+    content = workshop.read_checkpoint(tmp_path)
+    model, stored = training.averaged_model(content), content["settings"]
     assert json.loads(json.dumps(stored)) == stored == settings
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.05, 0.3, 5.0])
     model, ema = model.cpu(), state["ema"]
@@ -646,3 +648,96 @@ def test_training_without_enough_memory_is_one_sentence(workshop, sde, training,
     state["forward"] = full
     with pytest.raises(workshop.BadInput, match=r"\(for 2\.00 GiB more\): give a smaller --batch"):
         training.fit(state, pixels, settings_for(), tmp_path)
+
+
+EDGES = torch.tensor([1e-3, 0.1, 0.44, 1.0])
+
+
+def test_the_second_term_of_equation_4_is_the_noise(sde, training, pixels):
+    x0 = pixels[:5].double() / 127.5 - 1
+    eps, t = torch.randn(5, 1, 8, 8).double(), torch.tensor([0.01, 0.1, 0.3, 0.6, 1.0]).double()
+    s, sigma = (f(t)[:, None, None, None] for f in (sde.VP.s, sde.VP.sigma))
+    xt = (s * (x0 + sigma * eps)).requires_grad_()
+    log_p = torch.distributions.Normal(s * x0, s * sigma).log_prob(xt).sum()
+    (score,) = torch.autograd.grad(log_p, xt)
+    torch.testing.assert_close(s * sigma * score, -eps)
+    model = lambda x, t: 0.3 * x  # noqa: E731
+    expected = ((0.3 * xt + s * sigma * score) ** 2).mean()
+    assert training.compute_loss(model, x0, t, eps).item() == pytest.approx(expected.item())
+
+
+def test_a_plain_batch_is_of_one_stage_each_as_often(unet, training, pixels):
+    model, generator = tiny(unet), torch.Generator().manual_seed(0)
+    seen, turned = [], 0
+    for step in range(1, 601):
+        x0, t, eps, k = training.draw_batch(pixels, EDGES, 32, step, generator, flip=step > 500)
+        assert x0.shape == eps.shape == (32, 1, 8, 8) and -1 <= x0.min() and x0.max() <= 1
+        assert model.stage(t).unique().tolist() == [k]
+        seen.append((k, (t.mean() - EDGES[k]) / (EDGES[k + 1] - EDGES[k])))
+        i = torch.randint(64, (32,), generator=training.workshop.step_generator(0, 2 * step))
+        turned += int((x0 != pixels[i] / 127.5 - 1).flatten(1).any(1).sum())
+    for k in range(3):
+        places = torch.stack([place for stage, place in seen if stage == k])
+        assert len(places) == pytest.approx(200, abs=50)
+        assert places.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert turned == pytest.approx(1600, abs=150)  # half of the pictures of the last 100 steps
+
+
+def test_a_plain_step_clips_and_warms_up(training):
+    model = torch.nn.Linear(3, 1)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    loss = 100 * model(torch.tensor([3.0, 0.0, 4.0])).sum()
+    training.training_step(model, optimizer, loss, step=5, warmup=10)
+    gradient = torch.tensor([3.0, 0.0, 4.0]) / 26**0.5  # of length 1 with that of the bias
+    torch.testing.assert_close(before - model.weight, 5e-3 * gradient[None], rtol=1e-3, atol=1e-6)
+    assert training.training_step(model, optimizer, model.bias.sum(), 99, 10) is None
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_the_plain_average_forgets_faster_at_first(training):
+    mean, model = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for n, decay in ((1, 2 / 11), (20, 21 / 30), (10**6, 0.9999)):
+        expected = decay * mean.weight + (1 - decay) * model.weight
+        training.update_average(mean, model, n)
+        torch.testing.assert_close(mean.weight.detach(), expected.detach())
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_plain_loop_and_train_agree_bit_for_bit(unet, training, pixels, flip):
+    model = unet.randomize(tiny(unet))
+    average = copy.deepcopy(model)
+    state = training.new_state(copy.deepcopy(model), 3e-3, seed=0)
+    plain = list(training.train_plainly(model, average, pixels, EDGES, 12, flip=flip))
+    fast = list(training.train(state, pixels, 12, batch=32, flip=flip))
+    for (step, k, loss), (number, losses) in zip(plain, fast, strict=True):
+        assert step == number and list(losses) == [k]
+        assert losses[k].item() == pytest.approx(loss, rel=1e-6)
+    assert len({k for _, k, _ in plain}) == 3
+    for one, other in ((model, state["model"]), (average, state["ema"])):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_no_batch_is_read_once_no_stage_is_active(workshop, unet, training, pixels, monkeypatch):
+    read, plain = [], workshop.pictures_of_steps
+
+    def watched(images, batch, seed, steps, *rest):
+        for step in steps:
+            read.append(step)
+            yield from plain(images, batch, seed, [step], *rest)
+
+    monkeypatch.setattr(workshop, "pictures_of_steps", watched)
+    state = training.new_state(tiny(unet), 1e-3, seed=0)
+    for step, _ in training.train(state, pixels, 10, batch=4):
+        if step == 3:
+            state["active"].clear()
+    assert state["step"] == 3 and read == [1, 2, 3]
+    assert list(training.train(state, pixels, 10, batch=4)) == [] and read == [1, 2, 3]
+
+
+def test_losses_are_drawn_a_stage_a_colour(training):
+    training.draw_losses({2: [(1, 0.1), (3, 0.05)], 0: [(2, 1.0)], 1: []})
+    found = [(line.get_label(), line.get_color()) for line in training.plt.gca().get_lines()]
+    training.plt.close()
+    assert found == [("stage 0", "C0"), ("stage 2", "C2")]

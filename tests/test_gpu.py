@@ -146,7 +146,8 @@ def test_a_run_on_a_gpu_goes_on_and_draws(workshop, training, waits, pixels, tmp
         assert [step for step, _ in training.train(run, pixels, 4, **how)] == [3, 4]
         ends.append(torch.cat([p.detach().flatten().cpu() for p in run["ema"].parameters()]))
     assert torch.equal(*ends)
-    model, seen = training.load_model(tmp_path)[0], []  # in half precision, the channels last
+    # in half precision, the channels last
+    model, seen = training.averaged_model(training.workshop.read_checkpoint(tmp_path)), []
     first = model.encoders[0].first
     assert first.weight.is_contiguous(memory_format=torch.channels_last)
     first.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
