@@ -643,7 +643,7 @@ if __name__ == "__main__" and len(images) < 5000:
     mean, error = kept.mean(1), kept.std(1, ddof=1) / 20**0.5  # (2 forms, 2 ends)
     apart = abs(mean[0] - mean[1]) / np.hypot(*error).clip(1e-3)
     print("Is it unbiased?", "Yes:" if apart.max() < 4 else "No:", end=" ")
-    print("the mean of each form and its standard error, from the image end to t1, from t2 on:")
+    print("the average S up to t1, and from t2 on, with standard errors over the runs, is")
     for name, *numbers in zip(("plain", "fast"), mean, error, strict=True):
         print(f"{name:5s}", *(f"{a:.4f} ± {e:.4f} " for a, e in zip(*numbers, strict=True)))
     print(f"They are {apart[0]:.1f} and {apart[1]:.1f} standard errors apart.")
@@ -658,11 +658,9 @@ if __name__ == "__main__" and len(images) < 5000:
             ax.plot(cuts[form, :, k], form + np.linspace(-0.3, 0.3, 20), "o", ms=3, color=color)
             ax.plot(2 * [cuts[form, :, k].mean()], [form - 0.4, form + 0.4], color=color)
         ax.set(xlabel=f"$t_{k + 1}$", yticks=[0, 1], yticklabels=["plain", "fast"])
-        spread = cuts[:, :, k].std(1, ddof=1)
-        print(
-            f"t{k + 1}: standard deviation {spread[0]:.4f} plain and {spread[1]:.4f} fast", end=", "
-        )
-        print(f"which says {said[k]:.4f}")
+        wide, narrow = cuts[:, :, k].std(1, ddof=1)
+        print(f"t{k + 1}: standard deviation {wide:.4f} plain, {narrow:.4f} fast", end=" ")
+        print(f"(it says {said[k]:.4f}), as if K were {(wide / narrow) ** 2:.0f} times as large")
     axes[0].set_title(f"twenty seeds of each form, K = {K}", fontsize=10, loc="left")
     workshop.show_figure("figures/02_seeds.png")
 
