@@ -203,9 +203,9 @@ if __name__ == "__main__":
 #
 # On `digits` stage 0 is short: 64 pixels say little, so a little noise suffices to confuse two
 # digits. CIFAR-10 pictures have 3,072 values and stay recognisable much longer, up to $t_1$ =
-# 0.442 (published). Blue dots rise again at the right. There both answers are nearly the same noise,
-# because the picture's share of $\epsilon=(x-s\,y)/(s\,\sigma)$ shrinks with $1/\sigma$; the average
-# from the left is what keeps that tail out of stage 0.
+# 0.442 (published). The blue dots rise again at the right, because the picture's share of
+# $\epsilon=(x-s\,y)/(s\,\sigma)$ shrinks with $1/\sigma$. The average from the left is what keeps
+# that tail out of stage 0.
 #
 # ## Rivals, and how to cut optimally
 #
@@ -458,8 +458,7 @@ def guessed_denoiser(x, t, kernel, y, N):
     return (x - s * y_hat) / (s * sigma)
 
 
-# J + 1 edges of cells; the means of D in them, to the image end and to the noise end, (2, J); and
-# the variances of these means, (2, J)
+# J + 1 edges of cells; S to the image end and to the noise end in each, and its variance: (2, J)
 Curves = namedtuple("Curves", "edges S v")
 
 
@@ -486,7 +485,7 @@ def similarity_curves(
 
 
 def _sample_cells(edges, counts, bar, generator, images, y_mean, kernel, **settings):
-    """Estimate S0 and S1 in each cell from counts[j] samples, stratified in time within it."""
+    """Estimate S to both ends in each cell from counts[j] samples, stratified in time in it."""
     group = 5 if len(images) >= 20_000 else 1  # draws that make one sample
     draws = group * counts
     cell = np.repeat(np.arange(len(counts)), draws)
@@ -573,7 +572,10 @@ def _check_input(images, samples, least):
 
 
 def running_averages(curves, grid=10_000):
-    """Average S0 over [0, tau] and S1 over [tau, 1] on a grid: tau, up, down, each (grid - 1,)."""
+    """Average S from its own end to each tau of a grid: tau, up, down, each (grid - 1,).
+
+    up: S to the image end over [0, tau]; down: S to the noise end over [tau, 1].
+    """
     width, edges = np.diff(curves.edges), curves.edges
     tau = np.linspace(edges[0], edges[-1], grid + 1)[1:-1]
     area = np.pad(np.cumsum(width * curves.S, 1), ((0, 0), (1, 0)))  # up to the edges, (2, J + 1)
