@@ -8,9 +8,12 @@
 # %% [markdown]
 # # 05 · Drawing samples, and saying how good they are
 #
-# **You will** derive the solvers of the paper's Table 1, from DDIM to DPM-Solver++, from one line,
-# check their order on a case with a known answer, draw digits with the network of step 04, and measure them with a Fréchet distance, KID and
-# precision and recall, each beside the value that real pictures reach.
+# **You will** derive the solvers of the paper's Table 1 from one line, check their order
+# on a case with a known answer, draw digits with the network of step 04, and measure them
+# beside real ones.
+#
+# How long is a sampler? Five lines, with the best denoiser of step 01 in place of a
+# network.
 
 # %%
 import importlib
@@ -20,27 +23,16 @@ if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
-import copy
-import inspect
 import math
-import sys
-import time
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from matplotlib import pyplot as plt
 from scipy.integrate import solve_ivp
-from torch import nn
-from tqdm import tqdm
 
 sde = importlib.import_module("01_sde_and_denoiser")
-unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
-BadInput = workshop.BadInput
 
 # %% tags=["parameters"]
 name = "digits-multistage"  # name of the run to sample from
@@ -61,29 +53,431 @@ model_for_stage = ""  # runs that serve single stages: an example stands at `Hyb
 
 # %%
 workshop.settings(globals(), "05_sample_eval")
+figures = Path("figures") if out == "runs" else Path(out) / "figures"
+
+# %%
+if __name__ == "__main__":
+    digits = workshop.to_network_space(workshop.load_images("digits")[0])
+    sigmas = sde.VP.sigma(sde.log_snr_times(sde.VP, 20)).tolist()  # 21 noise levels, downwards
+    z = sigmas[0] * torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    for sigma, sigma_next in pairwise(sigmas):
+        t = sde.VP.time(-2 * math.log(sigma)).expand(len(z))
+        e = sde.optimal_denoiser(sde.per_image(sde.VP.s(t), z) * z, t, sde.VP, digits)
+        z = z + (sigma_next - sigma) * e
+    workshop.show_images([workshop.to_pictures(z)], ["The loop's digits"], figures / "05_first.png")
 
 # %% [markdown]
-# ## One line behind all of them
+# Digits come out of noise. They are the training pictures themselves, because the best
+# denoiser of a finite set knows them by heart (step 01). A network does not reach it, and
+# that is why its pictures are new. Everything else in this step is about that loop: why
+# its last line is right, how to get along with fewer turns of it, and how to say what its
+# pictures are worth.
 #
-# Divide the probability-flow ODE's solution by the scale, $z=x/s$, and measure time by the noise
-# level $\sigma$ itself. The drift $f$ and all kernel constants cancel, and what is left is
+# ## One line behind all solvers
+#
+# Why is the loop right? Start from the probability-flow ODE of step 01 and put in the
+# score, which is $-\epsilon_\theta/(s\sigma)$:
+#
+# $$\frac{\mathrm dx}{\mathrm dt}=f\,x+\frac{g^2}{2s\sigma}\,\epsilon_\theta .$$
+#
+# Eq. (2), differentiated, says $\dot s=f\,s$ for the scale, and
+# $2\sigma\dot\sigma=g^2/s^2$ for the noise level. Now divide the picture by its scale,
+# $z=x/s$, and derive $z$ by time:
+#
+# 1. $\dot z=\dot x/s-x\,\dot s/s^2=\dot x/s-f\,x/s$ by the quotient rule and the first
+#    half of eq. (2);
+# 2. $\dot z=\dfrac{g^2}{2s^2\sigma}\,\epsilon_\theta$ by the ODE: the drift $f$ cancels;
+# 3. $\dot z=\dot\sigma\,\epsilon_\theta$ by the second half of eq. (2): $g$ and $s$
+#    cancel as well.
+#
+# Measure time by the noise level itself, and what is left is
 #
 # $$\frac{\mathrm dz}{\mathrm d\sigma}=\epsilon_\theta .$$
 #
-# Every solver below is a way to integrate this line, with or without fresh noise. All have the same
-# arguments: a function `eps(x, t)` that predicts noise, the kernel, the start noise `x` (B, C, H, W)
-# at `kernel.t_max`, the number of evaluations `nfe`, and a generator where they draw noise. All
-# yield their states. Times and noise levels are float64 numbers on the CPU, as in step 01.
+# No kernel is left in it. So a solver for this line is a solver for all kernels, and a
+# plot of its errors for one of them is a plot for all.
 #
-# First the times at which they stop. Three grids are in use: equal steps in log-SNR, in time, or in
-# the root of time.
+# All solvers of this step integrate this line, some with fresh noise on the way. They
+# have the same arguments: a function `eps(x, t)` that predicts noise, the kernel, the
+# start noise `x` (B, C, H, W) at `kernel.t_max`, the number of evaluations `nfe`, and a
+# generator where they draw noise. They yield their states. An evaluation of the network
+# is what costs; the rest is arithmetic.
+#
+# Three helpers go around it. `levels` goes from $x$ to $z$ and lists the noise levels to
+# stop at, equally spaced in $\log\sigma$, because the fine detail is decided where noise
+# is low. `unscale` goes back from $z$ to $x$. `noise_at` asks the network, which wants
+# $x=s\,z$ and the time in place of $z$ and $\sigma$. Noise levels are plain numbers, so
+# that no GPU has to be waited for.
+
+
+# %%
+def levels(kernel, x, n, grid="log-snr"):
+    """Return z = x / s, and n + 1 noise levels from t_max to t_min; grid: see `time_grid` below."""
+    times = sde.log_snr_times(kernel, n) if grid == "log-snr" else time_grid(kernel, n, grid)
+    return x / kernel.s(times[0]), kernel.sigma(times).tolist()
+
+
+def unscale(kernel, z, sigma):
+    """Go back from z to x = s z at the noise level sigma."""
+    return kernel.s(kernel.time(-2 * math.log(sigma))) * z
+
+
+def noise_at(eps, kernel, z, sigma):
+    """Ask for the noise in z = x / s at the noise level sigma."""
+    t = float(kernel.time(-2 * math.log(sigma)))
+    return eps(kernel.s(t) * z, torch.full((len(z),), t, dtype=z.dtype))
+
+
+if __name__ == "__main__":
+    print("noise levels of 8 steps:", *(f"{v:.3g}" for v in levels(sde.VP, torch.ones(1), 8)[1]))
+
+# %% [markdown]
+# Every step divides the noise by the same number, about 3.
+#
+# ## A case with a known answer
+#
+# Whether a solver is right cannot be seen in pictures. So take data of which everything
+# is known: a mixture of Gaussians $\mathcal N(\mu_i,c^2)$. Its best noise prediction is
+#
+# $$\epsilon=\sigma\sum_iw_i\,\frac{z-\mu_i}{c^2+\sigma^2},$$
+#
+# with $w_i$ the chance that $z$ came from the $i$-th Gaussian. A Runge–Kutta solution of
+# the one line with a tolerance of $10^{-11}$ is the yardstick.
+
+# %%
+MEANS, WIDTH = (-1.0, 0.2, 1.0), 0.4
+
+
+def noise_in_mixture(z, sigma, means=MEANS, c=WIDTH):
+    """Predict the noise in z, of level sigma, exactly: data from N(mu_i, c^2), equally often."""
+    away = torch.stack([z - mu for mu in means])
+    w = torch.softmax(-(away**2) / (2 * (c**2 + sigma**2)), 0)  # entry by entry
+    return sigma * (w * away).sum(0) / (c**2 + sigma**2)
+
+
+def mixture_noise(kernel, means=MEANS, c=WIDTH):
+    """Return the exact noise prediction of the mixture as solvers want it: (x, t) -> eps."""
+    part = sde.per_image
+    return lambda x, t: noise_in_mixture(
+        x / part(kernel.s(t), x), part(kernel.sigma(t), x), means, c
+    )
+
+
+def mixture_flow(kernel, x, end, means=MEANS, c=WIDTH):
+    """Move x (float64) from t_max to the noise level `end` along the exact ODE, to 1e-11."""
+    slope = lambda sigma, z: noise_in_mixture(torch.from_numpy(z), sigma, means, c).numpy()  # noqa: E731
+    z, sigma = x.flatten().numpy() / float(kernel.s(kernel.t_max)), kernel.sigma(kernel.t_max)
+    found = solve_ivp(slope, (float(sigma), end), z, "DOP853", rtol=1e-11, atol=1e-12)
+    return torch.from_numpy(found.y[:, -1]).reshape(x.shape)
+
+
+# %% [markdown]
+# ## DDIM
+#
+# The simplest way along the line: hold the noise still during a step (Euler's method).
+# That is DDIM,
+#
+# $$z'=z+(\sigma'-\sigma)\,\epsilon .$$
+#
+# To go along the tangent is an error of the order of the step squared, and $n$ steps make
+# $n$ of them: what remains is a multiple of $1/n$. In general a solver has *order* $p$
+# when it is wrong by a multiple of $n^{-p}$ after $n$ evaluations. Measure it: the
+# largest error on the mixture, over start noise of $-2$ to 2 standard deviations.
+
+
+# %%
+def ddim(eps, kernel, x, nfe, generator=None, eta=0.0, grid="log-snr"):
+    """Sample by DDIM; eta 1 adds as much noise as DDPM. Source: Song, Meng, Ermon 2021, Eq. 12."""
+    z, sigmas = levels(kernel, x, nfe, grid)
+    for sigma, sigma_next in pairwise(sigmas):
+        e = noise_at(eps, kernel, z, sigma)
+        z = z + (sigma_next - sigma) * e  # DDIM
+        if eta:
+            z = z + exchange_noise(e, sigma, sigma_next, eta, generator)  # below the line
+        yield unscale(kernel, z, sigma_next)
+
+
+def measure_errors(solver, kernel, budgets, end=None):
+    """Measure a solver's largest error with each number of evaluations; end: 0 or (None) t_min."""
+    z = kernel.sigma(kernel.t_max) * torch.linspace(-2, 2, 41, dtype=torch.float64)
+    x = (kernel.s(kernel.t_max) * z).reshape(-1, 1, 1, 1)
+    s, sigma = (1, 0) if end == 0 else (kernel.s(kernel.t_min), float(kernel.sigma(kernel.t_min)))
+    exact, eps = mixture_flow(kernel, x, sigma), mixture_noise(kernel)
+    ends = [list(solver(eps, kernel, x, nfe))[-1] / s for nfe in budgets]
+    return [(found - exact).abs().max().item() for found in ends]
+
+
+if __name__ == "__main__":
+    errors = measure_errors(ddim, sde.VP, [10, 20, 40, 80])
+    print("DDIM, 10, 20, 40, 80 evaluations:", *(f"{e:.4f}" for e in errors))
+
+# %% [markdown]
+# Twice the evaluations, half the error: DDIM has order 1.
+#
+# ## Heun
+#
+# The next idea is to look where a step leads before taking it. **EDM** uses Heun's
+# method: after Euler's step it asks for the noise there, and goes again with the average
+# of both, $z'=z+(\sigma'-\sigma)\,\tfrac12(\epsilon+\epsilon')$. That costs two
+# evaluations a step, but for the last one to $\sigma=0$, which is Euler's. The noise
+# levels are evenly spaced in $\sigma^{1/7}$. `churn` makes the method stochastic (below
+# the line).
+
+
+# %%
+def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
+    """Sample by EDM's Heun method down to sigma = 0. Source: Karras et al. 2022, Algorithms 1, 2."""
+    z, sigmas = x / kernel.s(kernel.t_max), heun_levels(kernel, nfe, rho)
+    for sigma, sigma_next in pairwise(sigmas):
+        if churn:  # below the line
+            z, sigma = add_churn(z, sigma, sigmas, churn, s_noise, generator)
+        e = noise_at(eps, kernel, z, sigma)
+        if sigma_next > 0:
+            e_next = noise_at(eps, kernel, z + (sigma_next - sigma) * e, sigma_next)
+            e = (e + e_next) / 2
+        z = z + (sigma_next - sigma) * e  # Heun
+        yield unscale(kernel, z, sigma_next) if sigma_next > 0 else z
+
+
+def heun_levels(kernel, nfe, rho):
+    """List EDM's noise levels for nfe evaluations: Eq. 5 of Karras et al., and 0."""
+    if nfe % 2 == 0:
+        rule = "heun takes 2n - 1 evaluations in n steps, give an odd number"
+        raise workshop.BadInput(f"nfe = {nfe}: {rule}")
+    top, bottom = (float(kernel.sigma(t)) ** (1 / rho) for t in (kernel.t_max, kernel.t_min))
+    ramp = torch.linspace(0, 1, (nfe + 1) // 2, dtype=torch.float64)
+    return [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]
+
+
+if __name__ == "__main__":
+    errors = measure_errors(heun, sde.VP, [19, 39, 79, 159], end=0)
+    print("Heun, 19, 39, 79, 159 evaluations:", *(f"{e:.4f}" for e in errors))
+
+# %% [markdown]
+# Twice the evaluations, a quarter of the error: order 2.
+#
+# ## DPM-Solver
+#
+# **DPM-Solver** (Lu et al. 2022a) writes the line in $\lambda=-\log\sigma$, half the
+# log-SNR: $\mathrm dz=-e^{-\lambda}\epsilon\,\mathrm d\lambda$. The exponential is known,
+# so it is integrated exactly; only $\epsilon$ is unknown, and is expanded in a Taylor
+# series. Over a step from $\lambda$ to $\lambda+h$ its first two terms give, with
+# $\dot\epsilon$ the slope of the noise in $\lambda$,
+#
+# $$z'=z-e^{-(\lambda+h)}\Big[(e^h-1)\,\epsilon+(e^h-1-h)\,\dot\epsilon+\dots\Big].$$
+#
+# The first term alone is DDIM once more. For the second, DPM-Solver-3 asks for the noise
+# at two points inside the step, $u_1$ at the share $r_1=\frac13$ of it and $u_2$ at
+# $r_2=\frac23$, which it reaches in the same way, and estimates the slope from the
+# differences $D_1$ and $D_2$. Three evaluations a step; a clever choice of $r_1$ and
+# $r_2$ makes up for the third term. The letters are Lu's.
+
+
+# %%
+def dpm_solver_3(eps, kernel, x, nfe, generator=None):
+    """Sample by nfe / 3 steps of DPM-Solver-3. Source: Lu et al. 2022a, Algorithm 2."""
+    exp, expm1, r1, r2 = math.exp, math.expm1, 1 / 3, 2 / 3
+    noise = lambda z, lam: noise_at(eps, kernel, z, exp(-lam))  # noqa: E731
+    z, sigmas = levels(kernel, x, nfe // 3)
+    for lam, lam_next in pairwise(-math.log(sigma) for sigma in sigmas):
+        h = lam_next - lam
+        e = noise(z, lam)
+        u1 = z - exp(-lam - r1 * h) * expm1(r1 * h) * e
+        D1 = noise(u1, lam + r1 * h) - e
+        slope = r2 / r1 * (expm1(r2 * h) / (r2 * h) - 1) * D1
+        u2 = z - exp(-lam - r2 * h) * (expm1(r2 * h) * e + slope)
+        D2 = noise(u2, lam + r2 * h) - e
+        slope = 1 / r2 * (expm1(h) / h - 1) * D2
+        z = z - exp(-lam - h) * (expm1(h) * e + slope)  # DPM-Solver-3
+        yield unscale(kernel, z, exp(-lam_next))
+
+
+# %%
+if __name__ == "__main__":
+    budgets = [15, 33, 63, 129, 255]  # divisible by 3, and odd for Heun
+    for solver, order in ((sde.probability_flow, 1), (ddim, 1), (heun, 2), (dpm_solver_3, 3)):
+        errors = measure_errors(solver, sde.VP, budgets, end=0 if solver is heun else None)
+        slope = math.log(errors[-2] / errors[-1], budgets[-1] / budgets[-2])
+        label = f"{solver.__name__}: order {order}, measured {slope:.2f}"
+        plt.loglog(budgets, errors, "o-", label=label)
+    plt.gcf().set_size_inches(7, 3.6)
+    plt.gca().set(xlabel="evaluations of the network", ylabel="largest error on the mixture")
+    plt.minorticks_off()
+    plt.xticks(budgets, budgets)
+    plt.legend(fontsize=8)
+    workshop.show_figure(figures / "05_orders.png")
+
+# %% [markdown]
+# A solver of order $p$ must give a straight line of slope $-p$ on these axes, and all
+# four do. The higher the order, the sooner more evaluations pay; with few of them the
+# lines are close together, because a large step is no Taylor series.
+#
+# ## Fresh noise
+#
+# **DDPM** also goes down step by step, but puts some noise back. It predicts the picture,
+# $\hat z_0=z-\sigma\epsilon$, and draws $z'$ from the posterior of Gaussian noise, given
+# $z$ and $\hat z_0$. With $\kappa=\sigma'^2/\sigma^2$ (Ho et al. 2020, eq. 7, written for
+# $z=x/s$)
+#
+# $$z'\sim\mathcal N\big(\kappa z+(1-\kappa)\hat z_0,\ \sigma'^2(1-\kappa)I\big).$$
+
+
+# %%
+def posterior_step(eps, kernel, z, sigma, sigma_next, generator):
+    """Draw z at sigma_next from q(z' | z, z_0) at the predicted z_0. Source: Ho et al. 2020."""
+    z_0 = z - sigma * noise_at(eps, kernel, z, sigma)
+    keep = (sigma_next / sigma) ** 2
+    spread = sigma_next * (1 - keep) ** 0.5
+    return keep * z + (1 - keep) * z_0 + spread * sde.fresh_noise(z, generator)  # DDPM
+
+
+def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
+    """Sample as DDPM does. Source: Ho et al. 2020, Eqs. 7 and 15 (variance beta tilde)."""
+    z, sigmas = levels(kernel, x, nfe, grid)
+    for sigma, sigma_next in pairwise(sigmas):
+        z = posterior_step(eps, kernel, z, sigma, sigma_next, generator)
+        yield unscale(kernel, z, sigma_next)
+
+
+if __name__ == "__main__":
+    dice = torch.Generator().manual_seed(seed)
+    start = torch.randn(20_000, 1, 1, 1, generator=dice)
+    *_, x = ancestral(mixture_noise(sde.VP), sde.VP, start, 200, dice, grid="log-snr")
+    print(f"DDPM, 200 evaluations: mean {x.mean():.2f}, standard deviation {x.std():.2f}")
+
+# %% [markdown]
+# The mixture has 0.07 and 0.91. There is no exact path to compare with, only the
+# distribution.
+#
+# ## Drawing with the network of step 04
+#
+# The solver gets a function of $(x,t)$ and never hears of stages: the function (step 04's
+# `noise_function`) asks the network which stage $t$ lies in and runs the one decoder in
+# charge. Here are 48 pictures by DDIM, each with random numbers of its own, and three of
+# them on their way.
+
+# %%
+if __name__ == "__main__":
+    workshop.join_processes()
+    run = Path(out) / name
+    content = workshop.read_checkpoint(run)
+    model, settings, made = training.averaged_model(content), content["settings"], content["step"]
+    if "scale" in settings:
+        way_out = "06_ldm.py --resume samples from it"
+        raise workshop.BadInput(f"{run} draws latents, not pictures: {way_out}")
+    process, n = settings["process"], min(samples, batch, 48)
+    eps, kernel = training.noise_function(model, process), training.kernel_of(process)
+    dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
+    start = torch.empty(n, model.channels, model.size, model.size, device=workshop.device())
+    with torch.no_grad(), workshop.enough_memory():
+        start = sde.start_noise(start, dice, kernel)
+        states = [start, *ddim(eps, kernel, start, 15)][::-1]  # from image to noise
+    states = workshop.to_pictures(torch.stack(states)).cpu()  # (16, n, C, H, W)
+    times = [f"{t:.2g}" for t in reversed(sde.log_snr_times(kernel, 15).tolist())]
+    title = f"{name} after {made:,} steps: 15 steps of DDIM from right (noise) to left; on top, t"
+    strip = states[:, :3].transpose(0, 1).flatten(0, 1)  # (3 * 16, C, H, W)
+    workshop.show_images([strip], [title], run / "strip.png", labels=times)
+
+# %% [markdown]
+# Read it from right to left. For half of the steps nothing is seen but noise, then the
+# shape is decided within a few, and the last ones clean a picture that is known: noise,
+# decision and cleaning are what the paper's stages divide the work by.
+#
+# ## How good are they?
+#
+# One picture cannot be marked, a set can: compare it with a set of real ones, in some
+# space of features. The **Fréchet distance** takes both for Gaussian clouds, with means
+# $m_i$ and covariances $C_i$, and is the squared distance between these clouds:
+#
+# $$d^2=\|m_1-m_2\|^2+\operatorname{tr}\big(C_1+C_2-2\,(C_1C_2)^{1/2}\big).$$
+#
+# The trace of a matrix root is the sum of the roots of the eigenvalues. With the features
+# of Inception, a classifier of ImageNet, and 50,000 samples the distance is called
+# **FID**. To see it at work, four features will do here: the brightness of each quarter
+# of a picture.
+
+
+# %%
+def frechet_distance(a, b):
+    """Compare features (n, d) with features (m, d). Source: Heusel et al. 2017, Eq. 6."""
+    (m1, C1), (m2, C2) = ((f.mean(0), torch.cov(f.T)) for f in (a.double(), b.double()))
+    root = torch.linalg.eigvals(C1 @ C2).real.clamp(min=0).sqrt()
+    return float(((m1 - m2) ** 2).sum() + C1.trace() + C2.trace() - 2 * root.sum())  # Frechet
+
+
+if __name__ == "__main__":
+    where = settings["dataset"], root, settings.get("size") or 32
+    pixels, labels = workshop.load_images(*where) if workshop.ranks()[0] == 0 else ((), ())
+    if len(pixels) >= 2 * n:  # a smaller set is refused below
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+        half, other = pixels[order[:n]].float() / 255, pixels[order[n : 2 * n]].float() / 255
+        quarters = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # noqa: E731
+        for kind, x in (("drawn", states[0]), ("real", other), ("noise", torch.rand(half.shape))):
+            print(f"{kind} / real: {frechet_distance(quarters(x), quarters(half)):.4f}")
+
+# %% [markdown]
+# A number alone says nothing. The yardstick is **real / real**: what another set of real
+# pictures gets is what perfect samples would get. It is not zero, because means and
+# covariances of few pictures are estimates, and it falls when there are more. So both
+# comparisons must use as many pictures.
+#
+# Below the line come features that know digits, the solver and the number of pictures
+# that you ask for, and three more marks. **KID** compares with a kernel in place of a
+# Gaussian and has no bias from the number of pictures; **precision** is the share of
+# samples that lie among the real ones, **recall** the share of real ones that lie among
+# the samples.
+#
+# **You have** the solvers of the paper's best rows in the letters of their papers,
+# pictures of your own network, and a distance with a yardstick beside it. Step 06 does
+# the same in the latent space of an autoencoder.
+#
+# ### Exercises
+#
+# 1. Measure `--nfe 5`, 10, 20 and 50 with `ddim` and `dpm-solver-3`. Where do they meet?
+#    <details><summary>Solution</summary>`python 05_sample_eval.py --sampler ddim --nfe 5`, and so
+#    on. Both approach the distance of the exact ODE; the third-order solver needs fewer
+#    evaluations to get there. Below about 10 its few large steps are no advantage.</details>
+# 2. How much of the Fréchet distance between real and real is due to the number of
+#    pictures?
+#    <details><summary>Solution</summary>`[frechet_distance(torch.randn(n, 4), torch.randn(n, 4))
+#    for n in (50, 500, 5000)]`: two sets of one distribution, and the distance falls like
+#    1/n.</details>
+# 3. Write the midpoint method: Euler to the middle of a step, then the whole step with
+#    the noise
+#    that is found there. What is its order?
+#    <details><summary>Solution</summary>`middle = (sigma * sigma_next) ** 0.5` in the loop of
+#    `ddim`, then `z_middle = z + (middle - sigma) * e` and `z = z + (sigma_next - sigma) *
+#    noise_at(eps, kernel, z_middle, middle)`. Order 2: in log-SNR this is the middle.</details>
+
+# %% [markdown]
+# ## Below this line: faster, safer, as published
+#
+# The other solvers of the paper's Table 1, large sets on disk, one run that serves a stage of another,
+# and the measures as published.
+
+# %%
+import copy
+import inspect
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+unet = importlib.import_module("03_multistage_unet")
+BadInput = workshop.BadInput
 
 
 # %%
 def time_grid(kernel, n, grid="log-snr"):
     """Divide the timeline into n steps: (n + 1,) float64 times from t_max to t_min.
 
-    Raises BadInput for an unknown grid. Source: Lu et al. 2022, Section 3.4 and Appendix D.
+    grid: equal steps in log-snr, in time, or (quadratic) in the root of time; BadInput for others.
+    Source: Lu et al. 2022a, Section 3.4 and Appendix D.
     """
     if grid == "log-snr":
         return sde.log_snr_times(kernel, n)
@@ -94,66 +488,38 @@ def time_grid(kernel, n, grid="log-snr"):
     return torch.linspace(*ends, n + 1, dtype=torch.float64) ** power
 
 
-def noise_at(eps, kernel, z, sigma):
-    """Ask for the noise in z = x / s at the noise level sigma, a float64 scalar on the CPU."""
-    t = kernel.time(-2 * sigma.log())
-    x = (kernel.s(t) * z.double()).to(z.dtype)
-    return eps(x, t.expand(len(z)).to(z.dtype))
-
-
-def levels(kernel, x, times):
-    """Return z = x / s at the start and the noise levels (n,) of the times."""
-    s, sigma = kernel.s(times), kernel.sigma(times)
-    return (x.double() / s[0]).to(x.dtype), sigma
-
-
-def unscale(kernel, z, sigma):
-    """Go back from z to x = s z at the noise level sigma."""
-    return (kernel.s(kernel.time(-2 * sigma.log())) * z.double()).to(z.dtype)
-
-
 # %% [markdown]
-# **DDIM** is Euler's method on that line, $z'=z+(\sigma'-\sigma)\,\epsilon$; with $\eta>0$ part of
-# the predicted noise is replaced by fresh noise, and $\eta=1$ is **DDPM's ancestral sampling**:
-# draw $z'$ from the posterior of Gaussian noise, given $z$ and the predicted picture. **gDDIM**
-# interpolates between the two in another way: it solves the SDE of noise strength $\lambda$ exactly
-# where the data are one point.
+# ### With fresh noise
+#
+# DDIM with $\eta>0$ exchanges a part of the predicted noise for fresh noise, and $\eta=1$ is DDPM.
+# **gDDIM** interpolates between the two in another way: it solves the SDE of noise strength
+# $\lambda$ exactly where the data are one point. Heun's *churn* adds noise before a step.
 
 
 # %%
-def ddim(eps, kernel, x, nfe, generator=None, eta=0.0, grid="log-snr"):
-    """Sample by DDIM; eta: 0 is deterministic, 1 adds as much noise as DDPM.
-
-    Source: Song, Meng, Ermon 2021, Eq. 12.
-    """
-    z, sigmas = levels(kernel, x, time_grid(kernel, nfe, grid))
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
-        e = noise_at(eps, kernel, z, sigma)
-        # new noise of variance v, and so much less of the predicted noise
-        v = (eta * sigma_next / sigma) ** 2 * (sigma**2 - sigma_next**2)
-        z = z + ((sigma_next**2 - v).sqrt() - sigma) * e
-        if eta:
-            z = z + v.sqrt() * sde.fresh_noise(z, generator)
-        yield unscale(kernel, z, sigma_next)
+def exchange_noise(e, sigma, sigma_next, eta, generator):
+    """Return what turns a step of DDIM into one with fresh noise in place of a part of e."""
+    v = (eta * sigma_next / sigma) ** 2 * (sigma**2 - sigma_next**2)  # the new noise's variance
+    return ((sigma_next**2 - v) ** 0.5 - sigma_next) * e + v**0.5 * sde.fresh_noise(e, generator)
 
 
-def posterior_step(eps, kernel, z, sigma, sigma_next, generator):
-    """Draw z at sigma_next from q(z' | z, z_0) at the predicted z_0: one step of DDPM."""
-    z_0 = z - sigma * noise_at(eps, kernel, z, sigma)
-    keep = (sigma_next / sigma) ** 2
-    spread = sigma_next * (1 - keep).sqrt()
-    return keep * z + (1 - keep) * z_0 + spread * sde.fresh_noise(z, generator)
+if __name__ == "__main__":
+    x_T, ends = torch.randn(9, 1, 1, 1, dtype=torch.float64), []
+    for solver in (partial(ddim, eta=1.0, grid="time"), ancestral):
+        dice = torch.Generator().manual_seed(seed)
+        *_, x = solver(mixture_noise(sde.VP), sde.VP, x_T, 20, dice)
+        ends.append(x)
+    torch.testing.assert_close(*ends)
+    print("DDIM with eta = 1 is DDPM")
 
 
-def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
-    """Sample as DDPM does, from the posterior q(x' | x, x_0) at the predicted x_0.
-
-    Source: Ho, Jain, Abbeel 2020, Eqs. 7 and 15 (variance beta tilde).
-    """
-    z, sigmas = levels(kernel, x, time_grid(kernel, nfe, grid))
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
-        z = posterior_step(eps, kernel, z, sigma, sigma_next, generator)
-        yield unscale(kernel, z, sigma_next)
+def add_churn(z, sigma, sigmas, churn, s_noise, generator):
+    """Add noise before a step, but never beyond the first level: (z, sigma)."""
+    hotter = sigma * (1 + min(churn / (len(sigmas) - 1), 2**0.5 - 1))
+    if hotter > sigmas[0]:
+        return z, sigma
+    more = (hotter**2 - sigma**2) ** 0.5 * s_noise
+    return z + more * sde.fresh_noise(z, generator), hotter
 
 
 def gddim(eps, kernel, x, nfe, generator=None, lam=0.5, grid="quadratic"):
@@ -161,135 +527,127 @@ def gddim(eps, kernel, x, nfe, generator=None, lam=0.5, grid="quadratic"):
 
     Source: Zhang, Tao, Chen 2023, Proposition 6 (isotropic case).
     """
-    z, sigmas = levels(kernel, x, time_grid(kernel, nfe, grid))
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    z, sigmas = levels(kernel, x, nfe, grid)
+    for sigma, sigma_next in pairwise(sigmas):
         e = noise_at(eps, kernel, z, sigma)
         keep = (sigma_next / sigma) ** (lam**2)  # of the predicted noise
-        z = z + (sigma_next * keep - sigma) * e
+        z = z + (sigma_next * keep - sigma) * e  # gDDIM
         if lam:
-            spread = sigma_next * (1 - keep**2).sqrt()
+            spread = sigma_next * (1 - keep**2) ** 0.5
             z = z + spread * sde.fresh_noise(z, generator)
         yield unscale(kernel, z, sigma_next)
 
 
 # %% [markdown]
-# **Score SDE** alternates: a *predictor* step of the reverse SDE (here the ancestral one), then a
-# *corrector* step of Langevin dynamics at the new noise level, whose length follows from a wanted
-# ratio of signal to noise. Two evaluations a step.
+# **Score SDE** alternates: a *predictor* step (here DDPM's), then a *corrector* step of Langevin
+# dynamics at the new noise level, whose length follows from a wanted ratio of signal to noise.
 
 
 # %%
 def predictor_corrector(eps, kernel, x, nfe, generator=None, snr=0.16, grid="time"):
-    """Sample by predictor and corrector; nfe must be even.
+    """Sample by predictor and corrector, two evaluations a step; BadInput for an odd nfe.
 
     Source: Song et al. 2021, Algorithms 2 to 5 and Appendix G.
     """
     if nfe % 2:
         raise BadInput(f"nfe = {nfe}: predictor-corrector takes two evaluations a step, give 2n")
-    z, sigmas = levels(kernel, x, time_grid(kernel, nfe // 2, grid))
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+    z, sigmas = levels(kernel, x, nfe // 2, grid)
+    for sigma, sigma_next in pairwise(sigmas):
         z = posterior_step(eps, kernel, z, sigma, sigma_next, generator)
         score = -noise_at(eps, kernel, z, sigma_next) / sigma_next
         noise = sde.fresh_noise(z, generator)
         length = [v.flatten(1).norm(dim=1).mean() for v in (noise, score)]
         step = 2 * (snr * length[0] / length[1]) ** 2
-        z = z + step * score + (2 * step).sqrt() * noise
+        z = z + step * score + (2 * step).sqrt() * noise  # predictor-corrector
         yield unscale(kernel, z, sigma_next)
 
 
 # %% [markdown]
-# **RK45** leaves the steps to scipy's adaptive Runge–Kutta method: it takes the evaluations that its
-# tolerance asks for, whatever `nfe` says.
+# ### Without
+#
+# **RK45** leaves the steps to scipy's adaptive Runge–Kutta method: it takes the evaluations that
+# its tolerance asks for, whatever `nfe` says. **DEIS** (tAB) lays a polynomial in $t$ through the last
+# evaluations and integrates that exactly, here by Gauss–Legendre quadrature:
+# $z'=z+\sum_j C_j\,\epsilon_{i-j}$ with $C_j=\int\ell_j\,\mathrm d\sigma$ and $\ell_j$ the Lagrange
+# polynomials.
 
 
 # %%
 def rk45(eps, kernel, x, nfe=None, generator=None, tolerance=1e-5):
-    """Sample by scipy's RK45 on the line above, in log sigma, yielding the end alone.
+    """Sample by scipy's RK45 on the one line, in log sigma, yielding the end alone.
 
     Source: Song et al. 2021, Section 4.3; Dormand and Prince 1980.
     """
-    z, (first, last) = levels(kernel, x, torch.tensor([kernel.t_max, kernel.t_min]).double())
+    z, span = levels(kernel, x, 1)
 
     def slope(log_sigma, flat):
-        sigma = torch.tensor(log_sigma, dtype=torch.float64).exp()
-        now = torch.from_numpy(flat).to(x).reshape(x.shape)
+        now, sigma = torch.from_numpy(flat).to(x).reshape(x.shape), math.exp(log_sigma)
         return (sigma * noise_at(eps, kernel, now, sigma)).double().flatten().cpu().numpy()
 
-    span, start = (float(first.log()), float(last.log())), z.double().flatten().cpu().numpy()
-    found = solve_ivp(slope, span, start, method="RK45", rtol=tolerance, atol=tolerance)
-    yield unscale(kernel, torch.from_numpy(found.y[:, -1]).to(x).reshape(x.shape), last)
+    start, span = z.double().flatten().cpu().numpy(), [math.log(sigma) for sigma in span]
+    found = solve_ivp(slope, span, start, method="RK45", rtol=tolerance, atol=tolerance)  # RK45
+    z = torch.from_numpy(found.y[:, -1]).to(x).reshape(x.shape)
+    yield unscale(kernel, z, math.exp(span[1]))
 
 
-# %% [markdown]
-# **DEIS** (tAB) remembers the last evaluations, lays a polynomial in $t$ through them and integrates
-# that exactly, here by Gauss–Legendre quadrature: $z'=z+\sum_j C_j\,\epsilon_{i-j}$ with
-# $C_j=\int\ell_j\,\mathrm d\sigma$ and $\ell_j$ the Lagrange polynomials.
-
-
-# %%
 def deis(eps, kernel, x, nfe, generator=None, order=3, grid="quadratic"):
     """Sample by DEIS tAB of order 0 to 3 (the degree of the polynomial; 0 is DDIM).
 
     Source: Zhang and Chen 2023, Eqs. 14 and 15.
     """
-    times = time_grid(kernel, nfe, grid)
-    z, sigmas = levels(kernel, x, times)
+    times = time_grid(kernel, nfe, grid).tolist()
+    z, sigmas = levels(kernel, x, nfe, grid)
     points, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(40))
     seen = []  # (time, noise), the latest first
-    for i in range(nfe):
-        seen = [(times[i], noise_at(eps, kernel, z, sigmas[i])), *seen][: order + 1]
-        a, b = kernel.sigma(times[i]).log(), kernel.sigma(times[i + 1]).log()
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        seen = [(times[i], noise_at(eps, kernel, z, sigma)), *seen][: order + 1]
+        a, b = math.log(sigma), math.log(sigma_next)
         log_sigma = a + (b - a) * (points + 1) / 2  # quadrature in log sigma
         t = kernel.time(-2 * log_sigma)
         for j, (t_j, e) in enumerate(seen):
             others = [t_k for k, (t_k, _) in enumerate(seen) if k != j]
             basis = math.prod(((t - t_k) / (t_j - t_k) for t_k in others), start=torch.ones(40))
             C = (b - a) / 2 * (weights * basis * log_sigma.exp()).sum()
-            z = z + float(C) * e
-        yield unscale(kernel, z, sigmas[i + 1])
+            z = z + float(C) * e  # DEIS
+        yield unscale(kernel, z, sigma_next)
 
 
 # %% [markdown]
-# **DPM-Solver** writes the line in $\lambda=-\log\sigma$ (in its paper: half the log-SNR), where
-# $z'=z-\int e^{-\lambda}\epsilon\,\mathrm d\lambda$, expands only $\epsilon$ in $\lambda$ and integrates
-# the exponential exactly. **DPM-Solver++** does the same to the predicted picture $\hat x_0$:
-# with $w=z/\sigma$, $w'=w+\int e^{\lambda}\hat x_0\,\mathrm d\lambda$. The two differ by a sign $c$:
+# **DPM-Solver++** does to the predicted picture $\hat z_0$ what DPM-Solver does to the noise: with
+# $w=z/\sigma$, $w'=w+\int e^{\lambda}\hat z_0\,\mathrm d\lambda$. The two differ by a sign $c$:
 #
 # $$u'=u+c\int_\lambda^{\lambda'}e^{c\,l}\,m(l)\,\mathrm dl,\qquad
-#   (c,u,m)=(-1,z,\epsilon)\ \text{or}\ (1,z/\sigma,\hat x_0),$$
+#   (c,u,m)=(-1,z,\epsilon)\ \text{or}\ (1,z/\sigma,\hat z_0),$$
 #
-# and one function covers both. What has to be known are the integrals of powers,
-# $I_k=\int_0^h e^{c(\tau-h)}(\tau/h)^k\,\mathrm d\tau$, which a recursion gives:
-# $I_k=c\,(1-\tfrac kh I_{k-1})$.
+# so one function covers both, in all orders. What has to be known are the integrals of powers,
+# $I_k=\int_0^h e^{c(\tau-h)}(\tau/h)^k\,\mathrm d\tau=c\,(1-\tfrac kh I_{k-1})$. **Multistep** solvers
+# take the earlier evaluations in place of those inside a step.
 
 
 # %%
 def power_integrals(h, c):
     """Return I_0, I_1, I_2 over a step h > 0 of lambda; see above."""
-    I_0 = -c * torch.expm1(-c * h)
+    I_0 = -c * math.expm1(-c * h)
     I_1 = c * (1 - I_0 / h)
     return I_0, I_1, c * (1 - 2 * I_1 / h)
 
 
 def prediction(eps, kernel, z, lam, c):
     """Ask for what is expanded at lambda: the noise (c = -1) or the picture (c = 1)."""
-    sigma = torch.exp(-lam)
-    e = noise_at(eps, kernel, z, sigma)
-    return e if c == -1 else z - sigma * e
+    e = noise_at(eps, kernel, z, math.exp(-lam))
+    return e if c == -1 else z - math.exp(-lam) * e
 
 
 def advance(z, lam, h, c, total):
     """Step z from lambda to lambda + h, given the integral of m: `total`, times e^{-c lambda'}."""
-    if c == -1:
-        return z - torch.exp(-lam - h) * total
-    return torch.exp(-h) * z + total
+    return z - math.exp(-lam - h) * total if c == -1 else math.exp(-h) * z + total
 
 
 def solver_orders(nfe, order):
     """Split nfe evaluations into singlestep DPM-Solver steps: the order of each step.
 
     The rest that is too small for a full step goes into lower orders at the end.
-    Source: Lu et al. 2022, Appendix D.3 (DPM-Solver-fast).
+    Source: Lu et al. 2022a, Appendix D.3 (DPM-Solver-fast).
     """
     full, rest = divmod(nfe, order)
     if order == 3 and rest == 0 and full:
@@ -297,38 +655,43 @@ def solver_orders(nfe, order):
     return [order] * full + [rest] * (rest > 0)
 
 
-def dpm_solver(eps, kernel, x, nfe, generator=None, order=3, plus=False, grid="log-snr"):
+def dpm_solver(
+    eps, kernel, x, nfe, generator=None, order=3, plus=False, grid="log-snr", orders=None
+):
     """Sample by singlestep DPM-Solver (plus: DPM-Solver++) of order 1 to 3.
 
+    orders: of the single steps; None: as in `solver_orders`.
     Source: Lu et al. 2022a, Algorithms 1 and 2; 2022b, Algorithm 1 and Appendix B.
     """
-    c, orders = 1 if plus else -1, solver_orders(nfe, order)
-    times = time_grid(kernel, len(orders), grid)
+    c, orders = 1 if plus else -1, orders or solver_orders(nfe, order)
+    z, sigmas = levels(kernel, x, len(orders), grid)
     if grid != "log-snr":  # equal shares of time for equal numbers of evaluations
-        times = time_grid(kernel, nfe, grid)[np.cumsum([0, *orders])]
-    z, sigmas = levels(kernel, x, times)
-    lambdas = -sigmas.log()
-    for lam, lam_next, p in zip(lambdas, lambdas[1:], orders, strict=False):
-        h = lam_next - lam
-        m = prediction(eps, kernel, z, lam, c)
-
-        def reach(r, terms, z=z, lam=lam, h=h):  # the share r of h, with some of the integrals
-            I = power_integrals(r * h, c)  # noqa: E741
-            return advance(z, lam, r * h, c, sum(I[k] * v for k, v in terms))
-
-        if p == 1:
-            z = reach(1, [(0, m)])
-        if p == 2:
-            m_1 = prediction(eps, kernel, reach(1 / 2, [(0, m)]), lam + h / 2, c)
-            z = reach(1, [(0, m_1)])
-        if p == 3:
-            m_1 = prediction(eps, kernel, reach(1 / 3, [(0, m)]), lam + h / 3, c)
-            z_2 = reach(2 / 3, [(0, m), (1, 2 * (m_1 - m))])
-            m_2 = prediction(eps, kernel, z_2, lam + 2 / 3 * h, c)
-            z = reach(1, [(0, m), (1, 1.5 * (m_2 - m))])
-        yield unscale(kernel, z, torch.exp(-lam_next))
+        _, sigmas = levels(kernel, x, nfe, grid)
+        sigmas = [sigmas[i] for i in np.cumsum([0, *orders])]
+    for (sigma, sigma_next), p in zip(pairwise(sigmas), orders, strict=True):
+        lam, h = -math.log(sigma), math.log(sigma) - math.log(sigma_next)
+        m = m_r = prediction(eps, kernel, z, lam, c)
+        for k in range(1, p + 1):  # to the share r = k / p of the step
+            I_0, I_1, _ = power_integrals(k / p * h, c)
+            total = I_0 * (m_r if p == 2 else m)  # DPM-Solver-2
+            if p == 3 and k > 1:
+                total = total + I_1 * (k / (k - 1) * (m_r - m))  # DPM-Solver-3
+            z_r = advance(z, lam, k / p * h, c, total)
+            if k < p:
+                m_r = prediction(eps, kernel, z_r, lam + k / p * h, c)
+        z = z_r
+        yield unscale(kernel, z, sigma_next)
 
 
+if __name__ == "__main__":
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    *_, plain = dpm_solver_3(mixture_noise(sde.VP), sde.VP, x, 15)
+    *_, general = dpm_solver(mixture_noise(sde.VP), sde.VP, x, 15, orders=[3] * 5)
+    torch.testing.assert_close(general, plain, rtol=1e-12, atol=1e-12)
+    print("the general DPM-Solver takes the same steps as the plain one, to 1e-12")
+
+
+# %%
 def dpm_multistep(
     eps, kernel, x, nfe, generator=None, order=2, plus=False, grid="log-snr", released=False
 ):
@@ -338,8 +701,8 @@ def dpm_multistep(
     released: halve a term of order 3 as its release does. Source: Lu et al. 2022b, Algorithm 2.
     """
     c, seen = 1 if plus else -1, []
-    z, sigmas = levels(kernel, x, time_grid(kernel, nfe, grid))
-    lambdas = -sigmas.log()
+    z, sigmas = levels(kernel, x, nfe, grid)
+    lambdas = [-math.log(sigma) for sigma in sigmas]
     for i in range(nfe):
         h = lambdas[i + 1] - lambdas[i]
         seen = [prediction(eps, kernel, z, lambdas[i], c), *seen][:order]
@@ -350,7 +713,7 @@ def dpm_multistep(
             r_0 = (lambdas[i] - lambdas[i - 1]) / h
             D = D_0 = (seen[0] - seen[1]) / r_0
         if p == 2:
-            total = total + I_0 * D / 2
+            total = total + I_0 * D / 2  # DPM-Solver++(2M)
         if p == 3:
             r_1 = (lambdas[i - 1] - lambdas[i - 2]) / h
             D_2 = (D_0 - (seen[1] - seen[2]) / r_1) / (r_0 + r_1)
@@ -362,44 +725,8 @@ def dpm_multistep(
 
 
 # %% [markdown]
-# **EDM** uses Heun's method on the line as it stands: an Euler step, then the average of both slopes,
-# and a last Euler step to $\sigma=0$. Its noise levels are evenly spaced in $\sigma^{1/7}$.
-# *Churn* adds fresh noise before a step and so makes it stochastic.
-
-
-# %%
-def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
-    """Sample by EDM's Heun method in (nfe + 1) / 2 steps, the last one to sigma = 0.
-
-    churn: S_churn, between infinite levels. Raises BadInput for an even nfe.
-    Source: Karras et al. 2022, Algorithms 1 and 2, Eq. 5.
-    """
-    if nfe % 2 == 0:
-        raise BadInput(f"nfe = {nfe}: heun takes 2n - 1 evaluations in n steps, give an odd number")
-    n = (nfe + 1) // 2
-    ends = torch.tensor([kernel.t_max, kernel.t_min]).double()
-    z, (top, bottom) = levels(kernel, x, ends)
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
-    sigmas = (top ** (1 / rho) + ramp * (bottom ** (1 / rho) - top ** (1 / rho))) ** rho
-    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-    for i in range(n):
-        sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        if churn and sigma * (1 + min(churn / n, 2**0.5 - 1)) <= top:
-            hotter = sigma * (1 + min(churn / n, 2**0.5 - 1))
-            more = (hotter**2 - sigma**2).sqrt() * s_noise
-            z, sigma = z + more * sde.fresh_noise(z, generator), hotter
-        e = noise_at(eps, kernel, z, sigma)
-        z_next = z + (sigma_next - sigma) * e
-        if sigma_next > 0:
-            e_next = noise_at(eps, kernel, z_next, sigma_next)
-            z_next = z + (sigma_next - sigma) * (e + e_next) / 2
-        z = z_next
-        yield unscale(kernel, z, sigma_next) if sigma_next > 0 else z
-
-
-# %% [markdown]
 # All of them by name, with the rule for the number of evaluations, and the order that the
-# deterministic ones claim.
+# deterministic ones claim. Do they keep their word?
 
 # %%
 SAMPLERS = {
@@ -423,96 +750,36 @@ ORDER = {"probability-flow": 1, "ddim": 1, "heun": 2, "deis-0": 1, "deis-1": 2, 
 ORDER["deis-3"] = 3  # 4 but for its first steps, which have to be of lower order
 ORDER.update({name: int(name.rstrip("m")[-1]) for name in SAMPLERS if name.startswith("dpm")})
 
-# %% [markdown]
-# ## Are they what they claim?
-#
-# If the data are a mixture of Gaussians $\mathcal N(\mu_i,c^2)$, the best noise prediction is known:
-# $\epsilon(x,t)=\sigma\sum_iw_i\,(x/s-\mu_i)/(c^2+\sigma^2)$, with $w_i$ the chance that $x$ came
-# from the $i$-th. A tight Runge–Kutta solution of the ODE is the yardstick. A solver of order $p$
-# must be wrong by a multiple of $n^{-p}$ after $n$ steps: a straight line of slope $-p$.
-
-
-# %%
-MEANS, WIDTH = (-1.0, 0.2, 1.0), 0.4
-
-
-def mixture_noise(kernel, means=MEANS, c=WIDTH):
-    """Return the exact noise prediction (x, t) -> eps for data from N(mu_i, c^2), equally often."""
-
-    def eps(x, t):
-        s, sigma = sde.per_image(kernel.s(t), x), sde.per_image(kernel.sigma(t), x)
-        away = torch.stack([x / s - mu for mu in means])
-        w = torch.softmax(-(away**2) / (2 * (c**2 + sigma**2)), 0)  # entry by entry
-        return sigma * (w * away).sum(0) / (c**2 + sigma**2)
-
-    return eps
-
-
-def mixture_flow(kernel, x, end, means=MEANS, c=WIDTH):
-    """Move x (float64) from t_max to the noise level `end` along the exact ODE, to 1e-11."""
-    s, sigma = float(kernel.s(kernel.t_max)), float(kernel.sigma(kernel.t_max))
-    means = np.array(means)
-
-    def slope(sigma, z):
-        away = z[:, None] - means
-        w = np.exp(-(away**2 - (away**2).min(1, keepdims=True)) / (2 * (c**2 + sigma**2)))
-        return sigma * (w * away).sum(1) / w.sum(1) / (c**2 + sigma**2)
-
-    found = solve_ivp(
-        slope, (sigma, end), x.flatten().numpy() / s, "DOP853", rtol=1e-11, atol=1e-12
-    )
-    return torch.from_numpy(found.y[:, -1]).reshape(x.shape)
-
 
 def evaluations(name, n):
     """Return the evaluations that n full steps of a sampler take (and a lower last one may)."""
     if name == "heun":
         return 2 * n - 1
-    order = ORDER[name]
     singlestep = name.startswith("dpm") and not name.endswith("m")
-    return n * order + order - 1 if singlestep else n
+    return n * ORDER[name] + ORDER[name] - 1 if singlestep else n
 
 
-def solver_errors(name, kernel, steps_list):
+def solver_errors(name, kernel, steps):
     """Measure the largest error of a sampler on the mixture for several numbers of steps."""
-    start = torch.linspace(-2, 2, 41, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    start = start * kernel.s(kernel.t_max) * kernel.sigma(kernel.t_max)
-    end = 0.0 if name == "heun" else float(kernel.sigma(kernel.t_min))
-    exact, errors = mixture_flow(kernel, start, end), []
-    for n in steps_list:
-        *_, x = SAMPLERS[name](mixture_noise(kernel), kernel, start, evaluations(name, n))
-        z = x if name == "heun" else x / kernel.s(kernel.t_min)
-        errors.append((z - exact).abs().max().item())
-    return errors
+    budgets, end = [evaluations(name, n) for n in steps], 0 if name == "heun" else None
+    return measure_errors(SAMPLERS[name], kernel, budgets, end)
 
 
 if __name__ == "__main__":
-    steps_list = [10, 20, 40, 80, 160]
-    plt.figure(figsize=(8, 3.6))
-    for i, (kind, order) in enumerate(ORDER.items()):
-        errors = solver_errors(kind, sde.VP, steps_list)
-        slope = math.log2(errors[-2] / errors[-1])
-        print(f"{kind:18s} measured order {slope:.2f}, claimed {order}")
+    for kind, order in ORDER.items():
+        errors = solver_errors(kind, sde.VP, [80, 160])
+        slope = math.log2(errors[0] / errors[1])
+        print(f"{kind:18s} measured order {slope:.2f}, claimed {order}; error {errors[1]:.1e}")
         assert abs(slope - order) < 0.35
-        style = {1: ":", 2: "--", 3: "-"}[order]
-        plt.loglog(steps_list, errors, style, marker="o", ms=3, label=kind, color=plt.cm.tab20(i))
-    plt.gca().set(xlabel="steps", ylabel="largest error", title="A mixture with a known answer")
-    plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    workshop.show_figure(
-        (Path("figures") if out == "runs" else Path(out) / "figures") / "05_orders.png"
-    )
 
 # %% [markdown]
-# ## Drawing
+# ### Sets
 #
-# `sample` hands the solver a function of $(x,t)$, so the solver never hears of stages: the function
-# (step 04's `noise_function`) asks the network which stage $t$ lies in, and runs the one decoder in
-# charge.
+# A large set is kept on disk in shards of 500, each written aside and renamed: a killed run goes on
+# where it was, and several processes (`torchrun 05_sample_eval.py …`) share the work.
 
 
 # %%
-
-
 def solver_of(sampler, grid=""):
     """Return a solver of SAMPLERS, with a grid of `time_grid` in place of its own.
 
@@ -535,11 +802,7 @@ def times_asked(sampler, kernel, nfe, grid=""):
     if nfe < 1:
         raise BadInput(f"nfe = {nfe} must be 1 or more")
     times, exact = [], mixture_noise(kernel)
-
-    def eps(x, t):
-        times.append(float(t[0]))
-        return exact(x, t)
-
+    eps = lambda x, t: times.append(float(t[0])) or exact(x, t)  # noqa: E731
     list(solver_of(sampler, grid)(eps, kernel, torch.ones(1, 1, 1, 1), nfe, torch.Generator()))
     return times
 
@@ -578,20 +841,18 @@ def sample(
     for part in tqdm(parts, "sampling", disable=not progress, leave=False):
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
         x_T = torch.empty(len(part), model.channels, model.size, model.size, device=where)
-        x_T = sde.start_noise(x_T, dice, kernel)
-        *_, x = solver(eps, kernel, x_T, nfe, dice)
+        *_, x = solver(eps, kernel, sde.start_noise(x_T, dice, kernel), nfe, dice)
         done.append(x.cpu())
     return torch.cat(done)
 
 
-# %% [markdown]
-# A large set is kept on disk in shards of 500, each written aside and renamed: a killed run goes on
-# where it was, and several processes (`torchrun 05_sample_eval.py …`) share the work.
+if __name__ == "__main__" and workshop.device().type == "cpu":
+    again = workshop.to_pictures(sample(model, process, 3, "ddim", 15, seed))
+    torch.testing.assert_close(again, states[0, :3], rtol=0, atol=1e-3)
+    print("`sample` draws the pictures of the strip")
 
 
 # %%
-
-
 def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, **how):
     """Draw n pictures with `sample`, kept in shards under `folder`: uint8 (n, C, H, W).
 
@@ -694,13 +955,6 @@ def stage_gflops(model):
 
 # %%
 if __name__ == "__main__":
-    workshop.join_processes()
-    run = Path(out) / name
-    content = workshop.read_checkpoint(run)
-    model, settings, made = training.averaged_model(content), content["settings"], content["step"]
-    process = settings["process"]
-    if "scale" in settings:
-        raise BadInput(f"{run} draws latents, not pictures: 06_ldm.py --resume samples from it")
     folder = run / "sets" / f"step{made}-{sampler}-{nfe}{grid and '-'}{grid}-seed{seed}"
     if model_for_stage:
         model, served = build_hybrid(model, process, model_for_stage)
@@ -709,10 +963,8 @@ if __name__ == "__main__":
         raise BadInput(f"reference {reference} is in colour, {name} draws grey: leave it out")
     rank, world = workshop.ranks()
     if rank == 0:  # what is compared with later must be there before hours go into drawing
-        pixels, labels = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
-        check_number(
-            samples, workshop.list_picture_files("folder", reference) if reference else pixels
-        )
+        known = workshop.list_picture_files("folder", reference) if reference else pixels
+        check_number(samples, known)
     count, share = stage_shares(model, process, sampler, nfe, grid)
     if compile:
         model.compile()
@@ -724,9 +976,10 @@ if __name__ == "__main__":
         dist.destroy_process_group()
     if rank > 0:
         sys.exit()  # the first process measures
-    print(
-        f"{samples} pictures in {seconds:.1f} s on {workshop.device()}: {samples / seconds:.0f}/s"
-    )
+    speed = samples / seconds
+    print(f"{samples} pictures in {seconds:.1f} s on {workshop.device()}: {speed:.0f}/s")
+    title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
+    workshop.show_images([drawn[:96]], [title], run / "samples.png")
 
 # %% [markdown]
 # What does an evaluation cost on average? The equivalent GFLOPs of the paper's Table 2: those of
@@ -739,26 +992,6 @@ if __name__ == "__main__":
     print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
     print(f"equivalent GFLOPs (paper's count): {gflops:.4g}")
 
-# %%
-if __name__ == "__main__":
-    title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
-    workshop.show_images([drawn[:96]], [title], run / "samples.png")
-
-# %% [markdown]
-# How does such a picture come about? Some states on the way, from noise to picture.
-
-# %%
-if __name__ == "__main__":
-    eps, kernel = training.noise_function(model, process), training.kernel_of(process)
-    dice = torch.Generator().manual_seed(seed)
-    start = sde.start_noise(torch.empty(3, *drawn.shape[1:]), dice, kernel)
-    with torch.no_grad():
-        states = [start, *ddim(eps, kernel, start.to(workshop.device()), 15)]
-    strip = torch.stack([state.cpu() for state in states], 1).flatten(0, 1)  # (3 * 16, C, H, W)
-    workshop.show_images(
-        [workshop.to_pictures(strip)], ["15 steps of DDIM, three pictures"], run / "strip.png"
-    )
-
 # %% [markdown]
 # Are they copies? Under each of the first samples the training picture that is nearest in pixels.
 
@@ -768,29 +1001,20 @@ if __name__ == "__main__":
     gap, nearest = torch.cdist(some.flatten(1), known.flatten(1)).min(1)
     titles = ["samples", "the nearest training pictures"]
     workshop.show_images([some, known[nearest]], titles, run / "nearest.png")
-    rms = gap / some[0].numel() ** 0.5
-    apart = (
-        torch.cdist(known[:500].flatten(1), known.flatten(1))
-        .topk(min(2, len(known)), largest=False)  # the first is the picture itself
-        .values[:, -1]
-    )
-    apart = apart / some[0].numel() ** 0.5
-    print(f"root mean square to the nearest training picture: {rms.mean():.3f} a pixel;", end=" ")
-    print(f"between training pictures {apart.mean():.3f}")
+    between = torch.cdist(known[:500].flatten(1), known.flatten(1))
+    between = between.topk(min(2, len(known)), largest=False).values[:, -1]  # not with itself
+    gap, between = (v.mean() / some[0].numel() ** 0.5 for v in (gap, between))
+    print(f"root mean square to the nearest training picture: {gap:.3f} a pixel;", end=" ")
+    print(f"between training pictures {between:.3f}")
 
 # %% [markdown]
-# ## Measuring
+# ### Measuring, with torch-fidelity
 #
-# Sample quality is measured in the feature space of a classifier. The **Fréchet distance** compares
-# mean and covariance of the features of two sets, **KID** compares them with a kernel and has no
-# bias from the number of samples, **precision** is the share of samples that lie among the real
-# ones, **recall** the share of real ones that lie among the samples. All come from torch-fidelity.
-#
-# The distance called FID uses one particular classifier, Inception on ImageNet, and 50,000 samples
-# (with 5,000 it is called FID-5k, and is larger). Colour pictures are measured so, where Inception's
-# weights can be had. For 8×8 digits that makes no sense, so a small classifier is trained on their
-# labels and *registered* with torch-fidelity. **Its distances are no FIDs** and compare only with
-# each other; the same holds for features of your own (`--features FILE`).
+# Colour pictures are measured with Inception's features, where its weights can be had (FID, with
+# 50,000 samples; with 5,000 it is called FID-5k, and is larger). For 8×8 digits that makes no sense,
+# so a small classifier is trained on their labels and *registered* with torch-fidelity. **Its
+# distances are no FIDs** and compare only with each other; the same holds for features of your own
+# (`--features FILE`).
 
 
 # %%
@@ -803,16 +1027,9 @@ class DigitClassifier(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(
-            *(
-                nn.Conv2d(1, 32, 3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(32, 64, 3, padding=1),
-                nn.ReLU(),
-            ),
-            *(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 64)),
-            nn.BatchNorm1d(64, affine=False),
-        )
+        layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1)]
+        layers += [nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 64)]
+        self.body = nn.Sequential(*layers, nn.BatchNorm1d(64, affine=False))
         self.head = nn.Linear(64, 10)
 
     def forward(self, x):
@@ -852,20 +1069,10 @@ def register_features(body, width):
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
 
-        @staticmethod
-        def get_provided_features_list():
-            return (str(width),)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return str(width)
-
-        @staticmethod
-        def can_be_compiled():
-            return False
-
-        def forward(self, x):  # torch-fidelity wants a tuple
-            return (body(x),)
+        get_provided_features_list = staticmethod(lambda: (str(width),))
+        get_default_feature_layer_for_metric = staticmethod(lambda metric: str(width))
+        can_be_compiled = staticmethod(lambda: False)
+        forward = lambda self, x: (body(x),)  # noqa: E731 - torch-fidelity wants a tuple
 
     name = f"own-{len(FEATURE_EXTRACTORS_REGISTRY)}"  # a name can be registered only once
     torch_fidelity.register_feature_extractor(name, Features)
@@ -899,8 +1106,9 @@ def own_features(path, pictures):
                 f"{path} does not turn {given} uint8 numbers into features (B, d) "
                 f"({reason[0][:100]}): mend that network"
             ) from error
-        if rows != len(x) or d < 2 or d != (wanted or d) or not real or not found.isfinite().all():
-            kind = ", some not finite" if real and not found.isfinite().all() else ""
+        finite = found.isfinite().all()
+        if rows != len(x) or d < 2 or d != (wanted or d) or not real or not finite:
+            kind = ", some not finite" if real and not finite else ""
             raise BadInput(
                 f"{path} turns {given} uint8 numbers into {rows}×{d} features{kind}: it must give "
                 f"{len(x)}×{wanted or 'd'}, d of 2 or more, all real and finite"
@@ -911,6 +1119,20 @@ def own_features(path, pictures):
     return register_features(lambda x: body(x, d), d)
 
 
+def pick_extractor(dataset, images, labels, features=""):
+    """Choose features for a data set: (name for torch-fidelity, name for the reader)."""
+    if features:
+        return own_features(features, images[:4]), f"features of {Path(features).name}"
+    if workshop.about(dataset).get("judge") != "digits":
+        return "inception-v3-compat", "Inception features"
+    classifier, accuracy = train_classifier(images, labels)
+    # it stays on the CPU, wherever torch-fidelity wants its features
+    body = lambda x: classifier.body(x.cpu().float() / 255).to(x.device)  # noqa: E731
+    named = f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
+    return register_features(body, 64), named
+
+
+# %%
 class Pictures(torch.utils.data.Dataset):
     """Serve pictures (N, C, H, W), uint8 or in [0, 1], as torch-fidelity wants them: uint8."""
 
@@ -925,13 +1147,23 @@ class Pictures(torch.utils.data.Dataset):
         return self.images[i]
 
 
+METRICS = {  # torch-fidelity's names, and those of the table
+    "frechet": ("frechet_inception_distance", "Fréchet distance ↓"),
+    "kid": ("kernel_inception_distance_mean", "KID ↓"),
+    "kid_std": ("kernel_inception_distance_std", ""),
+    "precision": ("precision", "precision ↑"),
+    "recall": ("recall", "recall ↑"),
+    "inception_score": ("inception_score_mean", "inception score ↑"),
+}
+
+
 @workshop.enough_memory("measure fewer --samples")
 def evaluate(images, reference, extractor, weights=""):
     """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
     extractor: a name registered with torch-fidelity; with "inception-v3-compat" the Fréchet
     distance is FID, and the inception score is there too; weights: a file of its weights.
-    Keys: frechet, kid, kid_std, precision, recall, samples, with Inception inception_score.
+    Keys: those of METRICS, inception_score with Inception alone, and samples.
     Raises BadInput for sets that are too small or do not fit, or weights that cannot be had.
     """
     import torch_fidelity
@@ -944,16 +1176,12 @@ def evaluate(images, reference, extractor, weights=""):
         )
     inception = extractor.startswith("inception")
     how = dict(cuda=torch.cuda.is_available(), save_cpu_ram=True, verbose=False, cache=False)
+    how.update(isc=inception, fid=True, kid=True, prc=True, kid_subset_size=min(n // 2, 1000))
+    how.update(feature_extractor=extractor, feature_extractor_weights_path=weights or None)
     try:
         with workshop.limit_downloads():  # Inception's weights may have to be downloaded
             found = torch_fidelity.calculate_metrics(
-                input1=Pictures(images),
-                input2=Pictures(reference),
-                feature_extractor=extractor,
-                feature_extractor_weights_path=weights or None,
-                isc=inception,
-                **dict(fid=True, kid=True, prc=True, kid_subset_size=min(n // 2, 1000)),
-                **how,
+                input1=Pictures(images), input2=Pictures(reference), **how
             )
     except Exception as error:  # torch, torch-fidelity and the download each fail in their own way
         if not inception or workshop.is_out_of_memory(error):
@@ -963,20 +1191,10 @@ def evaluate(images, reference, extractor, weights=""):
             f"--weights, put it into {torch.hub.get_dir()}/checkpoints (in place of a torn one), "
             "or give features of your own with --features"
         ) from error
-    keys = dict(frechet="frechet_inception_distance", kid="kernel_inception_distance_mean")
-    keys.update(kid_std="kernel_inception_distance_std", precision="precision", recall="recall")
-    if inception:
-        keys.update(inception_score="inception_score_mean")
-    return {**{key: found[theirs] for key, theirs in keys.items()}, "samples": n}
+    kept = {key: found[theirs] for key, (theirs, _) in METRICS.items() if theirs in found}
+    return {**kept, "samples": n}
 
 
-# %% [markdown]
-# A number alone says nothing. So the real pictures are cut into two random halves, and the same
-# metrics are taken between them: that is what perfect samples would get. Both comparisons use the
-# same number of pictures, because the Fréchet distance grows when there are fewer.
-
-
-# %%
 def real_halves(images, n):
     """Cut a data set (N, C, H, W) into two random sets of n pictures.
 
@@ -1010,20 +1228,6 @@ def read_reference(folder, size):
     return workshop.read_pictures(workshop.PictureFiles(files, size))
 
 
-def pick_extractor(dataset, images, labels, features=""):
-    """Choose features for a data set: (name for torch-fidelity, name for the reader)."""
-    if features:
-        return own_features(features, images[:4]), f"features of {Path(features).name}"
-    if workshop.about(dataset).get("judge") != "digits":
-        return "inception-v3-compat", "Inception features"
-    classifier, accuracy = train_classifier(images, labels)
-    # it stays on the CPU, wherever torch-fidelity wants its features
-    body = lambda x: classifier.body(x.cpu().float() / 255).to(x.device)  # noqa: E731
-    return register_features(
-        body, 64
-    ), f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
-
-
 def distance_name(extractor, n):
     """Name the Fréchet distance for what it is: FID only with Inception, with the count."""
     if not extractor.startswith("inception"):
@@ -1033,45 +1237,48 @@ def distance_name(extractor, n):
 
 def print_metrics(table, title, distance="Fréchet distance ↓"):
     """Print {column: metrics} as a table with a metric a line."""
-    print(title)
-    print(f"{'':20s}" + "".join(f"{column:>24s}" for column in table))
-    for key, label in (
-        ("frechet", distance),
-        ("kid", "KID ↓"),
-        ("precision", "precision ↑"),
-        ("recall", "recall ↑"),
-        ("inception_score", "inception score ↑"),
-    ):
-        if all(key in metrics for metrics in table.values()):
+    print(f"{title}\n{'':20s}" + "".join(f"{column:>24s}" for column in table))
+    for key, (_, label) in METRICS.items():
+        if label and all(key in metrics for metrics in table.values()):
+            label = distance if key == "frechet" else label
             print(f"{label:20s}" + "".join(f"{metrics[key]:24.4f}" for metrics in table.values()))
 
 
+# %%
 if __name__ == "__main__":
     extractor, named = pick_extractor(settings["dataset"], pixels, labels, features)
     real = read_reference(reference, model.size) if reference else pixels
     half, other_half = real_halves(real, samples)
-    table = {
-        "samples / real": evaluate(drawn, half, extractor, weights),
-        "real / real": evaluate(other_half, half, extractor, weights),
-    }
+    pairs = {"samples / real": drawn, "real / real": other_half}
+    table = {key: evaluate(images, half, extractor, weights) for key, images in pairs.items()}
     against = f"a random half of {reference or settings['dataset']}"
-    title = (
-        f"{samples} pictures a set against {against}, {named};\n{sampler}, {count} evaluations, "
-    )
-    title += f"averaged weights, seed {seed}"
+    title = f"{samples} pictures a set against {against}, {named};"
+    title += f"\n{sampler}, {count} evaluations, averaged weights, seed {seed}"
     print_metrics(table, title, distance_name(extractor, samples))
-
-# %%
-if __name__ == "__main__":
     record = dict(run=str(run), step=made, sampler=sampler, nfe=count, equivalent_gflops=gflops)
-    record.update(
-        grid=grid or "own", seed=seed, weights="averaged", features=named, against=against, **table
-    )
-    workshop.write_json(record, run / "metrics.json")
+    record.update(grid=grid or "own", seed=seed, weights="averaged", features=named)
+    workshop.write_json({**record, "against": against, **table}, run / "metrics.json")
     print(f"grid: {run / 'samples.png'}\nmetrics: {run / 'metrics.json'}")
 
 # %% [markdown]
-# ## Which solver, how many evaluations?
+# Is that the formula? With the features of the same extractor:
+
+# %%
+if __name__ == "__main__" and extractor.startswith("own") and samples <= 10_000:
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    kind = FEATURE_EXTRACTORS_REGISTRY[extractor]
+    judge = kind(extractor, kind.get_provided_features_list())
+    with torch.no_grad():
+        sets = [judge(Pictures(images).images)[0] for images in (drawn, half)]
+    distance = frechet_distance(*sets)
+    print(
+        f"the five lines give {distance:.6f}, torch-fidelity {table['samples / real']['frechet']:.6f}"
+    )
+    assert math.isclose(distance, table["samples / real"]["frechet"], rel_tol=1e-3)
+
+# %% [markdown]
+# ### Which solver, how many evaluations?
 #
 # With `--compare` the question of the paper's Table 1 is asked of this run: every kind of solver
 # with 5 to 50 evaluations.
@@ -1091,13 +1298,12 @@ def compare_solvers(
         for nfe in budgets if NFE_RULE[name] != "as many as it takes" else budgets[:1]:
             odd = {"2n": 0, "2n - 1": 1}.get(NFE_RULE[name], nfe % 2)
             nfe -= nfe % 2 != odd
-            begin = time.perf_counter()
-            calls = []
+            begin, calls = time.perf_counter(), []
             x = sample(model, process, len(real), name, nfe, seed, batch, calls)
             seconds = time.perf_counter() - begin
             distance = evaluate(workshop.to_pictures(x), real, extractor, weights)["frechet"]
             rows.append((name, len(calls) // -(-len(real) // batch), distance, seconds))
-            print(f"{rows[-1][0]:20s} {rows[-1][1]:4d} {distance:10.2f} {seconds:8.1f} s")
+            print("{:20s} {:4d} {:10.2f} {:8.1f} s".format(*rows[-1]))
     return rows
 
 
@@ -1106,32 +1312,17 @@ if __name__ == "__main__" and compare:
     rows = compare_solvers(model, process, half, extractor, seed, batch, weights=weights)
     plt.figure(figsize=(8, 4))
     for i, kind in enumerate(SAMPLERS):
-        points = [(n, distance) for name_, n, distance, _ in rows if name_ == kind]
-        color = plt.cm.tab20(i % 20)
-        if len(points) == 1:  # as many evaluations as it takes
-            label = f"{kind}, {points[0][0]} evaluations"
-            plt.axhline(points[0][1], color=color, ls="--", lw=1, label=label)
+        nfes, distances = zip(*(row[1:3] for row in rows if row[0] == kind), strict=True)
+        style = dict(color=plt.cm.tab20(i % 20), label=kind)
+        if len(nfes) == 1:  # as many evaluations as it takes
+            style["label"] += f", {nfes[0]} evaluations"
+            plt.axhline(distances[0], ls="--", lw=1, **style)
         else:
-            plt.loglog(*zip(*points, strict=True), marker="o", ms=4, label=kind, color=color)
-    floor = table["real / real"]["frechet"]
-    plt.axhline(floor, color="gray", ls=":", label="real / real")
+            plt.loglog(nfes, distances, marker="o", ms=4, **style)
+    plt.axhline(table["real / real"]["frechet"], color="gray", ls=":", label="real / real")
     plt.gca().set(xlabel="evaluations", ylabel="Fréchet distance")
     plt.minorticks_off()
     plt.xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncol=2)
     workshop.show_figure(run / "solvers.png")
     workshop.write_json(rows, run / "solvers.json")
-
-# %% [markdown]
-# **You have** samples, a picture of how they come about, and numbers with a yardstick beside them.
-# Step 06 does the same in the latent space of an autoencoder.
-#
-# ### Exercises
-#
-# 1. Measure `--nfe 5`, 10, 20, 50 with `ddim` and `dpm-solver-3`. Where do they meet?
-#    <details><summary>Solution</summary>Both approach the distance of the exact ODE; the
-#    third-order solver needs fewer evaluations to get there. Below about 10 its few large steps are
-#    no advantage.</details>
-# 2. Why is the Fréchet distance between two halves of the real data not zero?
-#    <details><summary>Solution</summary>Means and covariances of 898 pictures are estimates; two
-#    sets give two estimates. With more pictures the distance falls.</details>

@@ -44,6 +44,46 @@ def test_the_yardstick_solves_the_ode(sde, evaluation):
     torch.testing.assert_close((ends[2] - ends[0]) / (2 * h), eps, rtol=1e-4, atol=1e-5)
 
 
+def test_noise_levels_are_plain_numbers(sde, evaluation):
+    """And z = x / s is undone by `unscale`, for every kernel."""
+    for kernel in sde.EVERY_KERNEL:
+        x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
+        for grid in ("log-snr", "time", "quadratic"):
+            z, sigmas = evaluation.levels(kernel, x, 7, grid)
+            assert len(sigmas) == 8 and all(type(sigma) is float for sigma in sigmas)
+            torch.testing.assert_close(evaluation.unscale(kernel, z, sigmas[0]), x)
+
+
+def test_the_line_behind_all_solvers(sde, evaluation):
+    """dz/dsigma = eps, from f, g, s and sigma of the kernels and the ODE of step 01."""
+    x, e, h = 0.7, -1.3, 1e-5
+    for kernel in (sde.VP, sde.SubVP, sde.DDPM, sde.VE):
+        t = 0.40042
+        s, sigma = kernel.s(t), kernel.sigma(t)
+        dx = kernel.f(t) * x + kernel.g(t) ** 2 / (2 * s * sigma) * e
+        ds, dsigma = ((of(t + h) - of(t - h)) / (2 * h) for of in (kernel.s, kernel.sigma))
+        assert float((dx / s - x * ds / s**2) / dsigma) == pytest.approx(e, rel=1e-6)
+
+
+@pytest.mark.parametrize("nfe", [6, 15, 30])  # of one huge step the rounding is magnified
+def test_the_plain_dpm_solver_3_is_the_general_one(sde, evaluation, nfe):
+    eps, x = evaluation.mixture_noise(sde.VP), torch.randn(6, 1, 2, 2, dtype=torch.float64)
+    plain = list(evaluation.dpm_solver_3(eps, sde.VP, x, nfe))
+    general = list(evaluation.dpm_solver(eps, sde.VP, x, nfe, orders=[3] * (nfe // 3)))
+    for a, b in zip(plain, general, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_ddim_is_its_line(sde, evaluation):
+    eps, x = evaluation.mixture_noise(sde.VP), torch.randn(6, 1, 2, 2, dtype=torch.float64)
+    times = sde.log_snr_times(sde.VP, 5)
+    z = x / sde.VP.s(times[0])
+    for t, t_next, state in zip(times, times[1:], evaluation.ddim(eps, sde.VP, x, 5), strict=False):
+        step = sde.VP.sigma(t_next) - sde.VP.sigma(t)
+        z = z + step * eps(sde.VP.s(t) * z, t)
+        torch.testing.assert_close(state, sde.VP.s(t_next) * z, rtol=1e-12, atol=1e-12)
+
+
 recorded = [pytest.param(r, id=r["key"]) for r in json.loads(str(np.load(GOLDEN)["meta"]))]
 
 
@@ -248,7 +288,7 @@ def test_another_run_may_serve_a_stage(workshop, sde, unet, training, evaluation
     }
     process = lambda name: {"process": "edm" if name == "edm" else "vp"}  # noqa: E731
     monkeypatch.setattr(
-        training, "load", lambda name: dict(settings=process(name), step=7, of=name)
+        workshop, "read_checkpoint", lambda name: dict(settings=process(name), step=7, of=name)
     )
     monkeypatch.setattr(training, "averaged_model", lambda content: runs[content["of"]])
     draw = lambda model: evaluation.sample(model, "vp", 2, "ddim", 8)  # noqa: E731
@@ -334,6 +374,15 @@ def test_frechet_distance_equals_its_formula(evaluation, measured):
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * root)
     found = evaluation.evaluate(noisy, half, extractor)["frechet"]
     assert found == pytest.approx(expected, rel=1e-3)
+    with torch.no_grad():
+        sets = [classifier.body((x * 255).round() / 255) for x in (noisy, half)]
+    assert evaluation.frechet_distance(*sets) == pytest.approx(expected, rel=1e-6)
+    assert evaluation.frechet_distance(*sets) == pytest.approx(found, rel=1e-3)
+    a, b = torch.randn(50, 3).double(), torch.randn(50, 3).double()
+    assert evaluation.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    moved = evaluation.frechet_distance(a, a + torch.tensor([1.0, 2.0, 0.0]))
+    assert moved == pytest.approx(5, abs=1e-6)
+    assert evaluation.frechet_distance(a, b) == pytest.approx(evaluation.frechet_distance(b, a))
 
 
 def test_precision_and_recall_are_not_swapped(evaluation, measured):
