@@ -281,7 +281,7 @@ def minimise_loss(guess, x, t, kernel, images):
 
 if __name__ == "__main__":
     few = images[:200].double()
-    case = (perturb(few[:8], torch.randn_like(few[:8]), 0.2, VP), 0.2, VP, few)  # x, t, ...
+    case = (perturb(few[:8], torch.randn_like(few[:8]), 0.2, VP), 0.2, VP, few)  # as above
     best = plain_optimal_denoiser(*case)
     off = (minimise_loss(torch.zeros_like(best), *case) - best).abs().max()
     steepest = empirical_loss(best, *case)[1].abs().max()
@@ -316,7 +316,7 @@ def log_snr_times(kernel, n):
 
 
 def score(eps, x, t, kernel):
-    """Turn a function (x, t) -> noise into the score of p_t at x (B, C, H, W), t a scalar."""
+    """Turn a function of x (B, C, H, W) and t (B,), on the CPU, into the score of p_t."""
     noise = eps(x, t.expand(len(x)).to(x.dtype))
     return -noise / per_image(kernel.s(t) * kernel.sigma(t), x)
 
@@ -357,14 +357,14 @@ if __name__ == "__main__":
     toy = lambda x, t: plain_optimal_denoiser(x, t, VP, points.reshape(3, 1, 1, 1))  # noqa: E731
     noise = torch.distributions.Normal(0, 1).icdf((torch.arange(5) + 0.5) / 5).reshape(5, 1, 1, 1)
     t, values = torch.linspace(VP.t_min, 1, 300).double(), torch.linspace(-3, 3, 400)
-    density = mixture_density(values, t, VP, points)
+    shade = mixture_density(values, t, VP, points).T
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
-    for ax, solver in zip(axes, (probability_flow, euler_maruyama), strict=True):
-        shade = (density / density.amax(1, keepdim=True)).T
-        ax.pcolormesh(t, values, shade, cmap="Greys", vmax=2.5, shading="auto", rasterized=True)
-        states = torch.stack([noise, *solver(toy, VP, noise, 300, dice)])
+    solvers = {"probability-flow ODE": probability_flow, "reverse SDE": euler_maruyama}
+    for ax, title in zip(axes, solvers, strict=True):
+        ax.pcolormesh(t, values, shade / shade.amax(0), cmap="Greys", vmax=2.5, rasterized=True)
+        states = torch.stack([noise, *solvers[title](toy, VP, noise, 300, dice)])
         ax.plot(log_snr_times(VP, 300), states.flatten(1), lw=1.2)
-        ax.set(title=solver.__name__, xlabel="t", ylabel="x", xlim=(0, 1))
+        ax.set(title=title, xlabel="t", ylabel="x", xlim=(0, 1))
     workshop.show_figure("figures/01_paths.png")
 
 # %% [markdown]
@@ -380,7 +380,7 @@ def find_nearest(name, drawn, images):
     """Find the picture nearest to each that was drawn; print their root mean square, at worst."""
     gap, nearest = torch.cdist(drawn.flatten(1), images.flatten(1)).min(1)
     rms = gap / drawn[0].numel() ** 0.5  # per pixel
-    print(f"{name}: {rms.max():.3f} or less from a training picture; spread {images.std():.2f}")
+    print(f"{name}: {rms.max():.3f} or less off a training picture; pixels' std {images.std():.2f}")
     assert rms.max() < 0.05 or steps < 50, "with enough steps training pictures come back"
     return images[nearest]
 
@@ -416,7 +416,7 @@ if __name__ == "__main__":
     figure, ax = plt.subplots(figsize=(9, 3))
     ax.plot(times, left.cpu(), color="C0", lw=0.6, alpha=0.6)
     ax.plot(times, left.mean(1).cpu(), color="black", lw=2)
-    ax.set(xlabel="t", ylabel="distance to the final picture", xlim=(0, 1))
+    ax.set(xlabel="t", ylabel="distance to the final picture\n(mean of all: 1)", xlim=(0, 1))
     workshop.show_figure("figures/01_decides.png")
     wanted = (0.01, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.9)
     at = [int((times - t).abs().argmin()) for t in wanted]
@@ -424,7 +424,7 @@ if __name__ == "__main__":
     workshop.show_images([films], [r"$\hat y_t$ on some paths"], "figures/01_films.png", 12, marks)
 
 # %% [markdown]
-# The curves fall between $t=0.5$ and $t=0.1$, some paths much earlier than others; on average half
+# The curves fall between $t=0.5$ and $t=0.1$, some much earlier than others; on average (black) half
 # of the way is done near 0.23. (The 0.04 that remain on the left are the noise that $t_\min$
 # leaves.) One function for the image end (return what you see), one for the noise end (return the
 # mean), and a window between in which the picture is chosen. Step 02 puts numbers on its ends.
@@ -765,12 +765,12 @@ def optimal_denoiser(x, t, kernel, images):
 if __name__ == "__main__":
     t, dice = torch.linspace(VP.t_min, 1, 12).double(), torch.Generator().manual_seed(seed)
     random = torch.rand(1500, 3, 32, 32, generator=dice).to(workshop.device())
-    for name, pictures in (("float64", images), ("float32", random)):
+    for name, pictures in (("of the lesson", images), ("at random", random)):
         noise = fresh_noise(pictures[:1].expand(12, -1, -1, -1), dice)
         x = perturb(pictures[:1], noise, t, VP)
         plain = plain_posterior_mean(x.double(), t, VP, pictures)
         off = (posterior_mean(x, t, VP, pictures, chunk=400) - plain).abs().max()
-        print(f"{len(pictures):,} pictures, {name} inside: off the plain form by {off:.0e} at most")
+        print(f"{len(pictures):,} pictures {name}: off the plain form by {off:.0e} at most")
         assert off < 1e-5
     best = optimal_denoiser(*case)
     loss = empirical_loss(best, *case)[0]
