@@ -9,14 +9,8 @@
 # # 03 · One encoder, a decoder for each stage
 #
 # **You will** build the network of the paper: a U-Net whose encoder serves all stages of the
-# timeline and whose decoders serve one stage each, wide near the image, narrow near the noise. You
-# will see that one stage gives back a plain U-Net, that a batch may mix stages, what each stage
-# costs (Tables 5, 6 and 7), and how the authors' weights fit in.
-#
-# Why not one network for all times (*unified*)? It is too small for the fine work near the image
-# and too large for the easy work near the noise, and the gradients of different times disturb each
-# other. Why not one network a stage (*separate*)? Nothing is shared, so each sees less and
-# overfits. The *multistage* network shares what is common, the encoder, and separates what is not.
+# timeline and whose decoders serve one stage each, wide near the image, narrow near the noise.
+# You will check that one stage gives back a plain U-Net, and that a batch may mix stages.
 
 # %%
 import importlib
@@ -27,20 +21,16 @@ if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
 import math
-import sys
 from functools import partial
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-
-sde = importlib.import_module("01_sde_and_denoiser")
-BadInput = workshop.BadInput
 
 # %% tags=["parameters"]
-network = "digits"  # the data set whose three networks are compared: digits, mnist or cifar10
+network = "digits"  # the data set whose networks are compared below: digits, mnist or cifar10
 table = 0  # 5, 6 or 7: print that table of the paper and stop [0, 7]
 seed = 0  # seed of every random number [0, 4294967295]
 
@@ -48,16 +38,414 @@ seed = 0  # seed of every random number [0, 4294967295]
 workshop.settings(globals(), "03_multistage_unet")
 
 # %% [markdown]
-# ## The parts
+# Step 02 cut the timeline of `digits` at $t_1$ = 0.096 and $t_2$ = 0.443. Stage $k$ serves the times
+# $[t_k,t_{k+1})$, with $t_0=0$: stage 0 lies at the image, the last one at the noise. A network
+# with a decoder for each stage has to ask one question of every time:
+
+
+# %%
+def find_stage(t, boundaries):
+    """Tell which stage each time belongs to; a boundary opens the later one: (B,) of integers."""
+    stage = torch.zeros_like(t, dtype=torch.int64)
+    for tau in boundaries:
+        stage += t >= tau
+    return stage
+
+
+if __name__ == "__main__" and not table:
+    torch.manual_seed(seed)
+    cuts = (0.096, 0.443)  # what Algorithm 1 finds for digits
+    t = torch.tensor([0.05, 0.096, 0.3, 0.7, 0.9])
+    print("the stages of 0.05, 0.096, 0.3, 0.7 and 0.9:", find_stage(t, cuts).tolist())
+
+# %% [markdown]
+# ## Why not one network, and why not three?
 #
-# Nothing here is special to stages: residual blocks that are told the time, self-attention on small
-# feature maps, and halving or doubling of the resolution. Each part takes `(h, emb)`, so that they
-# can stand in one list. (Step 06 builds an autoencoder of the same parts, which knows no time.)
+# One network for all times is called *unified* in the paper, one network a stage *separate*. Against
+# both it has hypotheses (Section 4), which it supports by curves of networks of 47 to 169 million
+# parameters. The right column says what this project finds on `digits`, with networks a hundred
+# times smaller. RESULTS.md has the numbers.
 #
-# The paper builds on three networks of other papers: NCSN++ (for VP), DDPM++ (for EDM) and ADM (for
-# latent diffusion). They are the same U-Net in slightly different taste, and one set of parts
-# serves all three: `norm` (how many groups), `scale` (residual sums of NCSN++ and DDPM++ are divided
-# by $\sqrt2$) and `heads` (channels of an attention head; none: one head).
+# | the paper's hypothesis | here |
+# |---|---|
+# | near the noise, unified is larger than it need be | holds |
+# | near the image, it is too small | holds, more weakly |
+# | gradients of distant times differ … | holds, for the first and the last stage |
+# | … and therefore unified learns slowly | does not show: at first it learns fastest |
+# | separate is worse than unified | holds |
+# | … because each of its networks overfits | not so: it does no worse on held-out pictures |
+# | a shared encoder with decoders of its own is better than both | with two stages yes, with three no |
+#
+# So read this step as a design with reasons that can be tested, not as one that is known to win.
+# Steps 04 and 05 train and measure it. What fails at this scale is not refuted at the paper's. Its idea in one sentence: *share what all
+# times have in common, the encoder, and separate what they have not, the decoders*. A decoder can
+# then be as wide as the work of its stage asks for. Its weights are changed by the gradients of its
+# own stage only. The encoder sees all pictures at all times, so that it should be hard to overfit.
+#
+# ## The parts of a U-Net
+#
+# A U-Net makes a picture smaller in a few steps, and larger again in as many. On the way down it
+# keeps its features (the *skips*), and reads them on the way up: what is coarse comes from below,
+# what is fine from the side. Its parts are four, and nothing in them is special to stages. Each
+# keeps the shape of what it gets, (B, c, H, W): pictures in a batch, channels, height, width; or
+# changes one thing in it: the channels or the resolution.
+#
+# A **residual block** adds a correction to its input $h$, so that it has to learn only what should
+# change. Between its two convolutions it is told the time by a vector `emb`, of which a linear layer
+# makes one number for each channel:
+#
+# $$h \leftarrow \mathrm{skip}(h)+\mathrm{conv}_2\big(\mathrm{conv}_1(h)+\mathrm{time}(\mathrm{emb})\big)$$
+#
+# Before each convolution the values are normalised, in groups of channels, and bent by
+# $\mathrm{silu}(a)=a/(1+e^{-a})$: without a bend between them, two convolutions would be no more
+# than one. `norm` builds the normalisation of so many channels. `skip` is a convolution only where
+# the number of channels changes, so that the sum has a meaning; elsewhere it does nothing.
+# Parts stand in rows, `Layers`, and those that have no use for the time ignore it.
+# (With e = 0 a block knows no time. Step 06 builds an autoencoder of such blocks.)
+
+
+# %%
+class ResBlock(nn.Module):
+    """Transform (B, c_in, H, W) to (B, c_out, H, W), told the time by emb (B, e); e = 0: no time."""
+
+    def __init__(self, c_in, c_out, e, norm):
+        super().__init__()
+        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(e, c_out) if e else None
+        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, h, emb=None):
+        new = self.conv1(F.silu(self.norm1(h)))
+        if self.time:
+            new = new + self.time(F.silu(emb))[:, :, None, None]
+        new = self.conv2(F.silu(self.norm2(new)))
+        return self.skip(h) + new
+
+
+class Layers(nn.Sequential):
+    """Run parts in a row, each told the time by emb (B, e)."""
+
+    def forward(self, h, emb=None):
+        for layer in self:
+            h = layer(h, emb)
+        return h
+
+
+if __name__ == "__main__" and not table:
+    rows = Layers(ResBlock(4, 8, 3, nn.InstanceNorm2d), ResBlock(8, 4, 3, nn.InstanceNorm2d))
+    print("two blocks in a row:", tuple(rows(torch.randn(2, 4, 8, 8), torch.randn(2, 3)).shape))
+
+# %% [markdown]
+# A convolution sees only neighbours. **Self-attention** lets every position look at all others:
+#
+# $$h \leftarrow h+\mathrm{out}\big(\mathrm{softmax}(q\,k^\top/\sqrt c)\,v\big)$$
+#
+# $q$, $k$ and $v$ are three linear maps of the $c$ channels: what a position looks for, what it
+# offers to be found by, and what it then tells. The work grows with the square of the number of
+# positions, so it is done at small sizes only.
+#
+# The **resolution** is halved by a convolution that takes every second position. It is doubled by
+# repeating positions, and a convolution smooths what comes out.
+
+
+# %%
+class Attention(nn.Module):
+    """Let every position of (B, c, H, W) attend to every other."""
+
+    def __init__(self, c, norm):
+        super().__init__()
+        self.norm, self.qkv, self.out = norm(c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
+
+    def forward(self, h, emb=None):
+        B, c, H, W = h.shape
+        q, k, v = self.qkv(self.norm(h)).reshape(B, 3, 1, c, H * W).transpose(3, 4).unbind(1)
+        new = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, c)
+        return h + self.out(new.transpose(2, 3).reshape(B, c, H, W))
+
+
+class Down(nn.Module):
+    """Halve the resolution of (B, c, H, W) by a strided convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, h, emb=None):
+        return self.conv(h)
+
+
+class Up(nn.Module):
+    """Double the resolution of (B, c, H, W) by repeating pixels, then smooth by a convolution."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, h, emb=None):
+        return self.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
+
+
+# %% [markdown]
+# The **time** is one number, and a network needs to tell 0.01 from 0.02 as well as 0.1 from 0.9. So
+# it is told as sines and cosines of many frequencies: the fast ones tell close times apart, the slow
+# ones distant times. With $w$ numbers they are
+#
+# $$\sin(999\,t\cdot\omega_i),\ \cos(999\,t\cdot\omega_i),\qquad
+#   \omega_i = 10\,000^{-i/(w/2-1)},\quad i=0,\dots,w/2-1.$$
+#
+# Two linear layers of the encoder make `emb` of them. Read the picture in columns: each is a time. No
+# two columns are alike, and close ones differ in the upper rows only.
+
+
+# %%
+def embed_time(tau, width):
+    """Embed times tau (B,), about 0 to 1000, as sines and cosines: (B, width)."""
+    i = torch.arange(width // 2, device=tau.device)
+    angle = tau[:, None] * torch.exp(-math.log(10_000) * i / max(width // 2 - 1, 1))
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+if __name__ == "__main__" and not table:
+    waves = embed_time(999 * torch.linspace(0, 1, 400), 32)[:, :16]  # the sines
+    said = dict(xlabel="t (image to noise)", ylabel="i", title="sines that tell the time")
+    figure, ax = plt.subplots(figsize=(9, 2), subplot_kw=said)
+    ax.imshow(waves.T, aspect="auto", cmap="gray", extent=(0, 1, 16, 0), interpolation="nearest")
+    workshop.show_figure("figures/03_time.png")
+
+# %% [markdown]
+# ## The encoder
+#
+# It turns a noisy picture and its time into features: one after the first convolution, one after
+# every block and every halving. These are the skips, which the decoders will read. The last of them
+# goes through the *middle* of the U: a block, attention, a block.
+#
+# Each level of resolution has `blocks` residual blocks of `mult` times `width` channels. Where its
+# `size` is one of `attention`, each is followed by attention. `make` holds the functions that build
+# the parts, each from numbers of channels: here they are those from above, and below the line those
+# of other networks.
+
+
+# %%
+class Encoder(nn.Module):
+    """Turn x (B, C, H, W) and t (B,) into (middle, skips, emb), all that a decoder needs."""
+
+    def __init__(self, channels, width, size, mults, blocks, attention, make):
+        super().__init__()
+        e, c = 4 * width, width
+        self.embed = nn.Sequential(nn.Linear(width, e), nn.SiLU(), nn.Linear(e, e))
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.layers, self.skip_widths = nn.ModuleList(), [width]
+        for level, mult in enumerate(mults):
+            for _ in range(blocks):
+                row = [make.block(c, c := width * mult)] + [make.attend(c)] * (size in attention)
+                self.layers.append(Layers(*row))
+                self.skip_widths.append(c)
+            if level < len(mults) - 1:
+                self.layers.append(Layers(make.down(c)))
+                self.skip_widths.append(c)
+                size //= 2
+        self.middle = make.middle(c)
+
+    def forward(self, x, t):
+        emb, skips = self.embed(embed_time(999 * t, self.first.out_channels)), [self.first(x)]
+        for layer in self.layers:
+            skips.append(layer(skips[-1], emb))
+        return self.middle(skips[-1], emb), skips, emb
+
+
+# %% [markdown]
+# The encoder of `digits` has 32 channels at 8×8 and 64 at 4×4, where it attends. What becomes of five
+# pictures, whose times are those from above? (Here noise stands in for pictures, and no weight is
+# trained: the shapes are the same.)
+
+
+# %%
+def middle_block(c, block, attend):
+    """Build the middle of the U: (B, c, H, W) at the lowest resolution to the same shape."""
+    return Layers(block(c, c), attend(c), block(c, c))
+
+
+if __name__ == "__main__" and not table:
+    norm = partial(nn.GroupNorm, 4, eps=1e-6)
+    block, attend = partial(ResBlock, e=4 * 32, norm=norm), partial(Attention, norm=norm)
+    make = SimpleNamespace(norm=norm, block=block, attend=attend, down=Down, up=Up)
+    make.middle = partial(middle_block, block=block, attend=attend)
+    make.last = partial(nn.Conv2d, kernel_size=3, padding=1)
+    plan = dict(size=8, mults=(1, 2), blocks=1, attention=(4,), make=make)
+    encoder, x = Encoder(1, 32, **plan), torch.randn(len(t), 1, 8, 8)
+    middle, skips, emb = encoder(x, t)
+    for name, parts in dict(x=[x], skips=skips, middle=[middle], emb=[emb]).items():
+        print(f"{name:7s}", *[tuple(part.shape) for part in parts])
+
+# %% [markdown]
+# ## A decoder
+#
+# Five pictures have become four skips at two sizes, and each picture has 128 numbers for its time.
+# A decoder climbs back to full resolution. Each of its blocks reads one skip, the last first, beside
+# what comes from below. There is one block more a level than in the encoder: for the skip of the
+# halving, and at the top for that of the first convolution. Attention stands behind the last block
+# of a level, and then comes the doubling.
+#
+# Its width is its own. The skips keep the encoder's channels, so a decoder of 16 channels may read
+# from an encoder of 32: its first convolutions take both and give 16. The paper has widths of 192, 128 and 16 beside an encoder of 128; here they
+# are a quarter of that, but for the last.
+
+
+# %%
+class Decoder(nn.Module):
+    """Turn the encoder's (middle, skips, emb) into a prediction (B, C, H, W)."""
+
+    def __init__(self, channels, width, skips, size, mults, blocks, attention, make):
+        super().__init__()
+        waiting, c, self.layers = list(skips), skips[-1], nn.ModuleList()
+        for level, mult in reversed(list(enumerate(mults))):
+            for i in range(blocks + 1):
+                row = [make.block(c + waiting.pop(), c := width * mult)]
+                if i == blocks and size // 2**level in attention:
+                    row.append(make.attend(c))
+                if i == blocks and level > 0:
+                    row.append(make.up(c))
+                self.layers.append(Layers(*row))
+        self.norm, self.last = make.norm(c), make.last(c, channels)
+
+    def forward(self, middle, skips, emb):
+        h = middle
+        for layer, skip in zip(self.layers, reversed(skips), strict=True):
+            h = layer(torch.cat([h, skip], 1), emb)
+        return self.last(F.silu(self.norm(h)))
+
+
+if __name__ == "__main__" and not table:
+    decoders = [Decoder(1, width, encoder.skip_widths, **plan) for width in (48, 32, 16)]
+    print("predictions", [tuple(decoder(middle, skips, emb).shape) for decoder in decoders])
+
+# %% [markdown]
+# ## Which decoder does a time belong to?
+#
+# Every decoder can read the same skips; now the times decide which one does. All pictures of a batch
+# go through the encoder together. Then each decoder takes those of its own stage, which `mine` picks
+# out, and what it says is put in their places. So a batch may mix stages, and a decoder that nobody
+# in the batch asks for costs nothing.
+# In training (step 04), all pictures of a batch usually belong to one stage, which is drawn at
+# random. In sampling (step 05) all pictures go from the last stage to stage 0 together.
+#
+# The networks of this course predict the noise as their input plus what the decoder says. Near the
+# noise $x_t$ *is* the noise to within a percent, and to learn to copy it would cost a small network
+# many steps. The published networks leave that sum out.
+
+
+# %%
+def dispatch_batch(x, t, encoder, decoders, boundaries):
+    """Predict the noise in x (B, C, H, W) at t (B,), each picture by the decoder of its stage."""
+    middle, skips, emb = encoder(x, t)
+    stage, noise = find_stage(t, boundaries), torch.empty_like(x)
+    for k, decoder in enumerate(decoders):
+        mine = stage == k  # (B,) of truth values
+        if mine.any():
+            noise[mine] = decoder(middle[mine], [skip[mine] for skip in skips], emb[mine])
+    return x + noise
+
+
+# %% [markdown]
+# The last line adds $x$. Now three checks, on a network whose weights are random:
+#
+# * In a **mixed batch** each picture must get what it would get alone.
+# * **One stage is a plain U-Net**: with a single decoder and no boundary nothing is left but
+#   $x$ + decoder(encoder($x$, $t$)). That is `unified`, and `separate` is three of them, each asked
+#   for the times of its own stage. Neither needs a second kind of network.
+# * **A picture trains the decoder of its own stage**, no other. The encoder learns from all.
+
+# %%
+if __name__ == "__main__" and not table:
+    mixed = dispatch_batch(x, t, encoder, decoders, cuts)
+    alone = [dispatch_batch(x[i : i + 1], t[i : i + 1], encoder, decoders, cuts) for i in range(5)]
+    print(f"largest difference mixed - alone: {(mixed - torch.cat(alone)).abs().max():.1e}")
+    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+    one = dispatch_batch(x, t, encoder, decoders[1:2], ())
+    assert torch.equal(one, x + decoders[1](*encoder(x, t)))
+
+    alone[4].sum().backward()
+    trained = [any(p.grad is not None for p in decoder.parameters()) for decoder in decoders]
+    print("one stage is a plain U-Net; a picture at t = 0.9 trains the decoders", trained)
+    assert trained == [False, False, True]
+
+# %% [markdown]
+# (The difference is rounding: in other batches, sums run in another order.)
+#
+# ## What it looks like
+#
+# Drawn from the modules themselves: a bar is a layer, its length the channels, its colour the size of
+# its maps. Each layer of a decoder stands beside the layer of the encoder whose skip it reads.
+
+
+# %%
+def draw_architecture(x, encoder, decoders, cuts, path):
+    """Draw a column of layers for the encoder and each decoder, for a picture x (1, C, H, W)."""
+    skips, edges, columns = encoder(x, torch.ones(1))[1], (0, *cuts, 1), [encoder.skip_widths]
+    columns += [[layer[0].conv1.out_channels for layer in d.layers][::-1] for d in decoders]
+    gap, rows, sizes = 1.35 * max(map(max, columns)), range(len(skips)), [h.shape[2] for h in skips]
+    colors = {size: f"C{i}" for i, size in enumerate(dict.fromkeys(sizes))}
+    figure, ax = plt.subplots(figsize=(9, 1.5 + 0.08 * max(len(rows), 16)))
+    ax.hlines(rows, 0, gap * len(decoders), color="0.85", lw=0.8, zorder=0)  # the skips
+    for j, (part, widths) in enumerate(zip([encoder, *decoders], columns, strict=True)):
+        left = [j * gap - width / 2 for width in widths]
+        ax.barh(rows, widths, 0.8, left, color=[colors[size] for size in sizes])
+        title = f"decoder {j - 1}\n{edges[j - 1]:.3g} to {edges[j]:.3g}" if j else "encoder\nall t"
+        title += f"\n{sum(p.numel() for p in part.parameters()) / 1e6:.3g}M parameters"
+        ax.text(j * gap, -0.05 * len(rows) - 0.5, title, ha="center", va="bottom", fontsize=9)
+    ax.barh(len(rows) + 0.2, columns[0][-1], 0.8, -columns[0][-1] / 2, color="0.6", label="middle")
+    for size, color in colors.items():
+        ax.barh(0, 0, color=color, label=f"{size}×{size}")
+    ax.axis((None, None, len(rows) + 1, -0.6))
+    ax.axis("off")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    workshop.show_figure(path)
+
+
+if __name__ == "__main__" and not table:
+    draw_architecture(x[:1], encoder, decoders, cuts, "figures/03_network.png")
+
+# %% [markdown]
+# The encoder is the left column, and serves all stages; a picture goes down there, through the
+# middle, and up in one of the three others. Decoder 0 has nearly half of all parameters, and works
+# in the first tenth of the timeline only. Decoder 2 has a tenth of them and serves more than half.
+#
+# Bars show widths, not work: a layer of equal width costs four times more at 8×8 than at 4×4. What a
+# stage costs is counted and drawn below the line. There the digits' network turns out to cost 1.7
+# times as much as unified in stage 0, as much in stage 1, and half as much in stage 2.
+#
+# **You have** the architecture of the paper: an encoder, decoders, and a few lines that decide which
+# decoder a picture gets. One stage of it is the plain U-Net that everybody trains, so that the two can
+# be compared by a change of arguments. Step 04 trains them.
+#
+# ### Exercises
+#
+# 1. Give stage 2 a decoder of 8 channels: `cost("digits", decoders=(48, 32, 8))`. What share of the
+#    stage is now encoder? <details><summary>Solution</summary>Nearly all of it. Below some width a
+#    decoder costs next to nothing, and the shared encoder is the floor.</details>
+# 2. Build a two-stage network with the boundary at 0.5. <details><summary>Solution</summary>
+#    `build_network("digits", decoders=(48, 16), boundaries=[0.5])`.</details>
+#
+# Both need what is defined below; run the notebook to its end first.
+
+# %% [markdown]
+# ## Below this line: faster, safer, as published
+#
+# The module that the next steps train, the networks of the paper, what a stage of them costs (Tables
+# 5, 6 and 7), and how the authors' weights fit in.
+
+# %%
+import sys
+
+from torch.utils.flop_counter import FlopCounterMode
+
+sde = importlib.import_module("01_sde_and_denoiser")
+BadInput = workshop.BadInput
+
+# %% [markdown]
+# ## In bfloat16
 #
 # A GPU that can computes in bfloat16 (*autocast*). Two layers have their own mind about it: norms,
 # which would fall back to float32 and then spend more time on moving numbers than all convolutions
@@ -92,83 +480,17 @@ def group_norm(groups, least, eps, channels):
     return GroupNorm(next(n for n in fit if channels % n == 0), channels, eps=eps)
 
 
-class ResBlock(nn.Module):
-    """Transform (B, c_in, H, W) to (B, c_out, H, W), told the time by emb (B, e); e = 0: no time.
-
-    resample: a `Filter` that changes the resolution on the way, inside the block.
-    """
-
-    def __init__(self, c_in, c_out, e, norm, dropout=0.0, scale=1.0, resample=None):
-        super().__init__()
-        self.norm1, self.conv1 = norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(e, c_out) if e else None
-        self.norm2, self.conv2 = norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        project = c_in != c_out or resample is not None
-        self.skip = nn.Conv2d(c_in, c_out, 1) if project else nn.Identity()
-        self.resample, self.dropout = resample or nn.Identity(), nn.Dropout(dropout)
-        self.scale = scale
-
-    def forward(self, h, emb=None):
-        new = self.conv1(self.resample(F.silu(self.norm1(h))))
-        if self.time:
-            new = new + self.time(F.silu(emb))[:, :, None, None]
-        new = self.conv2(self.dropout(F.silu(self.norm2(new))))
-        return (self.skip(self.resample(h)) + new) * self.scale
-
-
-class Attention(nn.Module):
-    """Let every position of (B, c, H, W) attend to every other, in heads of `heads` channels."""
-
-    def __init__(self, c, norm, heads=None, scale=1.0):
-        super().__init__()
-        self.norm, self.qkv, self.out = norm(c), nn.Conv2d(c, 3 * c, 1), nn.Conv2d(c, c, 1)
-        self.heads, self.scale = c // (heads or c), scale
-
-    def forward(self, h, emb=None):
-        B, c, H, W = h.shape
-        qkv = self.qkv(self.norm(h)).reshape(B, 3, self.heads, c // self.heads, H * W)
-        new = F.scaled_dot_product_attention(*qkv.transpose(3, 4).unbind(1))  # (B, heads, HW, d)
-        return (h + self.out(new.transpose(2, 3).reshape(B, c, H, W))) * self.scale
-
-
-class Layers(nn.Sequential):
-    """Run parts in a row that all take (h, emb)."""
-
-    def forward(self, h, emb=None):
-        for layer in self:
-            h = layer(h, emb)
-        return h
-
-
 # %% [markdown]
-# Resolution changes in one of two ways. ADM has convolutions for it. NCSN++ and DDPM++ put a fixed
-# *FIR filter* into a residual block: taps (1, 1) average or repeat pixels, (1, 3, 3, 1) is smoother.
-# As the filter treats every channel alike, it is one depthwise convolution.
+# ## Three backbones
+#
+# The paper builds on three networks of others: NCSN++ (for VP), DDPM++ (for EDM) and ADM (for latent
+# diffusion). All are the U-Net from above in different taste. ADM has several attention heads.
+# NCSN++ and DDPM++ divide residual sums by $\sqrt2$, and a residual block that changes the
+# resolution does it by a fixed *FIR filter*: taps (1, 1) average or repeat pixels, (1, 3, 3, 1) is
+# smoother. As the filter treats every channel alike, it is one depthwise convolution.
 
 
 # %%
-class Down(nn.Module):
-    """Halve the resolution of (B, c, H, W) by a strided convolution."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-    def forward(self, h, emb):
-        return self.conv(h)
-
-
-class Up(nn.Module):
-    """Double the resolution of (B, c, H, W) by repeating pixels, then smooth by a convolution."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, h, emb=None):
-        return self.conv(F.interpolate(h, scale_factor=2, mode="nearest"))
-
-
 class Filter(nn.Module):
     """Halve ("down"), double ("up") or only "blur" (B, c, H, W) by FIR taps, as (1, 3, 3, 1)."""
 
@@ -203,78 +525,70 @@ class Pyramid(nn.Module):
         return (h + self.conv(self.blur(p))) * 0.5**0.5
 
 
+class PublishedBlock(ResBlock):
+    """Transform as `ResBlock`, with dropout and scaled; resample: a `Filter`, used on the way."""
+
+    def __init__(self, c_in, c_out, e, norm, dropout, scale, resample=None):
+        super().__init__(c_in, c_out, e, norm)
+        if resample and c_in == c_out:
+            self.skip = nn.Conv2d(c_in, c_out, 1)
+        self.resample, self.dropout = resample or nn.Identity(), nn.Dropout(dropout)
+        self.scale = scale
+
+    def forward(self, h, emb):
+        new = self.conv1(self.resample(F.silu(self.norm1(h))))
+        new = new + self.time(F.silu(emb))[:, :, None, None]
+        new = self.conv2(self.dropout(F.silu(self.norm2(new))))
+        return (self.skip(self.resample(h)) + new) * self.scale
+
+
+class PublishedAttention(Attention):
+    """Attend as `Attention`, in heads of `heads` channels (None: one head), and scaled."""
+
+    def __init__(self, c, norm, heads, scale):
+        super().__init__(c, norm)
+        self.heads, self.scale = c // (heads or c), scale
+
+    def forward(self, h, emb):
+        B, c, H, W = h.shape
+        qkv = self.qkv(self.norm(h)).reshape(B, 3, self.heads, c // self.heads, H * W)
+        new = F.scaled_dot_product_attention(*qkv.transpose(3, 4).unbind(1))  # (B, heads, HW, d)
+        return (h + self.out(new.transpose(2, 3).reshape(B, c, H, W))) * self.scale
+
+
 # %% [markdown]
-# ## The time
-#
-# A network is told the time as sines and cosines of many frequencies. What counts as the time
-# differs: $999\,t$ for VP, $\tfrac14\ln\sigma$ for EDM, and for latent diffusion the step of its
-# schedule, $1000\,t-1$.
+# What counts as the time differs: $999\,t$ for VP, $\tfrac14\ln\sigma$ for EDM, and for latent
+# diffusion the step of its schedule, $1000\,t-1$. NCSN++ adds the filtered input at each resolution
+# (`pyramid`). DDPM++ has the middle of the U in its decoders. ADM has attention in its decoders after
+# every block, and the paper's later decoders for it have none.
 
 
 # %%
-def embed_time(t, width, time):
-    """Embed times t (B,) of the kernel `time`, "vp", "edm" or "ldm": (B, width)."""
-    half = width // 2
-    i = torch.arange(half, device=t.device)
-    if time == "ldm":
-        angle = (1000 * t - 1)[:, None] * torch.exp(-math.log(10_000) * i / half)
+class PublishedEncoder(Encoder):
+    """Encode as `Encoder`, by the times of a kernel ("vp", "edm" or "ldm"), with a pyramid or not.
+
+    pyramid: taps of its filter, or None.
+    """
+
+    def __init__(self, channels, width, size, mults, blocks, attention, make, time, pyramid):
+        super().__init__(channels, width, size, mults, blocks, attention, make)
+        self.time, layers, p = time, nn.ModuleList(), channels
+        for i, (layer, c) in enumerate(zip(self.layers, self.skip_widths[1:], strict=True)):
+            layers.append(layer)
+            if pyramid and i % (blocks + 1) == blocks:  # where the resolution was halved
+                layers.append(Pyramid(p, p := c, pyramid))
+        self.layers = layers
+
+    def embed_time(self, t):
+        width = self.first.out_channels
+        if self.time != "ldm":
+            return embed_time(t.log() / 4 if self.time == "edm" else 999 * t, width)
+        i = torch.arange(width // 2, device=t.device)  # other frequencies, and cosines first
+        angle = (1000 * t - 1)[:, None] * torch.exp(-math.log(10_000) * i / (width // 2))
         return torch.cat([angle.cos(), angle.sin()], 1)
-    tau = t.log() / 4 if time == "edm" else 999 * t
-    angle = tau[:, None] * torch.exp(-math.log(10_000) * i / max(half - 1, 1))
-    return torch.cat([angle.sin(), angle.cos()], 1)
-
-
-# %% [markdown]
-# ## The encoder
-#
-# It turns a noisy picture and a time into features: one after the first convolution, one after
-# every block and every halving (the *skips*), and the middle of the U. The time is embedded once
-# and shared by all decoders.
-#
-# `block` and `attend` build a residual block and an attention of the network's taste.
-
-
-# %%
-def resizing_part(c, change, block, taps):
-    """Build the part that halves ("down") or doubles ("up") the resolution of c channels."""
-    if taps is None:
-        return Down(c) if change == "down" else Up(c)
-    return block(c, c, resample=Filter(taps, change))
-
-
-def middle_block(c, block, attend):
-    """Build the middle of the U: (B, c, H, W) at the lowest resolution to the same shape."""
-    return Layers(block(c, c), attend(c), block(c, c))
-
-
-class Encoder(nn.Module):
-    """Turn x (B, C, H, W) and t (B,) into (middle, skips, emb), all that a decoder needs."""
-
-    def __init__(
-        self, channels, width, time, pyramid, middle, size, mults, blocks, attention, *parts
-    ):
-        super().__init__()
-        block, attend, taps = parts
-        e, c, p = 4 * width, width, channels
-        self.width, self.time = width, time
-        self.embed = nn.Sequential(nn.Linear(width, e), nn.SiLU(), nn.Linear(e, e))
-        self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.layers, self.skip_widths = nn.ModuleList(), [width]
-        for level, mult in enumerate(mults):
-            for _ in range(blocks):
-                row = [block(c, c := width * mult)] + [attend(c)] * (size in attention)
-                self.layers.append(Layers(*row))
-                self.skip_widths.append(c)
-            if level < len(mults) - 1:
-                self.layers.append(Layers(resizing_part(c, "down", block, taps)))
-                self.skip_widths.append(c)
-                size //= 2
-                if pyramid:
-                    self.layers.append(Pyramid(p, p := c, taps))
-        self.middle = middle_block(c, block, attend) if middle else Layers()
 
     def forward(self, x, t):
-        emb = self.embed(embed_time(t.to(x.device), self.width, self.time).to(x.dtype))
+        emb = self.embed(self.embed_time(t.to(x.device)).to(x.dtype))
         skips, p = [self.first(x)], x
         for layer in self.layers:
             if isinstance(layer, Pyramid):
@@ -284,60 +598,34 @@ class Encoder(nn.Module):
         return self.middle(skips[-1], emb), skips, emb
 
 
-# %% [markdown]
-# ## A decoder
-#
-# It climbs back to full resolution and consumes one skip a block. Its width is its own: the skips
-# keep the encoder's channels, so a decoder of 16 channels may read from an encoder of 128.
-
-
-# %%
-class Decoder(nn.Module):
-    """Turn the encoder's (middle, skips, emb) into a prediction (B, C, H, W).
+class PublishedDecoder(Decoder):
+    """Decode as `Decoder`; middle: what builds the middle of the U here.
 
     attended: the blocks that get attention at the sizes that have it: "every", the "last", "none".
     """
 
     def __init__(
-        self, channels, width, attended, skips, middle, size, mults, blocks, attention, *parts
+        self, channels, width, skips, size, mults, blocks, attention, make, attended, middle
     ):
-        super().__init__()
-        block, attend, taps = parts
-        waiting, norm = list(skips), block.keywords["norm"]
-        c = waiting[-1]
-        self.middle = middle_block(c, block, attend) if middle else Layers()
-        size //= 2 ** (len(mults) - 1)
-        self.layers = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(mults))):
-            for i in range(blocks + 1):
-                row = [block(c + waiting.pop(), c := width * mult)]
-                if size in attention and (attended == "every" or (attended, i) == ("last", blocks)):
-                    row.append(attend(c))
-                if level and i == blocks:
-                    row.append(resizing_part(c, "up", block, taps))
-                self.layers.append(Layers(*row))
-            size *= 2
-        self.norm, self.last = norm(c), LastConv2d(c, channels, 3, padding=1)
+        attention = attention if attended != "none" else ()
+        super().__init__(channels, width, skips, size, mults, blocks, attention, make)
+        for i, layer in enumerate(self.layers):
+            here = size // 2 ** (len(mults) - 1 - i // (blocks + 1))
+            if attended == "every" and here in attention and i % (blocks + 1) < blocks:
+                layer.append(make.attend(layer[0].conv1.out_channels))
+        parts = self.layers, self.norm, self.last
+        del self.layers, self.norm, self.last  # and back again: checkpoints have the middle first
+        self.middle, (self.layers, self.norm, self.last) = middle(skips[-1]), parts
 
     def forward(self, middle, skips, emb):
-        h = self.middle(middle, emb)
-        for layer, skip in zip(self.layers, reversed(skips), strict=True):
-            h = layer(torch.cat([h, skip], 1), emb)
-        return self.last(F.silu(self.norm(h)))
+        return super().forward(self.middle(middle, emb), skips, emb)
 
 
 # %% [markdown]
 # ## The multistage network
 #
-# The boundaries $t_1<\dots<t_{n-1}$ say which decoder a time belongs to: stage $k$ serves
-# $[t_k,t_{k+1})$. All pictures of a batch go through the encoder together; then each decoder takes
-# its own.
-#
-# `unified` is one stage. `separate` has an encoder of its own for each decoder. Neither needs a
-# second class.
-#
-# The first eleven arguments make the plain network that the next steps train. The others say what
-# distinguishes the three published ones.
+# The module that the next steps train. `unified` is one stage of it, `separate` has an encoder of its
+# own for each decoder. The first eleven arguments make the small networks, the others the published.
 
 
 # %%
@@ -402,16 +690,23 @@ class MultistageUNet(nn.Module):
         if pyramid and taps is None:
             raise BadInput("the pyramid needs a filter: give taps, as (1, 3, 3, 1)")
         norm, scale = partial(group_norm, *norm), 1.0 if taps is None else 0.5**0.5
-        block = partial(ResBlock, e=4 * encoder, norm=norm, dropout=dropout, scale=scale)
-        attend = partial(Attention, norm=norm, heads=heads, scale=scale)
-        plan = (size, mults, blocks, attention, block, attend, taps)
+        block = partial(PublishedBlock, e=4 * encoder, norm=norm, dropout=dropout, scale=scale)
+        attend = partial(PublishedAttention, norm=norm, heads=heads, scale=scale)
+        make = SimpleNamespace(norm=norm, block=block, attend=attend, down=Down, up=Up)
+        make.last = partial(LastConv2d, kernel_size=3, padding=1)
+        if taps is not None:
+            make.down = lambda c: block(c, c, resample=Filter(taps, "down"))
+            make.up = lambda c: block(c, c, resample=Filter(taps, "up"))
+        parts = partial(middle_block, block=block, attend=attend), lambda c: Layers()
+        make.middle, own_middle = parts if middle == "encoder" else parts[::-1]
+        plan = (size, mults, blocks, attention, make)
         self.encoders = nn.ModuleList(
-            Encoder(channels, encoder, time, pyramid, middle == "encoder", *plan)
+            PublishedEncoder(channels, encoder, *plan, time, taps if pyramid else None)
             for _ in (decoders[:1] if shared else decoders)
         )
         skips = self.encoders[0].skip_widths
         self.decoders = nn.ModuleList(
-            Decoder(channels, width, where, skips, middle == "decoder", *plan)
+            PublishedDecoder(channels, width, skips, *plan, where, own_middle)
             for width, where in zip(decoders, attended, strict=True)
         )
         self.register_buffer("boundaries", torch.tensor(cuts), persistent=False)
@@ -429,10 +724,7 @@ class MultistageUNet(nn.Module):
         return stage
 
     def _stage(self, t):
-        stage = torch.zeros_like(t, dtype=torch.int64)
-        for tau in self.cuts:
-            stage += t >= tau
-        return stage.masked_fill(~((t >= 0) & (t <= self.latest)), -1)
+        return find_stage(t, self.cuts).masked_fill(~((t >= 0) & (t <= self.latest)), -1)
 
     def _refuse(self, t):
         t = t[~((t >= 0) & (t <= self.latest))][0]
@@ -596,14 +888,6 @@ def build_network(name, **changes):
     return MultistageUNet(**{**NETWORKS[name], **changes})
 
 
-# %% [markdown]
-# ## Two checks
-#
-# **One stage is a plain U-Net.** With one decoder, `forward` is `x + decoder(encoder(x, t))`, nothing
-# else. **Mixed batches.** Each picture must get what it would get alone, and must not touch another
-# decoder.
-
-
 # %%
 def randomize(model, seed=0):
     """Fill every parameter with noise: zero-initialised layers would make checks empty."""
@@ -615,33 +899,32 @@ def randomize(model, seed=0):
 
 if __name__ == "__main__" and not table:
     torch.manual_seed(seed)
-    unified, model = (
-        randomize(build_network(f"{network}_unified")),
-        randomize(build_network(network)),
-    )
+    model = randomize(build_network(network))
     x = torch.randn(6, model.channels, model.size, model.size)
     t = torch.tensor([0.9, 0.1, 0.5, 0.05, 0.5, 0.7])
-    plain = x + unified.decoders[0](*unified.encoders[0](x, t))
-    print("one stage equals a plain U-Net:", torch.equal(unified(x, t), plain))
-    assert torch.equal(unified(x, t), plain)
-
-    alone = torch.cat([model(x[i : i + 1], t[i : i + 1]) for i in range(len(x))])
+    plain = dispatch_batch(x, t, model.encoders[0], model.decoders, model.cuts)
     print("stages of the batch:", model.stage(t).tolist())
-    print(f"largest difference mixed - alone: {(model(x, t) - alone).abs().max():.1e}")
-    torch.testing.assert_close(model(x, t), alone, rtol=1e-4, atol=1e-4)
+    print(f"largest difference to the plain dispatch: {(model(x, t) - plain).abs().max():.1e}")
+    torch.testing.assert_close(model(x, t), plain, rtol=1e-4, atol=1e-4)
 
 # %%
 if __name__ == "__main__" and not table:
-    model(x[:1], t[:1]).sum().backward()  # one picture of the noise end
-    touched = [any(p.grad is not None for p in d.parameters()) for d in model.decoders]
-    print("decoders that a picture at t = 0.9 trains:", touched)
-    assert touched == [False, False, True]
+    with torch.device("meta"):  # which has shapes but no memory
+        for name in dict.fromkeys([network, "table5_1"]):
+            net = build_network(name)
+            x = torch.empty(1, net.channels, net.size, net.size)
+            path = "figures/03_published.png" if name == "table5_1" else f"figures/03_{name}.png"
+            draw_architecture(x, net.encoders[0], net.decoders, net.cuts, path)
 
 # %% [markdown]
-# ## What it looks like
+# The published network for CIFAR-10 has 36 layers a side, cut at the published times.
 #
-# Drawn from the module itself: a bar is a layer, its length the channels, its colour the resolution.
-# Each layer of a decoder stands beside the layer of the encoder whose skip it reads.
+# ## What a stage costs
+#
+# Two counts, both for one picture. **GFLOPs as the paper prints them** are multiply-accumulates of
+# convolutions, linear layers and GroupNorms only; attention and filters are not counted. **True
+# FLOPs** are what torch's own counter finds, two for each multiply-accumulate. Neither needs the
+# weights, so the network is built on the `meta` device.
 
 
 # %%
@@ -650,61 +933,6 @@ def count_parameters(*modules):
     return sum(p.numel() for part in modules for p in part.parameters())
 
 
-def draw_architecture(name, path):
-    """Draw a network of NETWORKS: a column for the encoder, one for each decoder."""
-    with torch.device("meta"):
-        model = build_network(name)
-        x, t = torch.empty(1, model.channels, model.size, model.size), torch.empty(1)
-        _, skips, _ = model.encoders[0](x, t)
-    sizes = [skip.shape[2] for skip in skips]
-    columns = [[skip.shape[1] for skip in skips]]
-    columns += [[part[0].conv1.out_channels for part in d.layers][::-1] for d in model.decoders]
-    titles = [f"encoder\nall stages\n{count_parameters(model.encoders[0]) / 1e6:.3g}M"]
-    cuts = [0, *NETWORKS[name]["boundaries"], model.latest]
-    for k, decoder in enumerate(model.decoders):
-        titles.append(
-            f"decoder {k}\n{cuts[k]:.3g} to {cuts[k + 1]:.3g}\n{count_parameters(decoder) / 1e6:.3g}M"
-        )
-    gap, high = 1.35 * max(map(max, columns)), len(sizes)
-    figure, ax = plt.subplots(figsize=(9, 1.5 + 0.08 * max(high, 16)))
-    ax.hlines(range(high), 0, gap * (len(columns) - 1), color="0.85", lw=0.8, zorder=0)  # skips
-    for j, (widths, title) in enumerate(zip(columns, titles, strict=True)):
-        for i, size in enumerate(sorted(set(sizes), reverse=True)):
-            rows = [row for row in range(high) if sizes[row] == size]
-            wide = [widths[row] for row in rows]
-            left = [j * gap - w / 2 for w in wide]
-            ax.barh(
-                rows, wide, 0.8, left, color=f"C{i}", label=f"{size}×{size}" if j == 0 else None
-            )
-        ax.text(j * gap, -0.05 * high - 0.5, title, ha="center", va="bottom", fontsize=9)
-    for j in [0] if len(model.encoders[0].middle) else range(1, len(columns)):
-        label = "middle" if j < 2 else None
-        ax.barh(
-            high + 0.2, columns[0][-1], 0.8, j * gap - columns[0][-1] / 2, color="0.6", label=label
-        )
-    ax.invert_yaxis()
-    ax.axis("off")
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    workshop.show_figure(path)
-
-
-if __name__ == "__main__" and not table:
-    draw_architecture(network, "figures/03_network.png")
-    draw_architecture("table5_1", "figures/03_published.png")
-
-# %% [markdown]
-# Above the small network, below the published one for CIFAR-10, which has 36 layers a side. (Bars
-# show widths, not work: a layer of equal width costs 64 times more at 32×32 than at 4×4.)
-#
-# ## What a stage costs
-#
-# Two counts, both for one picture. **GFLOPs as the paper prints them** are multiply-accumulates of
-# convolutions, linear layers and GroupNorms only; attention and filters are not counted. **True
-# FLOPs** are what torch's own counter finds, two for each multiply-accumulate. Neither needs the
-# weights, so the network is built on the `meta` device, which has shapes but no memory.
-
-
-# %%
 def macs_as_published(run, model):
     """Count multiply-accumulates of Conv2d, Linear and GroupNorm while `run()` uses the model."""
     macs = 0
@@ -792,28 +1020,25 @@ if __name__ == "__main__" and not table:
 
 # %%
 def draw_costs(networks, path):
-    """Draw parameters and GFLOPs a stage as bars: networks is {label: name of NETWORKS}."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6))
-    kinds = (("parameters", "million parameters", 1e6), ("gflops", "GFLOPs (paper's count)", 1))
-    for i, (label, name) in enumerate(networks.items()):
-        rows = cost(name)
+    """Draw parameters and GFLOPs a stage: networks is {title: (multistage, unified)}, by name."""
+    figure, axes = plt.subplots(1, 2 * len(networks), figsize=(12, 2.6))
+    for i, (title, names) in enumerate(networks.items()):
+        rows, unified = [cost(name) for name in names]
         stages = [k for k in rows if isinstance(k, int)]
-        places = [k + 0.27 * (i - 1) for k in stages] if len(stages) > 1 else [-0.27]
-        for ax, (kind, title, unit) in zip(axes, kinds, strict=True):
-            heights = [rows[k][kind] / unit for k in stages]
-            ax.bar(places, heights, 0.25, label=label, color=f"C{i}")
-            ax.set(ylabel=title, xticks=range(3), xticklabels=["0 (image)", "1", "2 (noise)"])
-            ax.set_xlabel("stage")
+        for ax, kind, unit in zip(axes[2 * i :], ("parameters", "gflops"), (1e6, 1), strict=False):
+            ax.bar(stages, [rows[k][kind] / unit for k in stages], 0.6, label="multistage")
+            ax.axhline(rows["shared"][kind] / unit, color="0.3", ls=":", label="its encoder")
+            ax.axhline(unified[0][kind] / unit, color="C1", label="unified")
+            ax.set(title=title, xlabel="stage (image to noise)", xticks=stages)
+            ax.set_ylabel("million parameters" if unit > 1 else "GFLOPs (paper's count)")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     workshop.show_figure(path)
 
 
 if __name__ == "__main__" and not table:
-    small = {"unified": forms[0], "separate": forms[1], "multistage": network}
-    draw_costs(small, "figures/03_cost.png")
-    large = {"unified": "table7_1", "separate": "table3_separate", "multistage": "table5_1"}
-    draw_costs(large, "figures/03_cost_published.png")
+    compared = {network: (network, f"{network}_unified"), "CIFAR-10": ("table5_1", "table7_1")}
+    draw_costs(compared, "figures/03_cost.png")
 
 # %% [markdown]
 # The multistage network spends most near the image and least near the noise, on top of the encoder,
@@ -887,7 +1112,7 @@ def print_table(table):
         rows = cost(name)
         rows["total"]["gflops"] = average_gflops(table, name, rows)
         for (k, row), pair in zip(rows.items(), printed, strict=True):
-            stage = f"{k + 1}/{len(NETWORKS[name]['decoders'])}" if isinstance(k, int) else k
+            stage = f"{k} of {len(NETWORKS[name]['decoders'])}" if isinstance(k, int) else k
             known = [f"{number:g}" for number in pair] if pair else ["", ""]
             true = f"{row['true_gflops']:10.1f}" if "true_gflops" in row else ""
             print(
@@ -1077,16 +1302,3 @@ def load_release_checkpoint(path, averaged=True):
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         reason = str(error)  # not what these entries should be
     raise BadInput(f"{path} holds none of the published networks ({reason})")
-
-
-# %% [markdown]
-# **You have** the architecture of the paper in three forms behind one call, and its price a stage.
-# Step 04 trains it.
-#
-# ### Exercises
-#
-# 1. Give stage 2 a decoder of 8 channels: `cost("digits", decoders=(48, 32, 8))`. What share of the
-#    stage is now encoder? <details><summary>Solution</summary>Nearly all of it. Below some width a
-#    decoder costs next to nothing, and the shared encoder is the floor.</details>
-# 2. Build a two-stage network with the boundary at 0.5. <details><summary>Solution</summary>
-#    `build("digits", decoders=(48, 16), boundaries=[0.5])`.</details>
