@@ -8,9 +8,9 @@
 # %% [markdown]
 # # 05 · Drawing samples, and saying how good they are
 #
-# **You will** derive the solvers of the paper's Table 1 from one line, check their order
-# on a case with a known answer, draw digits with the network of step 04, and measure them
-# beside real ones.
+# **You will** derive the solvers of the paper's Table 1 from one line, check their
+# order on a case with a known answer, draw digits with the network of step 04, and
+# measure them beside real ones.
 #
 # How long is a sampler? Five lines, with the best denoiser of step 01 in place of a
 # network.
@@ -68,10 +68,10 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Digits come out of noise. They are the training pictures themselves, because the best
-# denoiser of a finite set knows them by heart (step 01). A network does not reach it, and
-# that is why its pictures are new. Everything else in this step is about that loop: why
-# its last line is right, how to get along with fewer turns of it, and how to say what its
-# pictures are worth.
+# denoiser of a finite set knows them by heart (step 01). A network does not reach it,
+# and that is why its pictures are new. Everything else in this step is about that loop:
+# why its last line is right, how to get along with fewer turns of it, and how to say
+# what its pictures are worth.
 #
 # ## One line behind all solvers
 #
@@ -86,7 +86,8 @@ if __name__ == "__main__":
 #
 # 1. $\dot z=\dot x/s-x\,\dot s/s^2=\dot x/s-f\,x/s$ by the quotient rule and the first
 #    half of eq. (2);
-# 2. $\dot z=\dfrac{g^2}{2s^2\sigma}\,\epsilon_\theta$ by the ODE: the drift $f$ cancels;
+# 2. $\dot z=\dfrac{g^2}{2s^2\sigma}\,\epsilon_\theta$ by the ODE: the drift $f$
+#    cancels;
 # 3. $\dot z=\dot\sigma\,\epsilon_\theta$ by the second half of eq. (2): $g$ and $s$
 #    cancel as well.
 #
@@ -95,19 +96,29 @@ if __name__ == "__main__":
 # $$\frac{\mathrm dz}{\mathrm d\sigma}=\epsilon_\theta .$$
 #
 # No kernel is left in it. So a solver for this line is a solver for all kernels, and a
-# plot of its errors for one of them is a plot for all.
+# plot of its errors for one of them is a plot for all. All solvers of this step
+# integrate this line, some with fresh noise on the way. They have the same arguments: a
+# function `eps(x, t)` that predicts noise, the kernel, the start noise `x` (B, C, H, W)
+# at `kernel.t_max`, the number of evaluations `nfe`, and a generator where they draw
+# noise. They yield their states. An evaluation of the network is what costs; the rest
+# is arithmetic.
 #
-# All solvers of this step integrate this line, some with fresh noise on the way. They
-# have the same arguments: a function `eps(x, t)` that predicts noise, the kernel, the
-# start noise `x` (B, C, H, W) at `kernel.t_max`, the number of evaluations `nfe`, and a
-# generator where they draw noise. They yield their states. An evaluation of the network
-# is what costs; the rest is arithmetic.
+# Three helpers go around it. `levels` goes from $x$ to $z$ and lists the noise levels
+# to stop at, equally spaced in $\log\sigma$, because the fine detail is decided where
+# noise is low. `unscale` goes back from $z$ to $x$. `noise_at` asks the network, which
+# wants $x=s\,z$ and the time in place of $z$ and $\sigma$. Noise levels are plain
+# numbers, so that no GPU has to be waited for. In a step each is divided by the same
+# number.
 #
-# Three helpers go around it. `levels` goes from $x$ to $z$ and lists the noise levels to
-# stop at, equally spaced in $\log\sigma$, because the fine detail is decided where noise
-# is low. `unscale` goes back from $z$ to $x$. `noise_at` asks the network, which wants
-# $x=s\,z$ and the time in place of $z$ and $\sigma$. Noise levels are plain numbers, so
-# that no GPU has to be waited for.
+# ## A case with a known answer
+#
+# Whether a solver is right cannot be seen in pictures. So take data of which everything
+# is known: a mixture of Gaussians $\mathcal N(\mu_i,c^2)$. Its best noise prediction is
+#
+# $$\epsilon=\sigma\sum_iw_i\,\frac{z-\mu_i}{c^2+\sigma^2},$$
+#
+# with $w_i$ the chance that $z$ came from the $i$-th Gaussian. A Runge–Kutta solution
+# of the one line with a tolerance of $10^{-11}$ is the yardstick.
 
 
 # %%
@@ -130,19 +141,6 @@ def noise_at(eps, kernel, z, sigma):
 
 if __name__ == "__main__":
     print("noise levels of 8 steps:", *(f"{v:.3g}" for v in levels(sde.VP, torch.ones(1), 8)[1]))
-
-# %% [markdown]
-# Every step divides the noise by the same number, about 3.
-#
-# ## A case with a known answer
-#
-# Whether a solver is right cannot be seen in pictures. So take data of which everything
-# is known: a mixture of Gaussians $\mathcal N(\mu_i,c^2)$. Its best noise prediction is
-#
-# $$\epsilon=\sigma\sum_iw_i\,\frac{z-\mu_i}{c^2+\sigma^2},$$
-#
-# with $w_i$ the chance that $z$ came from the $i$-th Gaussian. A Runge–Kutta solution of
-# the one line with a tolerance of $10^{-11}$ is the yardstick.
 
 # %%
 MEANS, WIDTH = (-1.0, 0.2, 1.0), 0.4
@@ -179,9 +177,9 @@ def mixture_flow(kernel, x, end, means=MEANS, c=WIDTH):
 #
 # $$z'=z+(\sigma'-\sigma)\,\epsilon .$$
 #
-# To go along the tangent is an error of the order of the step squared, and $n$ steps make
-# $n$ of them: what remains is a multiple of $1/n$. In general a solver has *order* $p$
-# when it is wrong by a multiple of $n^{-p}$ after $n$ evaluations. Measure it: the
+# To go along the tangent is an error of the order of the step squared, and $n$ steps
+# make $n$ of them: what remains is a multiple of $1/n$. In general a solver has *order*
+# $p$ when it is wrong by a multiple of $n^{-p}$ after $n$ evaluations. Measure it: the
 # largest error on the mixture, over start noise of $-2$ to 2 standard deviations.
 
 
@@ -217,8 +215,8 @@ if __name__ == "__main__":
 # ## Heun
 #
 # The next idea is to look where a step leads before taking it. **EDM** uses Heun's
-# method: after Euler's step it asks for the noise there, and goes again with the average
-# of both, $z'=z+(\sigma'-\sigma)\,\tfrac12(\epsilon+\epsilon')$. That costs two
+# method: after Euler's step it asks for the noise there, and goes again with the
+# average of both, $z'=z+(\sigma'-\sigma)\,\tfrac12(\epsilon+\epsilon')$. That costs two
 # evaluations a step, but for the last one to $\sigma=0$, which is Euler's. The noise
 # levels are evenly spaced in $\sigma^{1/7}$. `churn` makes the method stochastic (below
 # the line).
@@ -258,19 +256,20 @@ if __name__ == "__main__":
 #
 # ## DPM-Solver
 #
-# **DPM-Solver** (Lu et al. 2022a) writes the line in $\lambda=-\log\sigma$, half the
-# log-SNR: $\mathrm dz=-e^{-\lambda}\epsilon\,\mathrm d\lambda$. The exponential is known,
-# so it is integrated exactly; only $\epsilon$ is unknown, and is expanded in a Taylor
-# series. Over a step from $\lambda$ to $\lambda+h$ its first two terms give, with
-# $\dot\epsilon$ the slope of the noise in $\lambda$,
+# Both methods take the line as it is. **DPM-Solver** (Lu et al. 2022a) writes the line in $\lambda=-\log\sigma$, half the
+# log-SNR: $\mathrm dz=-e^{-\lambda}\epsilon\,\mathrm d\lambda$. The exponential is
+# known, so it is integrated exactly; only $\epsilon$ is unknown, and is expanded in a
+# Taylor series. Over a step from $\lambda$ to $\lambda+h$ its first two terms give,
+# with $\dot\epsilon$ the slope of the noise in $\lambda$,
 #
 # $$z'=z-e^{-(\lambda+h)}\Big[(e^h-1)\,\epsilon+(e^h-1-h)\,\dot\epsilon+\dots\Big].$$
 #
-# The first term alone is DDIM once more. For the second, DPM-Solver-3 asks for the noise
-# at two points inside the step, $u_1$ at the share $r_1=\frac13$ of it and $u_2$ at
-# $r_2=\frac23$, which it reaches in the same way, and estimates the slope from the
-# differences $D_1$ and $D_2$. Three evaluations a step; a clever choice of $r_1$ and
-# $r_2$ makes up for the third term. The letters are Lu's.
+# The first term alone is DDIM once more. For the second, DPM-Solver-3 asks for the
+# noise at two points inside the step, $u_1$ at the share $r_1=\frac13$ of it and $u_2$
+# at $r_2=\frac23$, which it reaches in the same way, and estimates the slope from the
+# differences $D_1$ and $D_2$. Three evaluations a step; the choice $r_2=\frac23$ makes
+# up for the third term. The letters are Lu's, and `expm1` is $e^h-1$ without the digits
+# that a small $h$ would cost.
 
 
 # %%
@@ -300,26 +299,24 @@ if __name__ == "__main__":
         slope = math.log(errors[-2] / errors[-1], budgets[-1] / budgets[-2])
         label = f"{solver.__name__}: order {order}, measured {slope:.2f}"
         plt.loglog(budgets, errors, "o-", label=label)
-    plt.gcf().set_size_inches(7, 3.6)
+    plt.xticks(budgets, budgets, minor=False)
     plt.gca().set(xlabel="evaluations of the network", ylabel="largest error on the mixture")
-    plt.minorticks_off()
-    plt.xticks(budgets, budgets)
     plt.legend(fontsize=8)
     workshop.show_figure(figures / "05_orders.png")
 
 # %% [markdown]
 # A solver of order $p$ must give a straight line of slope $-p$ on these axes, and all
-# four do. The higher the order, the sooner more evaluations pay; with few of them the
-# lines are close together, because a large step is no Taylor series.
+# four do. The higher the order, the more a few evaluations more are worth. With very
+# few of them order is no help: at 15, Heun's eight large steps are worse than DDIM's
+# fifteen small ones. The paper's tables use DPM-Solver-3 with 20.
 #
 # ## Fresh noise
 #
-# **DDPM** also goes down step by step, but puts some noise back. It predicts the picture,
-# $\hat z_0=z-\sigma\epsilon$, and draws $z'$ from the posterior of Gaussian noise, given
-# $z$ and $\hat z_0$. With $\kappa=\sigma'^2/\sigma^2$ (Ho et al. 2020, eq. 7, written for
-# $z=x/s$)
-#
-# $$z'\sim\mathcal N\big(\kappa z+(1-\kappa)\hat z_0,\ \sigma'^2(1-\kappa)I\big).$$
+# **DDPM** also goes down step by step, but puts some noise back. It predicts the
+# picture, $\hat z_0=z-\sigma\epsilon$, and draws $z'$ from the posterior of Gaussian
+# noise, given $z$ and $\hat z_0$. With $\kappa=\sigma'^2/\sigma^2$ that is a Gaussian
+# with the mean $\kappa z+(1-\kappa)\hat z_0$ and the variance $\sigma'^2(1-\kappa)$ (Ho
+# et al. 2020, eq. 7, written for $z=x/s$).
 
 
 # %%
@@ -347,14 +344,15 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # The mixture has 0.07 and 0.91. There is no exact path to compare with, only the
-# distribution.
+# distribution. Fresh noise has its price: in the paper's Table 1 DDPM takes 1,000
+# evaluations, DPM-Solver 20.
 #
 # ## Drawing with the network of step 04
 #
-# The solver gets a function of $(x,t)$ and never hears of stages: the function (step 04's
-# `noise_function`) asks the network which stage $t$ lies in and runs the one decoder in
-# charge. Here are 48 pictures by DDIM, each with random numbers of its own, and three of
-# them on their way.
+# The solver gets a function of $(x,t)$ and never hears of stages: the function (step
+# 04's `noise_function`) asks the network which stage $t$ lies in and runs the one
+# decoder in charge. Here are 48 pictures by DDIM, each with random numbers of its own,
+# and three of them on their way.
 
 # %%
 if __name__ == "__main__":
@@ -391,10 +389,10 @@ if __name__ == "__main__":
 #
 # $$d^2=\|m_1-m_2\|^2+\operatorname{tr}\big(C_1+C_2-2\,(C_1C_2)^{1/2}\big).$$
 #
-# The trace of a matrix root is the sum of the roots of the eigenvalues. With the features
-# of Inception, a classifier of ImageNet, and 50,000 samples the distance is called
-# **FID**. To see it at work, four features will do here: the brightness of each quarter
-# of a picture.
+# The trace of a matrix root is the sum of the roots of the eigenvalues. With the
+# features of Inception, a classifier of ImageNet, and 50,000 samples the distance is
+# called **FID**. To see it at work, four features will do here: the brightness of each
+# quarter of a picture.
 
 
 # %%
@@ -405,27 +403,26 @@ def frechet_distance(a, b):
     return float(((m1 - m2) ** 2).sum() + C1.trace() + C2.trace() - 2 * root.sum())  # Frechet
 
 
-if __name__ == "__main__":
-    where = settings["dataset"], root, settings.get("size") or 32
-    pixels, labels = workshop.load_images(*where) if workshop.ranks()[0] == 0 else ((), ())
-    if len(pixels) >= 2 * n:  # a smaller set is refused below
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-        half, other = pixels[order[:n]].float() / 255, pixels[order[n : 2 * n]].float() / 255
-        quarters = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # noqa: E731
-        for kind, x in (("drawn", states[0]), ("real", other), ("noise", torch.rand(half.shape))):
+if __name__ == "__main__" and workshop.ranks()[0] == 0:  # the first process measures
+    size = settings.get("size") or 32
+    pixels, labels = workshop.load_images(settings["dataset"], root, size)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    half, other = (pixels[order[: 2 * n]].float() / 255).tensor_split(2)
+    quarters = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # noqa: E731
+    if len(other) > 1:  # fewer are refused below
+        for kind, x in (("drawn", states[0]), ("real", other)):
             print(f"{kind} / real: {frechet_distance(quarters(x), quarters(half)):.4f}")
 
 # %% [markdown]
-# A number alone says nothing. The yardstick is **real / real**: what another set of real
-# pictures gets is what perfect samples would get. It is not zero, because means and
-# covariances of few pictures are estimates, and it falls when there are more. So both
-# comparisons must use as many pictures.
-#
-# Below the line come features that know digits, the solver and the number of pictures
-# that you ask for, and three more marks. **KID** compares with a kernel in place of a
-# Gaussian and has no bias from the number of pictures; **precision** is the share of
-# samples that lie among the real ones, **recall** the share of real ones that lie among
-# the samples.
+# A number alone says nothing. The yardstick is **real / real**: what another set of
+# real pictures gets is what perfect samples would get. It is not zero, because means
+# and covariances of few pictures are estimates, and it falls when there are more. So
+# both comparisons must use as many pictures. And a distance sees no more than its
+# features do: whoever paints each quarter as bright as it should be passes this test,
+# whatever it shows. Below the line come features that know digits, and three more
+# marks. **KID** compares with a kernel in place of a Gaussian and has no bias from the
+# number of pictures; **precision** is the share of samples that lie among the real
+# ones, **recall** the share of real ones that lie among the samples.
 #
 # **You have** the solvers of the paper's best rows in the letters of their papers,
 # pictures of your own network, and a distance with a yardstick beside it. Step 06 does
@@ -433,7 +430,8 @@ if __name__ == "__main__":
 #
 # ### Exercises
 #
-# 1. Measure `--nfe 5`, 10, 20 and 50 with `ddim` and `dpm-solver-3`. Where do they meet?
+# 1. Measure `--nfe 5`, 10, 20 and 50 with `ddim` and `dpm-solver-3`. Where do they
+#    meet?
 #    <details><summary>Solution</summary>`python 05_sample_eval.py --sampler ddim --nfe 5`, and so
 #    on. Both approach the distance of the exact ODE; the third-order solver needs fewer
 #    evaluations to get there. Below about 10 its few large steps are no advantage.</details>
@@ -443,8 +441,7 @@ if __name__ == "__main__":
 #    for n in (50, 500, 5000)]`: two sets of one distribution, and the distance falls like
 #    1/n.</details>
 # 3. Write the midpoint method: Euler to the middle of a step, then the whole step with
-#    the noise
-#    that is found there. What is its order?
+#    the noise that is found there. What is its order?
 #    <details><summary>Solution</summary>`middle = (sigma * sigma_next) ** 0.5` in the loop of
 #    `ddim`, then `z_middle = z + (middle - sigma) * e` and `z = z + (sigma_next - sigma) *
 #    noise_at(eps, kernel, z_middle, middle)`. Order 2: in log-SNR this is the middle.</details>
