@@ -9,9 +9,9 @@
 # # 02 · Where to cut the timeline
 #
 # **You will** measure how alike the optimal denoisers of two noise levels are, and let the paper's
-# Algorithm 1 turn that into two times, $t_1$ and $t_2$, and its Algorithm 2 into any number of them.
-# They cut the timeline into stages, each of which gets its own decoder in step 03. No network is
-# needed: the cuts are a closed-form property of the data set.
+# Algorithm 1 turn that into two times, $t_1$ and $t_2$, and its Algorithm 2 into any number of
+# them. They cut the timeline into stages, each of which gets its own decoder in step 03. No network
+# is needed: the cuts are a closed-form property of the data set.
 #
 # `python 02_clustering.py --dataset cifar10 --samples 50000` reproduces the published numbers.
 
@@ -66,10 +66,10 @@ if __name__ == "__main__":
     workshop.show_images([xt, 1 - named.float()], titles, "figures/02_named.png", **columns)
 
 # %% [markdown]
-# On `digits`, on all of them at first: the digit is known, so what was added to it is known as well.
-# Then on fewer and fewer, until only the margin is left, which is black in every digit of the data
-# set. At the very end all pixels are black again, for another reason that Algorithm 1 has to deal
-# with: the noise is so strong that $x_t$ itself is the answer.
+# On `digits`, on all of them at first: the digit is known, so what was added to it is known as
+# well. Then on fewer and fewer, until only the margin is left, which is black in every digit of the
+# data set. At the very end all pixels are black again, for another reason that Algorithm 1 has to
+# deal with: the noise is so strong that $x_t$ itself is the answer.
 #
 # ## How alike are two noise levels?
 #
@@ -80,8 +80,8 @@ if __name__ == "__main__":
 #   \mathbb 1\big(|\epsilon^*_{t_a}(x_{t_a})-\epsilon^*_{t_b}(x_{t_b})|_i\le\eta\big),\qquad
 #   \mathcal S(\epsilon^*_{t_a},\epsilon^*_{t_b})=\mathbb E_{x_0,\epsilon}[\mathcal D]. \tag{6}$$
 #
-# The paper calls $\mathcal D$ a distance, yet it is 1 where the two agree: a similarity. Algorithm 1
-# compares every time with the two ends of the timeline, and there the answers are known.
+# The paper calls $\mathcal D$ a distance, yet it is 1 where the two agree: a similarity.
+# Algorithm 1 compares every time with the two ends of the timeline, where the answers are known.
 #
 # * **The image end, $t=0$.** As the noise vanishes the optimal denoiser knows the picture, so
 #   $\epsilon^*_0(x_0)=\epsilon$: the noise that was put in.
@@ -123,8 +123,10 @@ if __name__ == "__main__":
 # Stage 0 should reach as far as the optimal denoiser resembles that of the image end *on average*,
 # and the last stage as far down as it resembles that of the noise end:
 #
-# $$t_1=\arg\max_\tau\{\tau\mid\mathbb E_{t\sim[0,\tau]}[\mathcal S(\epsilon^*_t,\epsilon^*_0)]\ge\alpha\},\tag{7}$$
-# $$t_2=\arg\min_\tau\{\tau\mid\mathbb E_{t\sim[\tau,1]}[\mathcal S(\epsilon^*_t,\epsilon^*_1)]\ge\alpha\}.\tag{8}$$
+# $$t_1=\arg\max_\tau\{\tau\mid\mathbb E_{t\sim[0,\tau]}
+#   [\mathcal S(\epsilon^*_t,\epsilon^*_0)]\ge\alpha\},\tag{7}$$
+# $$t_2=\arg\min_\tau\{\tau\mid\mathbb E_{t\sim[\tau,1]}
+#   [\mathcal S(\epsilon^*_t,\epsilon^*_1)]\ge\alpha\}.\tag{8}$$
 #
 # The expectations are estimated from $K$ random triples. In print:
 #
@@ -213,8 +215,8 @@ if __name__ == "__main__":
 # $1/T,\dots,1$ by $n$ contiguous clusters whose members should resemble the *middle* one, and none
 # smaller than $T/2n$ or larger than $3T/2n$. Two of them never look at the data:
 #
-# * **timestep** and **log-SNR**: a cluster costs $\sum|v-v_\text{middle}|$, with $v$ the time itself
-#   or the log-SNR of the kernel. (The third compares a network's gradients, below the line.)
+# * **timestep** and **log-SNR**: a cluster costs $\sum|v-v_\text{middle}|$, with $v$ the time
+#   itself or the log-SNR of the kernel. (The third compares a network's gradients, below the line.)
 #
 # The cheapest clustering is found exactly by *dynamic programming*: the best way to cover the times
 # up to $j$ with one cluster more ends with some cluster $[i,j]$, and before it stands the best way
@@ -275,8 +277,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Printed for three stages are 0.330 and 0.670 by timestep, 0.348 and 0.709 by log-SNR. The log-SNR
-# falls fastest near the image, hence its short stage 0 when stages are many. These cuts are the same
-# for every data set.
+# falls fastest near the image, hence its short stage 0 when stages are many. These cuts are the
+# same for every data set.
 #
 # ## Algorithm 2: any number of stages
 #
@@ -294,15 +296,16 @@ if __name__ == "__main__":
 # > 4: **for** $k\in\{1,\dots,K\}$ **do**<br>
 # > 5: $\quad y_k\sim p_\text{data},\ \epsilon_k\sim\mathcal N(0,I),\
 # > t_{a_k}\sim[0,1],\ t_{b_k}\sim[0,1]$<br>
-# > 6: $\quad\mathcal S^k\leftarrow\mathcal D(\epsilon^*_{t_{a_k}},\epsilon^*_{t_{b_k}},y_k,\epsilon_k)$<br>
+# > 6: $\quad\mathcal S^k\leftarrow\mathcal D
+# > (\epsilon^*_{t_{a_k}},\epsilon^*_{t_{b_k}},y_k,\epsilon_k)$<br>
 # > 7: $\quad\mathcal S\leftarrow\mathcal S\cup\{(t_{a_k},t_{b_k},\mathcal S^k)\}$<br>
 # > 8: **end for**<br>
 # > 9: $t_1,\dots,t_{n-1}\leftarrow\arg\min_{t_1,\dots,t_{n-1}}
 # > \sum_{k=1}^K\sum_{i=0}^{n-1}\mathcal S^k\,\mathbb 1(t_{a_k},t_{b_k}\in[t_i,t_{i+1}])$<br>
 # > 10: $\quad$ s.t. $0<t_1<t_2<\dots<t_{n-1}<1$
 #
-# Times are taken from a grid, 21 nodes as in the release, so that the samples of a pair of nodes can
-# be averaged: what the loop collects is then one matrix $S$.
+# Times are taken from a grid, 21 nodes as in the release, so that the samples of a pair of nodes
+# can be averaged: what the loop collects is then one matrix $S$.
 
 
 # %%
@@ -373,11 +376,11 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Yellow off the diagonal means that one function serves many times. On `digits` that happens at the
-# noise end, above 0.8, and in a small patch at the image end, below 0.1. Between them a time is like
-# its next neighbours at best, and most of each square is dark. All that the program can do there is
-# to keep the squares small, so it cuts more evenly than Algorithm 1. On CIFAR-10 the patch at the
-# image end reaches to 0.35, and the squares are brighter. (The corners off the diagonal are the two
-# ends, which resemble each other; stages are contiguous and cannot use that.)
+# noise end, above 0.8, and in a small patch at the image end, below 0.1. Between them a time is
+# like its next neighbours at best, and most of each square is dark. All that the program can do
+# there is to keep the squares small, so it cuts more evenly than Algorithm 1. On CIFAR-10 the patch
+# at the image end reaches to 0.35, and the squares are brighter. (The corners off the diagonal are
+# the two ends, which resemble each other; stages are contiguous and cannot use that.)
 #
 # **You have** two algorithms that cut the timeline of any data set, and the curves and the matrix
 # that justify the cuts. Step 04 trains a decoder for each stage of Algorithm 1, in the faster form
@@ -391,13 +394,14 @@ if __name__ == "__main__":
 #    crosses $\alpha$ at nearly the same place; S to the noise end falls slowly.</details>
 # 2. Use only the pictures of one digit, `images[labels == 3]`. What do you expect of $t_1$?
 #    <details><summary>Solution</summary>`plain_algorithm_1(images[labels == 3], 2000)[0]`. Fewer
-#    candidates, but closer ones: the two effects nearly cancel. $t_2$ falls, because the mean of one
-#    digit is a better guess than that of all.</details>
+#    candidates, but closer ones: the two effects nearly cancel. $t_2$ falls, because the mean of
+#    one digit is a better guess than that of all.</details>
 # 3. Compare pictures in place of noises: `plain_similarity_matrix(images, 100,
 #    function=sde.posterior_mean)`. Why is the noise end of this matrix more homogeneous?
 #    <details><summary>Solution</summary>Near the noise the posterior mean is the mean picture, at
 #    one time as at another, so pictures agree. The noise $(x_t/s_t-\hat y)/\sigma_t$ of two such
-#    times does not: the same distance to the mean picture is divided by another $\sigma_t$.</details>
+#    times does not: the same distance to the mean picture is divided by another
+#    $\sigma_t$.</details>
 
 # %% [markdown]
 # ## Below this line: faster, safer, as published
@@ -414,9 +418,9 @@ if __name__ == "__main__":
 # * A **pilot** of two samples a cell finds roughly where the cuts lie and how much $\mathcal D$
 #   scatters. Its samples are then thrown away: estimates that decide on their own sample size are
 #   biased.
-# * The remaining samples go to the cells in proportion to that scatter (*Neyman allocation*), shared between
-#   the two cuts so that both get the same error, and no cell gets fewer than two. The average of a
-#   cell is unbiased however many samples it has, hence so is any sum of cells.
+# * The remaining samples go to the cells in proportion to that scatter (*Neyman allocation*),
+#   shared between the two cuts so that both get the same error, and no cell gets fewer than two.
+#   The average of a cell is unbiased however many samples it has, hence so is any sum of cells.
 # * In a large data set, a thousand pictures can **guess** what all of them would say. Let $c$ be
 #   the $\mathcal D$ that they give. Of five draws all are guessed and one, picked at random, is
 #   also compared in full; these five count as one sample, $\mathcal D-c$ of that one plus the
@@ -668,8 +672,8 @@ if __name__ == "__main__" and len(images) < 5000:
     workshop.show_figure("figures/02_seeds.png")
 
 # %% [markdown]
-# The same averages, and a fraction of the scatter in the cuts. (The fast form may claim more scatter
-# than it has: its estimate does not know that the times within a cell are stratified.)
+# The same averages, and a fraction of the scatter in the cuts. (The fast form may claim more
+# scatter than it has: its estimate does not know that the times within a cell are stratified.)
 #
 # ### The rivals as published
 #
