@@ -102,8 +102,8 @@ def as_time(t):
 class VP:
     """Describe the variance-preserving kernel over t in [1e-3, 1]: times of any shape to values."""
 
-    # paper: Section 5 prints s and sigma with signs and exponents lost; here: forms that satisfy
-    # Eq. 2 and s^2 (1 + sigma^2) = 1, because the published numbers come from them too.
+    # paper: Section 5 prints s and sigma with signs and exponents lost; here: the forms that have
+    # s^2 (1 + sigma^2) = 1 and satisfy Eq. 2, because the published numbers come from them too.
     t_min, t_max, beta_min, beta_d = 1e-3, 1.0, 0.1, 19.9
     beta = classmethod(lambda cls, t: cls.beta_min + cls.beta_d * as_time(t))
     B = classmethod(lambda cls, t: cls.beta_d / 2 * as_time(t) ** 2 + cls.beta_min * as_time(t))
