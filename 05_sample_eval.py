@@ -471,10 +471,9 @@ BadInput = workshop.BadInput
 
 # %%
 def time_grid(kernel, n, grid="log-snr"):
-    """Divide the timeline into n steps: (n + 1,) float64 times from t_max to t_min.
+    """Divide the timeline into n equal steps of log-snr, time, or (quadratic) the root of time.
 
-    grid: equal steps in log-snr, in time, or (quadratic) in the root of time; BadInput for others.
-    Source: Lu et al. 2022a, Section 3.4 and Appendix D.
+    Returns (n + 1,) float64 times, t_max first. Source: Lu et al. 2022a, Section 3.4, Appendix D.
     """
     if grid == "log-snr":
         return sde.log_snr_times(kernel, n)
@@ -490,7 +489,9 @@ def time_grid(kernel, n, grid="log-snr"):
 #
 # DDIM with $\eta>0$ exchanges a part of the predicted noise for fresh noise, and $\eta=1$ is DDPM.
 # **gDDIM** interpolates between the two in another way: it solves the SDE of noise strength
-# $\lambda$ exactly where the data are one point. Heun's *churn* adds noise before a step.
+# $\lambda$ exactly where the data are one point. Heun's *churn* adds noise before a step. **Score SDE**
+# alternates: a *predictor* step (here DDPM's), then a *corrector* step of Langevin dynamics at the
+# new noise level, whose length follows from a wanted ratio of signal to noise.
 
 
 # %%
@@ -501,12 +502,11 @@ def exchange_noise(e, sigma, sigma_next, eta, generator):
 
 
 if __name__ == "__main__":
-    x_T, ends = torch.randn(9, 1, 1, 1, dtype=torch.float64), []
+    x_T, found = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1), []
     for solver in (partial(ddim, eta=1.0, grid="time"), ancestral):
         dice = torch.Generator().manual_seed(seed)
-        *_, x = solver(mixture_noise(sde.VP), sde.VP, x_T, 20, dice)
-        ends.append(x)
-    torch.testing.assert_close(*ends)
+        found += [*solver(mixture_noise(sde.VP), sde.VP, x_T, 20, dice)][-1:]
+    torch.testing.assert_close(*found)
     print("DDIM with eta = 1 is DDPM")
 
 
@@ -535,12 +535,6 @@ def gddim(eps, kernel, x, nfe, generator=None, lam=0.5, grid="quadratic"):
         yield unscale(kernel, z, sigma_next)
 
 
-# %% [markdown]
-# **Score SDE** alternates: a *predictor* step (here DDPM's), then a *corrector* step of Langevin
-# dynamics at the new noise level, whose length follows from a wanted ratio of signal to noise.
-
-
-# %%
 def predictor_corrector(eps, kernel, x, nfe, generator=None, snr=0.16, grid="time"):
     """Sample by predictor and corrector, two evaluations a step; BadInput for an odd nfe.
 
@@ -676,14 +670,13 @@ def dpm_solver(
             z_r = advance(z, lam, k / p * h, c, total)
             if k < p:
                 m_r = prediction(eps, kernel, z_r, lam + k / p * h, c)
-        z = z_r
+        z = z_r  # DPM-Solver++ where c = 1
         yield unscale(kernel, z, sigma_next)
 
 
 if __name__ == "__main__":
-    x = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    *_, plain = dpm_solver_3(mixture_noise(sde.VP), sde.VP, x, 15)
-    *_, general = dpm_solver(mixture_noise(sde.VP), sde.VP, x, 15, orders=[3] * 5)
+    *_, plain = dpm_solver_3(mixture_noise(sde.VP), sde.VP, x_T, 15)
+    *_, general = dpm_solver(mixture_noise(sde.VP), sde.VP, x_T, 15, orders=[3] * 5)
     torch.testing.assert_close(general, plain, rtol=1e-12, atol=1e-12)
     print("the general DPM-Solver takes the same steps as the plain one, to 1e-12")
 
@@ -850,6 +843,11 @@ if __name__ == "__main__" and workshop.device().type == "cpu":
 
 
 # %%
+def to_bytes(images):
+    """Bring pictures in [0, 1] to uint8; those that are uint8 stay."""
+    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+
+
 def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, **how):
     """Draw n pictures with `sample`, kept in shards under `folder`: uint8 (n, C, H, W).
 
@@ -863,7 +861,7 @@ def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, 
         if j % world == rank and (have is None or len(have) < size):
             x = decode(sample(model, process, size, first=first, **how))
             with workshop.replacing(path) as aside, open(aside, "wb") as file:
-                np.save(file, (x * 255).round().to(torch.uint8).numpy())
+                np.save(file, to_bytes(x).numpy())
     if world > 1:
         dist.barrier()
     for first in range(0, n, shard):
@@ -892,7 +890,8 @@ def check_number(n, real, least=10):
 
 # %% [markdown]
 # The paper's Figure 2 asks which stage profits from a network of its own, by letting one network
-# serve some stages and another the rest. `--model_for_stage 1=runs/digits-unified` does that.
+# serve some stages and another the rest. `--model_for_stage 1=runs/digits-unified` does that. The
+# equivalent GFLOPs of Table 2 are those of the stages, weighted by the evaluations in each.
 
 
 # %%
@@ -975,19 +974,12 @@ if __name__ == "__main__":
         sys.exit()  # the first process measures
     speed = samples / seconds
     print(f"{samples} pictures in {seconds:.1f} s on {workshop.device()}: {speed:.0f}/s")
-    title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
-    workshop.show_images([drawn[:96]], [title], run / "samples.png")
-
-# %% [markdown]
-# What does an evaluation cost on average? The equivalent GFLOPs of the paper's Table 2: those of
-# the stages, weighted by the share of evaluations that falls into each.
-
-# %%
-if __name__ == "__main__":
     costs = stage_gflops(model)
     gflops = sum(part * costs[k] for k, part in share.items())
     print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
     print(f"equivalent GFLOPs (paper's count): {gflops:.4g}")
+    title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
+    workshop.show_images([drawn[:96]], [title], run / "samples.png")
 
 # %% [markdown]
 # Are they copies? Under each of the first samples the training picture that is nearest in pixels.
@@ -1034,10 +1026,7 @@ class DigitClassifier(nn.Module):
 
 
 def train_classifier(images, labels, steps=400, seed=0):
-    """Train a DigitClassifier on four fifths of (images uint8, labels); return (it, accuracy).
-
-    The accuracy is that on the last fifth of a random order, which it has not seen.
-    """
+    """Train a DigitClassifier on four fifths of (images uint8, labels): (it, accuracy on the rest)."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     images, labels = images[order].float() / 255, labels[order]
     cut, generator = len(images) * 4 // 5, torch.Generator().manual_seed(seed)
@@ -1057,6 +1046,9 @@ def train_classifier(images, labels, steps=400, seed=0):
 
 
 # %%
+OWN = {}  # features that are registered with torch-fidelity: {name: function}
+
+
 def register_features(body, width):
     """Register `body`, uint8 (B, C, H, W) to features (B, width), with torch-fidelity: its name."""
     import torch_fidelity
@@ -1072,6 +1064,7 @@ def register_features(body, width):
         forward = lambda self, x: (body(x),)  # noqa: E731 - torch-fidelity wants a tuple
 
     name = f"own-{len(FEATURE_EXTRACTORS_REGISTRY)}"  # a name can be registered only once
+    OWN[name] = body
     torch_fidelity.register_feature_extractor(name, Features)
     return name
 
@@ -1130,18 +1123,11 @@ def pick_extractor(dataset, images, labels, features=""):
 
 
 # %%
-class Pictures(torch.utils.data.Dataset):
-    """Serve pictures (N, C, H, W), uint8 or in [0, 1], as torch-fidelity wants them: uint8."""
-
-    def __init__(self, images):
-        whole = images.dtype == torch.uint8
-        self.images = images if whole else (images * 255).round().to(torch.uint8)
-
-    def __len__(self):
-        return len(self.images)
+class Pictures(torch.utils.data.TensorDataset):
+    """Serve pictures as torch-fidelity wants them: uint8 (C, H, W), not in a tuple."""
 
     def __getitem__(self, i):
-        return self.images[i]
+        return super().__getitem__(i)[0]
 
 
 METRICS = {  # torch-fidelity's names, and those of the table
@@ -1178,7 +1164,7 @@ def evaluate(images, reference, extractor, weights=""):
     try:
         with workshop.limit_downloads():  # Inception's weights may have to be downloaded
             found = torch_fidelity.calculate_metrics(
-                input1=Pictures(images), input2=Pictures(reference), **how
+                input1=Pictures(to_bytes(images)), input2=Pictures(to_bytes(reference)), **how
             )
     except Exception as error:  # torch, torch-fidelity and the download each fail in their own way
         if not inception or workshop.is_out_of_memory(error):
@@ -1193,10 +1179,7 @@ def evaluate(images, reference, extractor, weights=""):
 
 
 def real_halves(images, n):
-    """Cut a data set (N, C, H, W) into two random sets of n pictures.
-
-    Raises BadInput where it has fewer than 2 n.
-    """
+    """Cut a data set (N, C, H, W) into two random sets of n pictures; BadInput if it has fewer."""
     check_number(n, images, least=1)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[:n]], images[order[n : 2 * n]]
@@ -1252,27 +1235,16 @@ if __name__ == "__main__":
     title = f"{samples} pictures a set against {against}, {named};"
     title += f"\n{sampler}, {count} evaluations, averaged weights, seed {seed}"
     print_metrics(table, title, distance_name(extractor, samples))
+    if extractor in OWN and not features and 64 < samples <= 2000:  # more pictures than features
+        with torch.no_grad():
+            sets = [OWN[extractor](to_bytes(images)) for images in (drawn, half)]
+        theirs = table["samples / real"]["frechet"]
+        print(f"the five lines: {frechet_distance(*sets):.6f}, torch-fidelity: {theirs:.6f}")
+        assert math.isclose(frechet_distance(*sets), theirs, rel_tol=1e-3)
     record = dict(run=str(run), step=made, sampler=sampler, nfe=count, equivalent_gflops=gflops)
     record.update(grid=grid or "own", seed=seed, weights="averaged", features=named)
     workshop.write_json({**record, "against": against, **table}, run / "metrics.json")
     print(f"grid: {run / 'samples.png'}\nmetrics: {run / 'metrics.json'}")
-
-# %% [markdown]
-# Is that the formula? With the features of the same extractor:
-
-# %%
-if __name__ == "__main__" and extractor.startswith("own") and samples <= 10_000:
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    kind = FEATURE_EXTRACTORS_REGISTRY[extractor]
-    judge = kind(extractor, kind.get_provided_features_list())
-    with torch.no_grad():
-        sets = [judge(Pictures(images).images)[0] for images in (drawn, half)]
-    distance = frechet_distance(*sets)
-    print(
-        f"the five lines give {distance:.6f}, torch-fidelity {table['samples / real']['frechet']:.6f}"
-    )
-    assert math.isclose(distance, table["samples / real"]["frechet"], rel_tol=1e-3)
 
 # %% [markdown]
 # ### Which solver, how many evaluations?
@@ -1287,8 +1259,7 @@ def compare_solvers(
 ):
     """Measure the distance of len(real) samples for each solver and budget: a list of rows.
 
-    A row is (sampler, evaluations, distance, seconds); a budget that a solver cannot do is taken
-    one lower.
+    A row: sampler, evaluations, distance, seconds. What a solver cannot do is taken one lower.
     """
     rows = []
     for name in SAMPLERS:
