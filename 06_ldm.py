@@ -12,10 +12,12 @@
 # multistage model of steps 03 and 04 on the latents in place of the pixels, and decode what it
 # draws. Nothing of the diffusion model changes: a latent is a small picture with unusual channels.
 #
-# Here the paper saves most. Its multistage latent diffusion reaches the quality of the plain one
-# on CelebA 256×256 with 30% of the training compute (Table 2): 70% is saved. Below the line
-# `python 06_ldm.py --dataset celeba --size 256` is that configuration; `--dry_run` tells what it
-# would take. Without flags the file shows this lesson, and then trains on digits.
+# Here the paper saves most. On CelebA 256×256 its multistage latent diffusion reaches nearly the
+# FID of the plain one (8.38 and 8.29) with 30% of the training compute: 70% is saved (Table 2).
+#
+# `python 06_ldm.py` shows this lesson, and then trains on digits at greater length. With flags the
+# file is the command below the line alone: `python 06_ldm.py --dataset celeba --size 256` is the
+# paper's configuration, and with `--dry_run` it says what that would take.
 
 # %%
 import importlib
@@ -54,28 +56,42 @@ if __name__ == "__main__" and lesson:
     print(f"squared error {F.mse_loss(blurred, x0):.4f} a pixel; pixels vary by {x0.var():.4f}")
 
 # %% [markdown]
-# A third of all that varies. A mean says how much ink there is in its block, and not where.
+# A third of all that varies: the third row can hardly be read. A mean says how much ink there is in
+# its block, and not where.
 #
 # Which numbers would say more? Let two networks find out: an *encoder* $\mathcal E$ that maps a
-# picture to its latent $z=\mathcal E(x)$, a few channels at a lower resolution, and a *decoder*
-# $\mathcal D$ with $\mathcal D(z)\approx x$. They are trained together, once, before the diffusion
+# picture to its latent $h=\mathcal E(x)$, a few channels at a lower resolution, and a *decoder*
+# $\mathcal D$ with $\mathcal D(h)\approx x$. They are trained together, once, before the diffusion
 # model, and only on rebuilding pictures.
 #
 # The paper uses the released **VQ-f4** of latent diffusion: pictures of 3×256×256, latents of
-# 3×64×64, a sixteenth of the numbers. Ours make 2×4×4 of 1×8×8, a half.
+# 3×64×64, a sixteenth of the numbers. Ours make 2×4×4 of 1×8×8, a half. A convolution costs as much
+# as there are positions, so every evaluation of the diffusion network becomes sixteen times (here:
+# four times) cheaper, before any stage is cut. What the paper saves comes on top of that.
+#
+# | symbol | in the code | meaning |
+# |---|---|---|
+# | $h=\mathcal E(x)$ | `model.encode(x)` | the latent as the encoder gives it, (B, c, h, w) |
+# | $e$ | `codebook(h)` | the same, each position rounded to an entry of the codebook |
+# | $\mathcal D$ | `model.decode(h)` | the decoder: it rounds first |
+# | $z$ | `scale * h` | the latent of unit variance that the diffusion model sees |
 #
 # ## A codebook
 #
-# What keeps the latents tidy? With nothing else to obey, an encoder may put fine detail into ever
-# smaller differences between huge numbers, and a diffusion model cannot draw those. VQ (vector
-# quantisation; van den Oord et al. 2017) allows the decoder no more than a list of $K$ vectors, the
-# *codebook*. Each position $h$ of the encoder's output is rounded to the nearest entry:
+# What keeps the latents tidy? Two kinds of autoencoders are in use, and they differ in the answer;
+# the other kind, KL, stands below the line. With nothing else to obey, an encoder may hide detail
+# in tiny differences between large numbers, which a diffusion model could never draw well enough.
+# VQ (vector quantisation; van den Oord et al. 2017) allows the decoder no more than a list of $K$
+# vectors, the *codebook*. Each position $h$ of the encoder's output is rounded to the nearest
+# entry:
 #
 # $$e = e_j,\qquad j=\arg\min_i\|h-e_i\|_2 .$$
 #
 # Rounding has no useful gradient: a small change of $h$ changes nothing. So the gradient is passed
-# straight through, as if nothing had been rounded. One line does both: forwards
+# *straight through*, as if nothing had been rounded. One line does both: forwards
 # $h+\mathrm{sg}[e-h]$ is $e$, backwards it is $h$, where $\mathrm{sg}$ stops the gradient.
+#
+# (The counter `used` and the parts serve large codebooks, such as the 8,192 entries of VQ-f4.)
 
 
 # %%
@@ -114,8 +130,11 @@ if __name__ == "__main__" and lesson:
     assert index.item() == squares.index(min(squares))
 
 # %% [markdown]
-# The rounded latent carries no gradient to the entries, though. How do they learn? Entry and
-# encoder are pulled towards each other, the encoder more gently, $\beta=\tfrac14$:
+# The nearest entry is found, and the gradient arrives as if nothing had happened: the encoder is
+# told how the *rounded* latent should change, and changes its own in that direction.
+#
+# But the gradient reaches no entry on its way. How do entries learn? They and the encoder are
+# pulled towards each other, the encoder more gently, with $\beta=\tfrac14$:
 #
 # $$\|e-\mathrm{sg}[h]\|^2+\beta\,\|h-\mathrm{sg}[e]\|^2 .$$
 
@@ -129,17 +148,21 @@ def pull_together(h, e, beta=0.25):
 if __name__ == "__main__" and lesson:
     book.zero_grad()
     pull_together(h.detach(), book(h.detach())[1]).backward()
-    print("where the pull moves the three entries:", (-book.vectors.grad).tolist())
+    print("where the pull moves the three entries:", (0 - book.vectors.grad).tolist())
 
 # %% [markdown]
-# Only the entry that was nearest moves, towards the latent. An entry that is never the nearest
-# never learns; so ours are spread out at the start, and below the line dead ones are moved.
+# Only the entry that was nearest moves, towards the latent. Why the second term? Without it the
+# encoder could run away from the entries, which follow at their own pace; with it, it commits
+# itself to the entry it has. An entry that is never the nearest never learns; so ours are spread
+# out at the start, and below the line dead ones are moved.
 #
 # ## A small autoencoder
 #
-# Three convolutions each way. One of them halves the resolution, or doubles it. The diffusion model
-# will work on the latents *before* they are rounded: rounding belongs to the decoder, which so mends
-# small slips of what was drawn.
+# Three convolutions each way, of which the middle one halves the resolution, or doubles it. The
+# last one of the encoder has two channels: those of the latent.
+#
+# Where is the rounding? The diffusion model will work on the latents *before* they are rounded. So
+# rounding belongs to the decoder, which mends small slips of what was drawn by it.
 
 
 # %%
@@ -174,8 +197,13 @@ if __name__ == "__main__" and lesson:
     print(*shapes, sep=" -> ", end=f"; {unet.count_parameters(small):,} parameters\n")
 
 # %% [markdown]
-# The loss is the absolute error of a pixel, plus the pull. The learning rate falls to zero, so that
-# the last steps polish.
+# From 64 numbers to 32 and back to 64. The weights are still random, so nothing comes back yet.
+#
+# ## Its training
+#
+# The loss is the absolute error of a pixel, plus the pull. (The squared error would make blurs; the
+# absolute one keeps edges.) The learning rate falls to zero, so that the last steps polish. Nobody
+# asks what the latents mean: whatever helps to rebuild the picture is welcome.
 
 
 # %%
@@ -206,8 +234,8 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # ## Latents
 #
-# From now on the two halves are used apart: all pictures are encoded once, and only what is drawn
-# has to be decoded. Many pictures go in parts.
+# After some fifty steps it is ahead of the means. From now on its two halves are used apart: all
+# pictures are encoded once, and only what is drawn has to be decoded. Many pictures go in parts.
 
 
 # %%
@@ -255,8 +283,10 @@ if __name__ == "__main__" and lesson:
     print(f"squared error {error:.4f} a pixel; of the means {F.mse_loss(blurred, x0):.4f}")
 
 # %% [markdown]
-# The strokes are back, and most of the greys. The latents are small pictures still: what stands at a
-# place of the picture stands at the same place of its latent. Their two channels are no colours.
+# The strokes are back, and most of the greys, with a fifth of the error of the means. It took twice
+# their numbers, and numbers that were chosen for the purpose. The latents are small pictures still:
+# what stands at a place of the picture stands at the same place of its latent. But their two
+# channels are no colours, and what is bright in them is not bright in the picture.
 #
 # And the codebook? Here the two numbers of a position are a point of the plane, so that all
 # positions of all latents can be drawn, and the 64 entries over them.
@@ -273,21 +303,29 @@ if __name__ == "__main__" and lesson:
     print(f"entries in use: {len(small.codebook.nearest(h).unique())} of {len(entries)}")
 
 # %% [markdown]
-# The entries cover the part of the plane where latents are, about evenly.
+# The entries cover the part of the plane where latents are, about evenly, and all are in use. Large
+# steps to the next entry, as at the rim, cost accuracy; few latents lie there.
 #
 # ## The scale
 #
 # The kernels of step 01 are made for data of a spread near 1: a noise level of 1 shall be as strong
-# as what it covers. Latents have any spread that their autoencoder found convenient, so they are
-# divided by it. The number is part of the model, and the decoder's side multiplies by it again:
+# as what it covers, and at the end of time nothing shall be left. Latents have whatever spread
+# their autoencoder found convenient, so they are divided by it. The number is part of the model,
+# and before decoding it is multiplied by again:
 #
 # $$z = h\,/\,\mathrm{std}(h),\qquad \hat x = \mathcal D\big(z\cdot\mathrm{std}(h)\big).$$
 #
+# The spread of ours is 0.88, and 2.15 that of the KL autoencoder which is trained below on the same
+# digits. Without the scale each would see another schedule: the same step, a different share of
+# noise.
+#
 # ## The multistage model, unchanged
 #
-# A network of step 03 with two channels and a side of four, trained by step 04. The cuts are
-# those that the paper takes for latents, between the steps 442 and 631. Every batch has all three
-# stages, which serves a short training best.
+# A network of step 03 for pictures of two channels and a side of four, trained by step 04's loop
+# with the kernel of latent diffusion, whose time is one of 1,000 steps. The cuts are those that the
+# paper takes for latents, after the steps 442 and 631: stage 0 has the times up to 0.442, next to
+# the image, stage 2 those from 0.632 on. Every batch has all three stages here, which serves a
+# short training best. Not a line of steps 03 and 04 knows that these are latents.
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -304,21 +342,26 @@ if __name__ == "__main__" and lesson:
     print(f"spread of the latents {h.std():.3f}; cuts {model.cuts}")
 
 # %% [markdown]
-# The same picture as in pixels: near the noise the task is easy, near the image it is hard.
+# The same picture as in pixels: near the noise (stage 2) the task is easy, near the image (stage 0)
+# it is hard, and the losses lie a factor of a hundred apart.
 #
 # ## Drawing and decoding
 #
-# Step 05 draws latents with DPM-Solver++(2M), 20 evaluations in equal steps of time, as the paper
-# does. They are multiplied by the spread, rounded, and decoded.
+# The start is noise of the latents' shape, (2, 4, 4). Step 05 draws latents from it with
+# DPM-Solver++(2M), 20 evaluations in equal steps of time, as the paper does. They are multiplied by
+# the spread, rounded, and decoded, all 48 in a moment: what the solver repeats 20 times happens in
+# a space of half the numbers, and with VQ-f4 of a sixteenth.
 
 # %%
 if __name__ == "__main__" and lesson:
     drawn = evaluation.sample(state["ema"], "ldm", 48, "dpm-solver++-2m", 20, grid="time")
     pictures = decode_latents(small, drawn, scale)  # (48, 1, 8, 8)
-    title = "drawn as latents and decoded, after 150 steps"
-    workshop.show_images([pictures], [title], "figures/06_drawn.png")
+    workshop.show_images([pictures], ["drawn as latents, and decoded"], "figures/06_drawn.png")
 
 # %% [markdown]
+# Strokes, some of them digits, after seconds of training. Where they fail they fail as digits do,
+# with broken or doubled lines: the decoder knows no other marks.
+#
 # **You have** all parts of latent diffusion: a codebook, an autoencoder, a scale, and the model of
 # the steps before, which never saw a pixel. No sample can be better than what the autoencoder
 # rebuilds; how good these are is measured below, on longer trainings.
@@ -328,7 +371,7 @@ if __name__ == "__main__" and lesson:
 # 1. Run with `--kind vq`. How many of the 256 entries are in use, and what does the rounding cost?
 #    <details><summary>Solution</summary>`autoencoder.jsonl` has the perplexity; the column of the
 #    reconstructions has the price.</details>
-# 2. Leave out the scale: train on `h` above. What do you expect of the losses?
+# 2. Leave out the scale: train on `h` above. What do you expect of the losses of the three stages?
 #    <details><summary>Solution</summary>Where the spread is below 1, the same step of the schedule
 #    covers more, so that the noise is easier to tell and the losses fall; the model spends more of
 #    its steps on nearly pure noise.</details>
@@ -343,7 +386,8 @@ if __name__ == "__main__" and lesson:
 # ## Below this line: faster, safer, as published
 #
 # The command: published and released autoencoders, their judges, latents on disk, several GPUs,
-# resuming, a unified network beside the multistage one, and what it would all take.
+# resuming, a unified network beside the multistage one, and what it would all take. Where a setting
+# is 0 or empty the recipe of the data set decides (`workshop.DATASETS`, step 00).
 
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
@@ -351,7 +395,7 @@ root = "data"  # where the data set lies or is downloaded to
 size = 256  # side in pixels that pictures of celeba and folder are brought to [4, 2048]
 first_stage = ""  # file of a trained autoencoder, own or LDM's VQ-f4; empty: train one
 kind = ""  # autoencoder to train: kl or vq; empty: the data set's recipe
-code_steps = 0  # training steps of the autoencoder; 0: the recipe (table below) [0, 1000000000]
+code_steps = 0  # training steps of the autoencoder; 0: the recipe of the data set [0, 1000000000]
 code_lr = 0.0  # Adam's learning rate of the autoencoder; 0: the recipe [0, 10]
 perceptual = -1.0  # weight of LPIPS in the autoencoder's loss; below 0: the recipe [-1, 1000]
 adversarial = -1.0  # weight of a patch discriminator in it; below 0: the recipe [-1, 1000]
@@ -380,6 +424,7 @@ workers = 4  # processes that read them then [0, 1024]
 compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on with that run: train what is missing, then draw
 dry_run = False  # say what the run would take (parameters, GFLOPs, memory, time) and stop
+
 # %%
 workshop.settings(globals(), "06_ldm")
 
@@ -501,12 +546,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What is a good reconstruction?
 #
-# The loss is the absolute error of a pixel, plus the pull. At 8×8 that is all it takes. Large
-# pictures come out blurred so, because a blurred texture is closer in pixels than a sharp one in the
-# wrong place. Latent diffusion therefore adds two judges: **LPIPS**, a distance between the features
-# of an ImageNet classifier, and a **patch discriminator**, which is trained along and tells real
-# patches from rebuilt ones. Its weight is adapted so that its gradient is as large as the other
-# losses' at the decoder's last layer.
+# Large pictures come out blurred, because a blurred texture is closer in pixels than a sharp one in
+# the wrong place. Latent diffusion therefore adds two judges: **LPIPS**, a distance between the
+# features of an ImageNet classifier, and a **patch discriminator**, which is trained along. Its weight
+# is adapted so that its gradient is as large as the other losses' at the decoder's last layer.
 
 
 # %%
@@ -553,9 +596,8 @@ def load_lpips(where):
 
 
 # %% [markdown]
-# The loop is a generator again. It logs how healthy a codebook is: its **perplexity** is the number
-# of entries that are in equal use, at most `entries`. Entries that no latent is nearest to get no
-# gradient and stay dead; every 100 steps they are moved onto latents of the batch.
+# The loop logs how healthy a codebook is: its **perplexity** is the number of entries that are in
+# equal use, at most `entries`. Dead entries are moved onto latents of the batch every 100 steps.
 
 
 # %%
@@ -680,8 +722,8 @@ if __name__ == "__main__" and lesson and workshop.device().type == "cpu":  # a G
 
 # %% [markdown]
 # While it trains, all that it needs to go on lies in `autoencoder.pt`; when it is done, the
-# autoencoder alone. The reader of that file also reads LDM's: a first stage on its own, or the one
-# inside a whole latent diffusion model. Its layout follows from the shapes of its weights.
+# autoencoder alone. LDM's files are read too: a first stage on its own, or the one inside a whole
+# latent diffusion model. Its layout follows from the shapes of its weights.
 
 
 # %%
@@ -702,7 +744,7 @@ def save_autoencoder(state, path, finished):
 def fit_autoencoder(state, images, steps, batch, folder, save_every=0, **how):
     """Run `train_autoencoder` and leave autoencoder.pt and autoencoder.jsonl in `folder`.
 
-    save_every: as in step 04's `due`.
+    save_every: as in `workshop.is_save_due`.
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     Raises BadInput where the error is no longer finite.
     """
@@ -739,11 +781,12 @@ def resume_autoencoder(state, content):
 
 
 # %%
-def plan_of_release(tensors):
-    """Tell the arguments of `Autoencoder` from the weights {name: tensor} of LDM's first stage.
+def from_release(state):
+    """Build an autoencoder from the state dict of LDM's first stage.
 
     Raises BadInput for one with attention outside the middle, which LDM has at f = 8 and above.
     """
+    tensors = {name.removeprefix("first_stage_model."): v for name, v in state.items()}
     if any(".attn." in name for name in tensors):
         raise BadInput("this first stage has attention at several resolutions: take VQ-f4 or KL-f4")
     width, channels = tensors["encoder.conv_in.weight"].shape[:2]
@@ -755,15 +798,8 @@ def plan_of_release(tensors):
     plan = dict(kind="kl" if vectors is None else "vq", channels=channels, width=width)
     plan.update(blocks=blocks, mults=[c // width for c in widths])
     plan.update(code=len(tensors["post_quant_conv.weight"]))
-    return {**plan, "entries": None if vectors is None else len(vectors)}
+    plan.update(entries=None if vectors is None else len(vectors))
 
-
-def from_release(state):
-    """Build an autoencoder from the state dict of LDM's first stage.
-
-    Raises BadInput as `layout`.
-    """
-    tensors = {name.removeprefix("first_stage_model."): v for name, v in state.items()}
     parts = ("encoder.", "quant_conv.", "post_quant_conv.", "decoder.")
     named = [(n, v) for part in parts for n, v in tensors.items() if n.startswith(part)]
 
@@ -773,11 +809,10 @@ def from_release(state):
         rank = order.index(what) if part == "decoder" else 0
         return parts.index(f"{part}."), rank, -int(k) if (part, what) == ("decoder", "up") else 0
 
-    model = Autoencoder(**plan_of_release(tensors))
+    model = Autoencoder(**plan)
     found = unet.match_release(model, sorted(named, key=place))
     if model.kind == "vq":
-        found["codebook.vectors"] = tensors["quantize.embedding.weight"]
-        found["codebook.used"] = model.codebook.used
+        found.update({"codebook.vectors": vectors, "codebook.used": model.codebook.used})
     model.load_state_dict(found)
     return model
 
@@ -869,9 +904,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What would it take?
 #
-# Before hours of training one wants to know whether it fits. Everything can be built on the `meta`
-# device, which knows shapes but holds no numbers. Even the activations can be counted there: autograd
-# is asked what it keeps for the backward pass (`kept_bytes` of step 03).
+# Everything can be built on the `meta` device, which knows shapes but holds no numbers. Even the
+# activations can be counted there: autograd is asked what it keeps (`kept_bytes` of step 03).
 
 
 # %%
@@ -901,29 +935,23 @@ def estimate_run(autoencoder, model, settings, shape, devices, times):
     work = lambda row: f"{row['gflops']:.4g} GFLOPs (true: {row['true_gflops']:.4g})"  # noqa: E731
     million = lambda n: f"{n / 1e6:.4g} million parameters"  # noqa: E731
     print(f"autoencoder ({autoencoder.kind}): {million(unet.count_parameters(autoencoder))}")
-    for what, part in dict(
-        encode=lambda: autoencoder.encode(x), decode=lambda: autoencoder.decoder(z)
-    ).items():
-        print(f"  to {what} a picture: {work(unet.count_work(part, autoencoder))}")
+    halves = dict(encode=partial(autoencoder.encode, x), decode=partial(autoencoder.decoder, z))
+    for what, half in halves.items():
+        print(f"  to {what} a picture: {work(unet.count_work(half, autoencoder))}")
     gigabytes = 2 * z[0].numel() / 1e4
     print(f"latents {'×'.join(map(str, z.shape[1:]))}: {gigabytes:.3g} GB for 100,000 on disk")
 
     costs = unet.cost_of(model)
-    stages, parameters = (
-        [costs[k] for k in range(len(model.decoders))],
-        costs["total"]["parameters"],
-    )
+    stages = [costs[k] for k in range(len(model.decoders))]
+    parameters = costs["total"]["parameters"]
     print(f"network {settings['network']}: {million(parameters)}")
     for k, row in enumerate(stages):
         print(f"  stage {k}: {million(row['parameters'])}, {work(row)}")
     stage = np.searchsorted(settings["boundaries"], times, side="right")
     calls = np.bincount(stage, minlength=len(stages))
     drawing = sum(n * row["gflops"] for n, row in zip(calls, stages, strict=True)) / len(times)
-    by_stage = ", ".join(map(str, calls))
-    print(
-        f"{len(times)} evaluations a latent, by stage: {by_stage}; {drawing:.4g} GFLOPs each on "
-        "average"
-    )
+    print(f"{len(times)} evaluations a latent, by stage: {', '.join(map(str, calls))};", end=" ")
+    print(f"{drawing:.4g} GFLOPs each on average")
     x, t = torch.empty(batch // devices, *z.shape[1:], device="meta"), torch.empty(1, device="meta")
     keep = lambda k: unet.kept_bytes(lambda: model(x, t.expand(len(x)), stage=k), model)  # noqa: E731
     fixed = 20 * parameters / 2**30  # weights, gradients, Adam's two, the average
@@ -950,8 +978,8 @@ if __name__ == "__main__" and dry_run:
 # %% [markdown]
 # ### The autoencoder of the run
 #
-# From here on the run leaves its files in `runs/<name>/`. Under `torchrun` all processes train the
-# autoencoder together, divide the encoding between them, and train the latent model together.
+# From here on the run leaves its files in `runs/<name>/`. Under `torchrun` all processes train
+# together, and divide the encoding between them.
 
 # %%
 if __name__ == "__main__" and not dry_run:
@@ -1030,10 +1058,9 @@ if __name__ == "__main__" and not dry_run:
 # %% [markdown]
 # ### Latents on disk
 #
-# Every picture is encoded once and for all. The latents go to disk in shards, each written aside and
-# renamed, so that an interrupted encoding goes on. Beside them stands whose they are: the
-# autoencoder's hash, the data set and its size. Latents that belong to another autoencoder would
-# train without complaint and decode to nonsense, so they are refused.
+# They lie in shards, each written aside and renamed, so that an interrupted encoding goes on. Beside
+# them stands whose they are: the autoencoder's hash, the data set and its size. Latents of another
+# autoencoder would train without complaint and decode to nonsense, so they are refused.
 
 
 # %%
@@ -1151,9 +1178,8 @@ if __name__ == "__main__" and not dry_run and rank == 0:
 # ### Where would the cuts lie?
 #
 # The paper takes the boundaries that it found on the pixels of CIFAR-10 over to the latents of
-# CelebA, at the steps 442 and 631 of LDM's schedule. Algorithm 1 needs no network, so it can be asked
-# about the latents themselves. One choice is open: $\eta$ = 2/256 is meant for pixels in [0, 1], while
-# latents have unit variance. Both readings below.
+# CelebA. Algorithm 1 needs no network, so it can be asked about the latents themselves. One choice is
+# open: $\eta$ = 2/256 is meant for pixels in [0, 1], while latents have unit variance. Both readings:
 
 # %%
 if __name__ == "__main__" and not dry_run and rank == 0:
@@ -1175,17 +1201,14 @@ if __name__ == "__main__" and not dry_run and rank == 0:
     print(f"{'published':28s} steps 442, 631; pixel cuts at the same SNR: 479, 690")
 
 # %% [markdown]
-# The answer depends on the reading more than on the space. Among latents of unit variance the middle
-# stage, where the work is, spans most of the timeline. Stretched to [0, 1] they are several times
-# smaller against the same noise: no time is early enough to agree with the picture end, and nearly
-# all of them agree with the noise end. For CelebA the paper left the question aside and took over
-# the cuts of CIFAR-10's pixels. So do we; `--boundaries` takes others.
+# The answer depends on the reading more than on the space. Stretched to [0, 1] latents are several
+# times smaller against the same noise: no time is early enough to agree with the picture end, and
+# nearly all agree with the noise end. So we, too, take the paper's cuts; `--boundaries` takes others.
 #
 # ### Training
 #
-# The network is step 03's, the loop step 04's, the schedule LDM's. On `digits` and `mnist` a unified
-# network is trained as well, for as many steps as cost the same FLOPs, and both are measured on the
-# way: decoded samples against real pictures, as in step 05.
+# On `digits` and `mnist` a unified network is trained as well, for as many steps as cost the same
+# FLOPs, and both are measured on the way: decoded samples against real pictures, as in step 05.
 
 
 # %%
@@ -1264,8 +1287,7 @@ if __name__ == "__main__" and not dry_run and compare:
 # %% [markdown]
 # ### Drawing and measuring
 #
-# DPM-Solver++(2M) with 20 evaluations in equal steps of time, as the paper draws from LDM;
-# `--sampler ddim` is the other one that it uses. The set lies on disk in shards, as in step 05.
+# `--sampler ddim` is the other solver that the paper uses. The set lies on disk in shards.
 
 # %%
 if __name__ == "__main__" and not dry_run:
@@ -1283,9 +1305,8 @@ if __name__ == "__main__" and not dry_run:
     workshop.show_images([drawn[:96] / 255], [title], run / "samples.png")
 
 # %% [markdown]
-# No latent model can be better than its autoencoder, so the reconstructions of real pictures are the
-# floor. All columns are compared with the same half of the real pictures; the last one is the other
-# half, which is what perfect samples would get.
+# Reconstructions of real pictures are the floor. All columns are compared with the same half of the
+# real pictures; the last one is the other half, which is what perfect samples would get.
 
 # %%
 if __name__ == "__main__" and not dry_run:

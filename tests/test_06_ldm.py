@@ -1,5 +1,6 @@
 """Step 06: both autoencoders, LDM's first stage, latents on disk, the model on LDM's steps."""
 
+import copy
 import json
 import os
 import signal
@@ -298,6 +299,39 @@ def test_a_host_of_lpips_that_never_answers_is_given_up(
     assert time.monotonic() - begin < 20 and socket.getdefaulttimeout() is None
     assert "(TimeoutError): going on without it" in capsys.readouterr().out
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# ------------------------------------------------------------------------- the plain forms
+
+
+def test_the_plain_loop_trains_as_the_whole_one(workshop, ldm, pixels):
+    """With the same pictures, bit for bit: weights and errors."""
+    state = ldm.new_autoencoder_state({**TINY, "kind": "vq"}, 8, 5e-3, seed=3)
+    twin = copy.deepcopy(state["model"])
+    plain = list(ldm.train_plainly(twin, pixels, steps=4, batch=16, seed=3))
+    whole = [row["error"].item() / 4 for _, row in ldm.train_autoencoder(state, pixels, 4, 16)]
+    assert plain == whole
+    for a, b in zip(twin.parameters(), state["model"].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_small_autoencoder_learns_and_is_used_as_the_others(ldm, pixels):
+    model = ldm.SmallAutoencoder(c=16)
+    errors = list(ldm.train_plainly(model, pixels, steps=80))
+    z = ldm.encode_pictures(model, pixels[:600])  # in parts
+    assert z.shape == (600, 2, 4, 4)
+    rebuilt, truth = ldm.decode_latents(model, z, 1.0), pixels[:600] / 255
+    assert F.mse_loss(rebuilt, truth) < 0.35 * truth.var() and errors[-1] < 0.3 * errors[0]
+    rounded = model.codebook(z)[0]
+    torch.testing.assert_close(ldm.decode_latents(model, rounded, 1.0), rebuilt)  # it rounds
+    torch.testing.assert_close(ldm.decode_latents(model, 3 * z, 3.0), rebuilt)
+
+
+def test_what_the_user_gave_takes_the_recipe_s_place(ldm):
+    recipe = dict(code_steps=5, code_batch=4, perceptual=1.0, adversarial=0.5, lr=0.1, warmup=7)
+    given = dict(code_steps=0, perceptual=0.0, adversarial=-1.0, lr=0.2, kind="vq")
+    expected = {**recipe, "perceptual": 0.0, "lr": 0.2}
+    assert ldm.fill_recipe(recipe, given) == expected
 
 
 # ------------------------------------------------------------------------------------ latents
