@@ -10,7 +10,8 @@
 #
 # **You will** build the network of the paper: a U-Net whose encoder serves all stages of the
 # timeline and whose decoders serve one stage each, wide near the image, narrow near the noise.
-# You will check that one stage gives back a plain U-Net, and that a batch may mix stages.
+# You will check that one stage gives back a plain U-Net, that a batch may mix stages, and that a
+# picture trains the decoder of its own stage only. (Section 3.1 and Figure 1(c) of the paper.)
 
 # %%
 import importlib
@@ -38,9 +39,10 @@ seed = 0  # seed of every random number [0, 4294967295]
 workshop.settings(globals(), "03_multistage_unet")
 
 # %% [markdown]
-# Step 02 cut the timeline of `digits` at $t_1$ = 0.096 and $t_2$ = 0.443. Stage $k$ serves the times
-# $[t_k,t_{k+1})$, with $t_0=0$: stage 0 lies at the image, the last one at the noise. A network
-# with a decoder for each stage has to ask one question of every time:
+# Step 02 cut the timeline of `digits` at $t_1$ = 0.096 and $t_2$ = 0.443. Stage $k$ serves the
+# times $[t_k,t_{k+1})$, with $t_0=0$: stage 0 lies at the image, the last one at the noise. A
+# network with a decoder for each stage has to ask one question of every time: which stage does it
+# belong to?
 
 
 # %%
@@ -61,10 +63,10 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## Why not one network, and why not three?
 #
-# One network for all times is called *unified* in the paper, one network a stage *separate*. Against
-# both it has hypotheses (Section 4), which it supports by curves of networks of 47 to 169 million
-# parameters. The right column says what this project finds on `digits`, with networks a hundred
-# times smaller. RESULTS.md has the numbers.
+# One network for all times is called *unified* in the paper, one network a stage *separate*.
+# Against both it has hypotheses (Section 4), which it supports by curves of networks of 47 to 169
+# million parameters. The right column says what this project finds on `digits`, with networks a
+# hundred times smaller. RESULTS.md has the numbers.
 #
 # | the paper's hypothesis | here |
 # |---|---|
@@ -77,31 +79,31 @@ if __name__ == "__main__" and not table:
 # | a shared encoder with decoders of its own is better than both | with two stages yes, with three no |
 #
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
-# Steps 04 and 05 train and measure it. What fails at this scale is not refuted at the paper's. Its idea in one sentence: *share what all
-# times have in common, the encoder, and separate what they have not, the decoders*. A decoder can
-# then be as wide as the work of its stage asks for. Its weights are changed by the gradients of its
-# own stage only. The encoder sees all pictures at all times, so that it should be hard to overfit.
+# Steps 04 and 05 train and measure it. What fails at this scale is not refuted at the paper's.
+#
+# The idea in one sentence: *share what all times have in common, the encoder, and separate what
+# they have not, the decoders*. A decoder can then be as wide as the work of its stage asks for.
+# Its weights are changed by the gradients of its own stage only. The encoder sees all pictures at
+# all times, so that it should be hard to overfit.
 #
 # ## The parts of a U-Net
 #
 # A U-Net makes a picture smaller in a few steps, and larger again in as many. On the way down it
 # keeps its features (the *skips*), and reads them on the way up: what is coarse comes from below,
-# what is fine from the side. Its parts are four, and nothing in them is special to stages. Each
-# keeps the shape of what it gets, (B, c, H, W): pictures in a batch, channels, height, width; or
-# changes one thing in it: the channels or the resolution.
+# what is fine from the side. Its parts are four, and nothing in them is special to stages.
 #
-# A **residual block** adds a correction to its input $h$, so that it has to learn only what should
-# change. Between its two convolutions it is told the time by a vector `emb`, of which a linear layer
-# makes one number for each channel:
+# A **residual block** adds a correction to its input $h$, so that it has to learn only what
+# should change. Between its two convolutions it is told the time by a vector `emb`, of which a
+# linear layer makes one number for each channel:
 #
 # $$h \leftarrow \mathrm{skip}(h)+\mathrm{conv}_2\big(\mathrm{conv}_1(h)+\mathrm{time}(\mathrm{emb})\big)$$
 #
 # Before each convolution the values are normalised, in groups of channels, and bent by
 # $\mathrm{silu}(a)=a/(1+e^{-a})$: without a bend between them, two convolutions would be no more
-# than one. `norm` builds the normalisation of so many channels. `skip` is a convolution only where
-# the number of channels changes, so that the sum has a meaning; elsewhere it does nothing.
-# Parts stand in rows, `Layers`, and those that have no use for the time ignore it.
-# (With e = 0 a block knows no time. Step 06 builds an autoencoder of such blocks.)
+# than one. `norm` builds the normalisation of so many channels. `skip` is a convolution only
+# where the number of channels changes, so that the sum has a meaning; elsewhere it does nothing.
+# Parts stand in rows, `Layers`, and those that have no use for the time ignore it. (With e = 0 a
+# block knows no time. Step 06 builds an autoencoder of such blocks.)
 
 
 # %%
@@ -133,8 +135,7 @@ class Layers(nn.Sequential):
 
 
 if __name__ == "__main__" and not table:
-    rows = Layers(ResBlock(4, 8, 3, nn.InstanceNorm2d), ResBlock(8, 4, 3, nn.InstanceNorm2d))
-    print("two blocks in a row:", tuple(rows(torch.randn(2, 4, 8, 8), torch.randn(2, 3)).shape))
+    print(ResBlock(4, 8, 3, nn.InstanceNorm2d)(torch.randn(2, 4, 8, 8), torch.randn(2, 3)).shape)
 
 # %% [markdown]
 # A convolution sees only neighbours. **Self-attention** lets every position look at all others:
@@ -142,11 +143,12 @@ if __name__ == "__main__" and not table:
 # $$h \leftarrow h+\mathrm{out}\big(\mathrm{softmax}(q\,k^\top/\sqrt c)\,v\big)$$
 #
 # $q$, $k$ and $v$ are three linear maps of the $c$ channels: what a position looks for, what it
-# offers to be found by, and what it then tells. The work grows with the square of the number of
-# positions, so it is done at small sizes only.
+# offers to be found by, and what it then tells. Each row of the softmax says how much a position
+# listens to every other. The work grows with the square of the number of positions, so it is done
+# at small sizes only: for `digits` at 4×4, where 16 positions look at 16.
 #
 # The **resolution** is halved by a convolution that takes every second position. It is doubled by
-# repeating positions, and a convolution smooths what comes out.
+# repeating positions, and a convolution smooths what comes out. The number of channels stays.
 
 
 # %%
@@ -187,15 +189,17 @@ class Up(nn.Module):
 
 
 # %% [markdown]
-# The **time** is one number, and a network needs to tell 0.01 from 0.02 as well as 0.1 from 0.9. So
-# it is told as sines and cosines of many frequencies: the fast ones tell close times apart, the slow
-# ones distant times. With $w$ numbers they are
+# The **time** is one number, and a network needs to tell 0.01 from 0.02 as well as 0.1 from 0.9.
+# So it is told as sines and cosines of many frequencies: the fast ones tell close times apart,
+# the slow ones distant times. With $w$ numbers they are
 #
 # $$\sin(999\,t\cdot\omega_i),\ \cos(999\,t\cdot\omega_i),\qquad
 #   \omega_i = 10\,000^{-i/(w/2-1)},\quad i=0,\dots,w/2-1.$$
 #
-# Two linear layers of the encoder make `emb` of them. Read the picture in columns: each is a time. No
-# two columns are alike, and close ones differ in the upper rows only.
+# Two linear layers of the encoder make `emb` of them. Two times should be told apart even where
+# only a thousandth of the timeline lies between them, and more clearly where it is most of it.
+# Here are the distances of two such pairs; two times that have nothing in common lie about 4
+# apart:
 
 
 # %%
@@ -207,23 +211,20 @@ def embed_time(tau, width):
 
 
 if __name__ == "__main__" and not table:
-    waves = embed_time(999 * torch.linspace(0, 1, 400), 32)[:, :16]  # the sines
-    said = dict(xlabel="t (image to noise)", ylabel="i", title="sines that tell the time")
-    figure, ax = plt.subplots(figsize=(9, 2), subplot_kw=said)
-    ax.imshow(waves.T, aspect="auto", cmap="gray", extent=(0, 1, 16, 0), interpolation="nearest")
-    workshop.show_figure("figures/03_time.png")
+    near = embed_time(999 * torch.tensor([0.1, 0.101, 0.9]), 32)
+    print("0.1 lies from 0.101 and 0.9 by", (near[1:] - near[0]).norm(dim=1))
 
 # %% [markdown]
 # ## The encoder
 #
 # It turns a noisy picture and its time into features: one after the first convolution, one after
-# every block and every halving. These are the skips, which the decoders will read. The last of them
-# goes through the *middle* of the U: a block, attention, a block.
+# every block and every halving. These are the skips, which the decoders will read. The last of
+# them goes through the *middle* of the U: a block, attention, a block.
 #
-# Each level of resolution has `blocks` residual blocks of `mult` times `width` channels. Where its
-# `size` is one of `attention`, each is followed by attention. `make` holds the functions that build
-# the parts, each from numbers of channels: here they are those from above, and below the line those
-# of other networks.
+# Each level of resolution has `blocks` residual blocks of `mult` times `width` channels. Where
+# its `size` is one of `attention`, each is followed by attention. `make` holds the functions that
+# build the parts, each from numbers of channels: here they are those from above, and below the
+# line those of other networks.
 
 
 # %%
@@ -255,21 +256,28 @@ class Encoder(nn.Module):
 
 
 # %% [markdown]
-# The encoder of `digits` has 32 channels at 8×8 and 64 at 4×4, where it attends. What becomes of five
-# pictures, whose times are those from above? (Here noise stands in for pictures, and no weight is
-# trained: the shapes are the same.)
+# The encoder of `digits` has 32 channels at 8×8 and 64 at 4×4, where it attends. What becomes of
+# five pictures, whose times are those from above? (Here noise stands in for pictures, and no
+# weight is trained: the shapes are the same.) The entries of `make` are the parts from above,
+# with all that a network decides once filled in: how many numbers `emb` has, and how values are
+# normalised.
 
 
 # %%
+def plain_norm(c):
+    """Build a GroupNorm of c channels, in groups of 4 but at most 16 groups."""
+    return nn.GroupNorm(min(c // 4, 16), c, eps=1e-6)
+
+
 def middle_block(c, block, attend):
     """Build the middle of the U: (B, c, H, W) at the lowest resolution to the same shape."""
     return Layers(block(c, c), attend(c), block(c, c))
 
 
 if __name__ == "__main__" and not table:
-    norm = partial(nn.GroupNorm, 4, eps=1e-6)
-    block, attend = partial(ResBlock, e=4 * 32, norm=norm), partial(Attention, norm=norm)
-    make = SimpleNamespace(norm=norm, block=block, attend=attend, down=Down, up=Up)
+    block = partial(ResBlock, e=4 * 32, norm=plain_norm)
+    attend = partial(Attention, norm=plain_norm)
+    make = SimpleNamespace(norm=plain_norm, block=block, attend=attend, down=Down, up=Up)
     make.middle = partial(middle_block, block=block, attend=attend)
     make.last = partial(nn.Conv2d, kernel_size=3, padding=1)
     plan = dict(size=8, mults=(1, 2), blocks=1, attention=(4,), make=make)
@@ -281,15 +289,17 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## A decoder
 #
-# Five pictures have become four skips at two sizes, and each picture has 128 numbers for its time.
-# A decoder climbs back to full resolution. Each of its blocks reads one skip, the last first, beside
-# what comes from below. There is one block more a level than in the encoder: for the skip of the
-# halving, and at the top for that of the first convolution. Attention stands behind the last block
-# of a level, and then comes the doubling.
+# Five pictures have become four skips at two sizes, and each picture has 128 numbers for its
+# time. A decoder climbs back to full resolution. Each of its blocks reads one skip, the last
+# first, beside what comes from below. There is one block more a level than in the encoder: for
+# the skip of the halving, and at the top for that of the first convolution. Attention stands
+# behind the last block of a level, and then comes the doubling.
 #
-# Its width is its own. The skips keep the encoder's channels, so a decoder of 16 channels may read
-# from an encoder of 32: its first convolutions take both and give 16. The paper has widths of 192, 128 and 16 beside an encoder of 128; here they
-# are a quarter of that, but for the last.
+# Its width is its own, and this is where the paper saves: a decoder near the noise may be narrow.
+# The skips keep the encoder's channels, so a decoder of 16 channels may read from an encoder of
+# 32: the first convolution of a block takes all channels and gives 16. The paper has decoders of
+# 192, 128 and 16 channels beside an encoder of 128. Those of `digits` have 48, 32 and 16 beside
+# 32: a quarter each, but for the last.
 
 
 # %%
@@ -316,23 +326,23 @@ class Decoder(nn.Module):
         return self.last(F.silu(self.norm(h)))
 
 
-if __name__ == "__main__" and not table:
-    decoders = [Decoder(1, width, encoder.skip_widths, **plan) for width in (48, 32, 16)]
-    print("predictions", [tuple(decoder(middle, skips, emb).shape) for decoder in decoders])
-
 # %% [markdown]
 # ## Which decoder does a time belong to?
 #
-# Every decoder can read the same skips; now the times decide which one does. All pictures of a batch
-# go through the encoder together. Then each decoder takes those of its own stage, which `mine` picks
-# out, and what it says is put in their places. So a batch may mix stages, and a decoder that nobody
-# in the batch asks for costs nothing.
-# In training (step 04), all pictures of a batch usually belong to one stage, which is drawn at
-# random. In sampling (step 05) all pictures go from the last stage to stage 0 together.
+# Every decoder can read the same skips; now the times decide which one does. All pictures of a
+# batch go through the encoder together. Then each decoder takes those of its own stage, which
+# `mine` picks out, and what it says is put in their places. So a batch may mix stages, and a
+# decoder that nobody in the batch asks for costs nothing.
 #
-# The networks of this course predict the noise as their input plus what the decoder says. Near the
-# noise $x_t$ *is* the noise to within a percent, and to learn to copy it would cost a small network
-# many steps. The published networks leave that sum out.
+# $$\epsilon_\theta(x_t,t) = x_t + D_k\big(E(x_t,t)\big)\quad\text{for}\quad t_k \le t < t_{k+1}$$
+#
+# $E$ is the encoder, $D_k$ the decoder of stage $k$. In training (step 04), all pictures of a
+# batch usually belong to one stage, which is drawn at random. In sampling (step 05) all pictures
+# go from the last stage to stage 0 together, and change the decoder on the way.
+#
+# The summand $x_t$ belongs to the small networks of this course. Near the noise $x_t$ *is* the
+# noise to within a percent, and to learn to copy it would cost a small network many steps. The
+# published networks leave that sum out.
 
 
 # %%
@@ -347,37 +357,43 @@ def dispatch_batch(x, t, encoder, decoders, boundaries):
     return x + noise
 
 
-# %% [markdown]
-# The last line adds $x$. Now three checks, on a network whose weights are random:
-#
-# * In a **mixed batch** each picture must get what it would get alone.
-# * **One stage is a plain U-Net**: with a single decoder and no boundary nothing is left but
-#   $x$ + decoder(encoder($x$, $t$)). That is `unified`, and `separate` is three of them, each asked
-#   for the times of its own stage. Neither needs a second kind of network.
-# * **A picture trains the decoder of its own stage**, no other. The encoder learns from all.
-
-# %%
 if __name__ == "__main__" and not table:
+    decoders = [Decoder(1, width, encoder.skip_widths, **plan) for width in (48, 32, 16)]
     mixed = dispatch_batch(x, t, encoder, decoders, cuts)
     alone = [dispatch_batch(x[i : i + 1], t[i : i + 1], encoder, decoders, cuts) for i in range(5)]
     print(f"largest difference mixed - alone: {(mixed - torch.cat(alone)).abs().max():.1e}")
     torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
+# %% [markdown]
+# **In a mixed batch each picture gets what it would get alone.** (The difference is rounding: in
+# other batches, sums run in another order.) Two more checks, still with random weights.
+#
+# **One stage is a plain U-Net.** With a single decoder and no boundary nothing is left but
+# $x_t+D_0(E(x_t,t))$. That is `unified`, and `separate` is three of them, each asked for the
+# times of its own stage. Neither needs a second kind of network: the same lines run for all
+# three.
+#
+# **A picture trains the decoder of its own stage**, no other: the gradients of all others are not
+# zero, they do not exist. The encoder learns from all pictures. So with one stage drawn for each
+# batch (step 04) the encoder takes a step with each, and each of three decoders with a third of
+# them.
+
+# %%
+if __name__ == "__main__" and not table:
     one = dispatch_batch(x, t, encoder, decoders[1:2], ())
     assert torch.equal(one, x + decoders[1](*encoder(x, t)))
-
     alone[4].sum().backward()
     trained = [any(p.grad is not None for p in decoder.parameters()) for decoder in decoders]
     print("one stage is a plain U-Net; a picture at t = 0.9 trains the decoders", trained)
     assert trained == [False, False, True]
 
 # %% [markdown]
-# (The difference is rounding: in other batches, sums run in another order.)
-#
 # ## What it looks like
 #
-# Drawn from the modules themselves: a bar is a layer, its length the channels, its colour the size of
-# its maps. Each layer of a decoder stands beside the layer of the encoder whose skip it reads.
+# Drawn from the modules themselves: a bar is a layer, its length the channels, its colour the
+# size of its maps. Each layer of a decoder stands beside the layer of the encoder whose skip it
+# reads. Stages run from left (image) to right (noise), and the times of each stand over its
+# column.
 
 
 # %%
@@ -395,11 +411,10 @@ def draw_architecture(x, encoder, decoders, cuts, path):
         title = f"decoder {j - 1}\n{edges[j - 1]:.3g} to {edges[j]:.3g}" if j else "encoder\nall t"
         title += f"\n{sum(p.numel() for p in part.parameters()) / 1e6:.3g}M parameters"
         ax.text(j * gap, -0.05 * len(rows) - 0.5, title, ha="center", va="bottom", fontsize=9)
-    ax.barh(len(rows) + 0.2, columns[0][-1], 0.8, -columns[0][-1] / 2, color="0.6", label="middle")
     for size, color in colors.items():
         ax.barh(0, 0, color=color, label=f"{size}×{size}")
-    ax.axis((None, None, len(rows) + 1, -0.6))
-    ax.axis("off")
+    ax.barh(len(rows) + 0.2, columns[0][-1], 0.8, -columns[0][-1] / 2, color="0.6", label="middle")
+    ax.set(ylim=(len(rows) + 1, -0.6), xticks=[], yticks=[], frame_on=False)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     workshop.show_figure(path)
 
@@ -409,26 +424,28 @@ if __name__ == "__main__" and not table:
 
 # %% [markdown]
 # The encoder is the left column, and serves all stages; a picture goes down there, through the
-# middle, and up in one of the three others. Decoder 0 has nearly half of all parameters, and works
-# in the first tenth of the timeline only. Decoder 2 has a tenth of them and serves more than half.
+# middle, and up in one of the three others. Decoder 0 has nearly half of all parameters, and
+# works in the first tenth of the timeline only. Decoder 2 has a tenth of them and serves more
+# than half.
 #
-# Bars show widths, not work: a layer of equal width costs four times more at 8×8 than at 4×4. What a
-# stage costs is counted and drawn below the line. There the digits' network turns out to cost 1.7
-# times as much as unified in stage 0, as much in stage 1, and half as much in stage 2.
+# Bars show widths, not work: a layer of equal width costs four times more at 8×8 than at 4×4.
+# What a stage costs is counted and drawn below the line. There the network turns out to cost 1.7
+# times as much as unified in stage 0, as much in stage 1, and half as much in stage 2. What a
+# sampler pays depends on how often its solver visits which stage. With the cuts of `digits`, the
+# 20 evaluations of step 05 cost on average as much as unified's, to within half a percent
+# (RESULTS.md, Table 3).
 #
-# **You have** the architecture of the paper: an encoder, decoders, and a few lines that decide which
-# decoder a picture gets. One stage of it is the plain U-Net that everybody trains, so that the two can
-# be compared by a change of arguments. Step 04 trains them.
+# **You have** the architecture of the paper: an encoder, decoders, and a few lines that decide
+# which decoder a picture gets. One stage of it is the plain U-Net that everybody trains, so that
+# the two can be compared by a change of arguments. Step 04 trains them.
 #
-# ### Exercises
+# ### Exercises (after running what is below)
 #
 # 1. Give stage 2 a decoder of 8 channels: `cost("digits", decoders=(48, 32, 8))`. What share of the
 #    stage is now encoder? <details><summary>Solution</summary>Nearly all of it. Below some width a
 #    decoder costs next to nothing, and the shared encoder is the floor.</details>
 # 2. Build a two-stage network with the boundary at 0.5. <details><summary>Solution</summary>
 #    `build_network("digits", decoders=(48, 16), boundaries=[0.5])`.</details>
-#
-# Both need what is defined below; run the notebook to its end first.
 
 # %% [markdown]
 # ## Below this line: faster, safer, as published
@@ -438,6 +455,7 @@ if __name__ == "__main__" and not table:
 
 # %%
 import sys
+from itertools import pairwise
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -820,8 +838,8 @@ NETWORKS = {}
 for name, known in workshop.DATASETS.items():
     if "network" not in known:
         continue  # of those the paper's are trained
-    (C, size, _), plan = known["shape"], known["autoencoder"]
-    latent = dict(channels=plan["code"], size=size // 2 ** (len(plan["mults"]) - 1))
+    (C, size, _), code = known["shape"], known["autoencoder"]
+    latent = dict(channels=code["code"], size=size // 2 ** (len(code["mults"]) - 1))
     for kind, small in {
         name: dict(channels=C, size=size, boundaries=PUBLISHED, **known["network"]),
         f"{name}_latent": {**latent, **LATENT, **known["latent_network"]},
@@ -852,7 +870,7 @@ FIRST = dict(attended=("every", "none", "none"))
 CIFAR, CELEBA = (NCSNPP, PUBLISHED), ({**ADM, **FIRST}, STEPS)
 EDM_CUTS = tuple(sde.match_snr(PUBLISHED, sde.VP, sde.EDM))
 ALONE = dict(shared=False)
-for name, (backbone, cuts), encoder, decoders, more in [
+for name, (backbone, edges), width, widths, more in [
     ("table5_1", CIFAR, 128, (192, 128, 16), {}),
     ("table5_2", CIFAR, 160, (160, 128, 16), {}),
     ("table5_3", CIFAR, 192, (144, 112, 16), {}),
@@ -874,8 +892,7 @@ for name, (backbone, cuts), encoder, decoders, more in [
     ("ldm_unified", (ADM, ()), 224, (224,), {}),
     ("ldm_separate", (ADM, STEPS), 224, (224, 224, 224), ALONE),
 ]:
-    widths = dict(encoder=encoder, decoders=decoders, boundaries=cuts)
-    NETWORKS[name] = {**backbone, **widths, **more}
+    NETWORKS[name] = {**backbone, "encoder": width, "decoders": widths, "boundaries": edges, **more}
 
 
 def build_network(name, **changes):
@@ -899,18 +916,18 @@ def randomize(model, seed=0):
 
 if __name__ == "__main__" and not table:
     torch.manual_seed(seed)
-    model = randomize(build_network(network))
-    x = torch.randn(6, model.channels, model.size, model.size)
-    t = torch.tensor([0.9, 0.1, 0.5, 0.05, 0.5, 0.7])
-    plain = dispatch_batch(x, t, model.encoders[0], model.decoders, model.cuts)
-    print("stages of the batch:", model.stage(t).tolist())
-    print(f"largest difference to the plain dispatch: {(model(x, t) - plain).abs().max():.1e}")
+    model = randomize(build_network("digits", boundaries=cuts))
+    encoder.load_state_dict(model.encoders[0].state_dict())
+    for plain, full in zip(decoders, model.decoders, strict=True):
+        plain.load_state_dict(full.state_dict())
+    plain = dispatch_batch(x, t, encoder, decoders, cuts)
+    print(f"largest difference full - plain: {(model(x, t) - plain).abs().max():.1e}")
     torch.testing.assert_close(model(x, t), plain, rtol=1e-4, atol=1e-4)
 
 # %%
 if __name__ == "__main__" and not table:
     with torch.device("meta"):  # which has shapes but no memory
-        for name in dict.fromkeys([network, "table5_1"]):
+        for name in {network, "table5_1"} - {"digits"}:
             net = build_network(name)
             x = torch.empty(1, net.channels, net.size, net.size)
             path = "figures/03_published.png" if name == "table5_1" else f"figures/03_{name}.png"
@@ -967,7 +984,7 @@ def cost(name, **changes):
 
     Keys: parameters (encoder and decoder of the stage), gflops (as the paper counts, one picture),
     true_gflops (torch's counter). "shared" is the encoder; the total has parameters only, as its
-    work depends on the sampler. Changes as in `build`.
+    work depends on the sampler. Changes as in `build_network`.
     """
     with torch.device("meta"):
         return cost_of(build_network(name, **changes))
@@ -1031,7 +1048,7 @@ def draw_costs(networks, path):
             ax.axhline(unified[0][kind] / unit, color="C1", label="unified")
             ax.set(title=title, xlabel="stage (image to noise)", xticks=stages)
             ax.set_ylabel("million parameters" if unit > 1 else "GFLOPs (paper's count)")
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.tight_layout()
     workshop.show_figure(path)
 
@@ -1041,8 +1058,9 @@ if __name__ == "__main__" and not table:
     draw_costs(compared, "figures/03_cost.png")
 
 # %% [markdown]
-# The multistage network spends most near the image and least near the noise, on top of the encoder,
-# which every stage pays for. (The unified network has one bar: it costs the same at all times.)
+# The multistage network spends most near the image and least near the noise, on top of the encoder
+# (dotted), which every stage pays for. Unified costs the same at all times, and so does `separate`,
+# whose stages have a network of unified's size each.
 #
 # ## Tables 5, 6 and 7
 #
@@ -1080,15 +1098,7 @@ TABLES = {
         "table7_2": [(136, 26.59), (95, 16.85), None, (188, 21.49)],
         "table5_1": [(169, 29.95), (108, 17.65), (47, 6.31), None, (230, 18.65)],
         "table7_4": [(159, 29.78), (95, 16.85), (71, 11.97), (32, 4.41), None, (284, 17.33)],
-        "table7_5": [
-            (154, 30.38),
-            (88, 16.82),
-            (88, 16.82),
-            (27, 4.42),
-            (21, 3.28),
-            None,
-            (336, 17.03),
-        ],
+        "table7_5": [(154, 30.38), *[(88, 16.82)] * 2, (27, 4.42), (21, 3.28), None, (336, 17.03)],
     },
 }
 
@@ -1100,8 +1110,8 @@ def average_gflops(table, name, rows):
         cuts = (0.426, 0.626)
     if table == 6:
         cuts = (0.4, 0.6)  # 8, 4 and 8 of 20 steps
-    edges = (0.0, *cuts, 1.0)
-    return sum((edges[k + 1] - edges[k]) * rows[k]["gflops"] for k in range(len(cuts) + 1))
+    spans = enumerate(pairwise((0.0, *cuts, 1.0)))
+    return sum((end - start) * rows[k]["gflops"] for k, (start, end) in spans)
 
 
 def print_table(table):
@@ -1134,7 +1144,9 @@ if __name__ == "__main__":
 # ### Where the widths of Table 7 come from
 #
 # For other numbers of stages the paper interpolates: an interval gets the average of the three-stage
-# $p_1,p_2,p_3$ over its length (eq. 23).
+# $p_0,p_1,p_2$ over its length:
+#
+# $$\hat p = \frac{1}{t_b-t_a}\sum_k p_k\,\big|[t_a,t_b]\cap[t_k,t_{k+1}]\big| \tag{23}$$
 
 
 # %%
@@ -1143,36 +1155,30 @@ def interpolate_parameters(interval, boundaries, p):
 
     boundaries: those of the stages that p belongs to. Source: paper, Eq. 23.
     """
-    t_a, t_b = interval
-    edges = (0.0, *boundaries, 1.0)
-    overlap = [
-        max(0.0, min(t_b, end) - max(t_a, start))
-        for start, end in zip(edges, edges[1:], strict=False)
-    ]
-    return sum(length * value for length, value in zip(overlap, p, strict=True)) / (t_b - t_a)
+    (t_a, t_b), edges = interval, (0.0, *boundaries, 1.0)
+    overlap = [max(0.0, min(t_b, end) - max(t_a, start)) for start, end in pairwise(edges)]
+    return sum(length * value for length, value in zip(overlap, p, strict=True)) / (
+        t_b - t_a
+    )  # Eq. 23
 
 
 # %%
 if __name__ == "__main__" and not table:
-    p = [million for million, _ in TABLES[5]["table5_1"][:3]]
-    width = NETWORKS["table5_1"]["decoders"]
+    known = [million for million, _ in TABLES[5]["table5_1"][:3]], NETWORKS["table5_1"]["decoders"]
     print("stages  interval         parameters (M): eq. 23  Table 7    width: eq. 23  Table 7")
     for n in (2, 4, 5):
         printed, kind = TABLES[7][f"table7_{n}"], NETWORKS[f"table7_{n}"]
-        edges = (0.0, *kind["boundaries"], 1.0)
-        for k in range(n):
-            here = edges[k], edges[k + 1]
-            million = interpolate_parameters(here, PUBLISHED, p)
-            wide = interpolate_parameters(here, PUBLISHED, width)
+        for k, here in enumerate(pairwise((0.0, *kind["boundaries"], 1.0))):
+            million, wide = [interpolate_parameters(here, PUBLISHED, p) for p in known]
             print(
                 f"{n:6d}  {here[0]:.3f} to {here[1]:.3f} {million:23.0f} {printed[k][0]:8d} "
                 f"{wide:16.0f} {kind['decoders'][k]:8d}"
             )
 
 # %% [markdown]
-# Equation 23 gives the direction and not the numbers. Within stage one it can only repeat $p_1$ (169
+# Equation 23 gives the direction and not the numbers. Within stage 0 it can only repeat $p_0$ (169
 # million or a width of 192), and the published first stages have 159 and 154 million, widths of 208
-# and 224; within stage three only $p_3$, and they have 32 and 21 million. The encoder shrinks
+# and 224; within stage 2 only $p_2$, and they have 32 and 21 million. The encoder shrinks
 # with the number of stages (128, 96, 64 channels) and the decoders take up part of what it loses:
 # a second choice, which the paper does not mention. We take the published widths as they are.
 #
@@ -1204,7 +1210,8 @@ def match_release(model, named):
             weight = [matrix.T for matrix in weight]  # NCSN++ has (in, out)
         weight, bias = torch.cat(weight), torch.cat(bias)
         if name.endswith("qkv") and pairs == 1:  # head by head, or the three interleaved
-            first = model.get_submodule(name[:-4]).heads if weight.dim() == 3 else len(bias) // 3
+            attention = model.get_submodule(name[:-4])
+            first = getattr(attention, "heads", 1) if weight.dim() == 3 else len(bias) // 3
             weight, bias = (
                 v.reshape(first, 3, -1).transpose(0, 1).reshape(v.shape) for v in (weight, bias)
             )
