@@ -732,71 +732,6 @@ def open_data_set(dataset, root, size, memory, workers=0):
 
 
 # %% [markdown]
-# ## Which pictures does a step see?
-#
-# That follows from the seed and the step alone. So a run that was interrupted goes on as if nothing
-# had happened, and several processes agree without asking each other: each takes its own part of the
-# same batch. A small data set lies on the device as one tensor; a large one is read by workers,
-# ahead of time.
-
-
-# %%
-def step_generator(seed, step):
-    """Make the random numbers that all processes share in a step.
-
-    Twice the step gives the pictures, one more the stage.
-    """
-    return torch.Generator().manual_seed(2_000_003 * seed + step)
-
-
-def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
-    """Yield the uint8 pictures (b, C, H, W) of each step of the range `steps`.
-
-    images: a tensor, or `PictureFiles` to read from. b is this process' part of `batch`. bad: a
-    list that gets the unreadable files; others of the batch stand in for them.
-    """
-    rank, world = ranks()
-
-    def picks():
-        for step in steps:
-            i = torch.randint(len(images), (batch,), generator=step_generator(seed, 2 * step))
-            yield i.chunk(world)[rank]
-
-    if torch.is_tensor(images):
-        for i in picks():
-            yield images[i.to(images.device)]
-        return
-    loader = DataLoader(
-        images,
-        batch_sampler=(i.tolist() for i in picks()),
-        num_workers=workers,
-        collate_fn=_stack,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_interrupts,
-    )
-    for i, (readable, pictures) in zip(picks(), loader, strict=True):
-        readable = torch.tensor(readable)
-        for j in i[~readable].tolist():
-            if images.files[j] not in bad:
-                bad.append(images.files[j])
-                tqdm.write(f"unreadable, skipped: {bad[-1]}")
-        if len(bad) > 0.01 * len(images):
-            report_unreadable(bad, len(images))
-        if not readable.any():
-            raise BadInput("none of the pictures of a batch is readable: see the files named above")
-        if not readable.all():
-            stand_in = torch.arange(len(i)) % len(pictures)
-            pictures = pictures[torch.where(readable, readable.cumsum(0) - 1, stand_in)]
-        yield pictures.to(device(), non_blocking=True)
-
-
-# %% tags=["nbval-check-output"]
-if __name__ == "__main__":
-    parts = [next(pictures_of_steps(torch.arange(1000), 6, seed=0, steps=[n])) for n in (1, 2, 1)]
-    print("pictures of the steps 1, 2 and 1 again:", *[part.tolist() for part in parts])
-    assert torch.equal(parts[0], parts[2]) and not torch.equal(parts[0], parts[1])
-
-# %% [markdown]
 # ## Device and memory
 #
 # A GPU that can computes in bfloat16 (*autocast*), with the channels last in memory. What cannot fit
@@ -911,6 +846,71 @@ def first_process_first():
     if world > 1 and rank == 0:
         dist.barrier()
 
+
+# %% [markdown]
+# ## Which pictures does a step see?
+#
+# That follows from the seed and the step alone. So a run that was interrupted goes on as if nothing
+# had happened, and several processes agree without asking each other: each takes its own part of the
+# same batch. A small data set lies on the device as one tensor; a large one is read by workers,
+# ahead of time.
+
+
+# %%
+def step_generator(seed, step):
+    """Make the random numbers that all processes share in a step.
+
+    Twice the step gives the pictures, one more the stage.
+    """
+    return torch.Generator().manual_seed(2_000_003 * seed + step)
+
+
+def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
+    """Yield the uint8 pictures (b, C, H, W) of each step of the range `steps`.
+
+    images: a tensor, or `PictureFiles` to read from. b is this process' part of `batch`. bad: a
+    list that gets the unreadable files; others of the batch stand in for them.
+    """
+    rank, world = ranks()
+
+    def picks():
+        for step in steps:
+            i = torch.randint(len(images), (batch,), generator=step_generator(seed, 2 * step))
+            yield i.chunk(world)[rank]
+
+    if torch.is_tensor(images):
+        for i in picks():
+            yield images[i.to(images.device)]
+        return
+    loader = DataLoader(
+        images,
+        batch_sampler=(i.tolist() for i in picks()),
+        num_workers=workers,
+        collate_fn=_stack,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_interrupts,
+    )
+    for i, (readable, pictures) in zip(picks(), loader, strict=True):
+        readable = torch.tensor(readable)
+        for j in i[~readable].tolist():
+            if images.files[j] not in bad:
+                bad.append(images.files[j])
+                tqdm.write(f"unreadable, skipped: {bad[-1]}")
+        if len(bad) > 0.01 * len(images):
+            report_unreadable(bad, len(images))
+        if not readable.any():
+            raise BadInput("none of the pictures of a batch is readable: see the files named above")
+        if not readable.all():
+            stand_in = torch.arange(len(i)) % len(pictures)
+            pictures = pictures[torch.where(readable, readable.cumsum(0) - 1, stand_in)]
+        yield pictures.to(device(), non_blocking=True)
+
+
+# %% tags=["nbval-check-output"]
+if __name__ == "__main__":
+    parts = [next(pictures_of_steps(torch.arange(1000), 6, seed=0, steps=[n])) for n in (1, 2, 1)]
+    print("pictures of the steps 1, 2 and 1 again:", *[part.tolist() for part in parts])
+    assert torch.equal(parts[0], parts[2]) and not torch.equal(parts[0], parts[1])
 
 # %% [markdown]
 # ## A run on disk

@@ -1,4 +1,4 @@
-"""Execute the six steps, in order, as notebooks.
+"""Execute the steps, in order, as notebooks.
 
     python notebooks/execute.py            into runs/demo/, with everything the steps leave
     python notebooks/execute.py --update   into notebooks/, the ones that are committed
