@@ -299,8 +299,8 @@ if __name__ == "__main__":
         slope = math.log(errors[-2] / errors[-1], budgets[-1] / budgets[-2])
         label = f"{solver.__name__}: order {order}, measured {slope:.2f}"
         plt.loglog(budgets, errors, "o-", label=label)
-    plt.xticks(budgets, budgets, minor=False)
-    plt.gca().set(xlabel="evaluations of the network", ylabel="largest error on the mixture")
+    plt.minorticks_off()
+    plt.gca().set(xlabel="evaluations", ylabel="largest error", xticks=budgets, xticklabels=budgets)
     plt.legend(fontsize=8)
     workshop.show_figure(figures / "05_orders.png")
 
