@@ -577,16 +577,12 @@ class PublishedAttention(Attention):
 # %% [markdown]
 # What counts as the time differs: $999\,t$ for VP, $\tfrac14\ln\sigma$ for EDM, and for latent
 # diffusion the step of its schedule, $1000\,t-1$. NCSN++ adds the filtered input at each resolution
-# (`pyramid`). DDPM++ has the middle of the U in its decoders. ADM has attention in its decoders after
-# every block, and the paper's later decoders for it have none.
+# (`pyramid`), DDPM++ has the middle of the U in its decoders, ADM attends there after every block.
 
 
 # %%
 class PublishedEncoder(Encoder):
-    """Encode as `Encoder`, by the times of a kernel ("vp", "edm" or "ldm"), with a pyramid or not.
-
-    pyramid: taps of its filter, or None.
-    """
+    """Encode as `Encoder`; time: "vp", "edm" or "ldm"; pyramid: the taps of its filter, or None."""
 
     def __init__(self, channels, width, size, mults, blocks, attention, make, time, pyramid):
         super().__init__(channels, width, size, mults, blocks, attention, make)
@@ -619,17 +615,15 @@ class PublishedEncoder(Encoder):
 class PublishedDecoder(Decoder):
     """Decode as `Decoder`; middle: what builds the middle of the U here.
 
-    attended: the blocks that get attention at the sizes that have it: "every", the "last", "none".
+    where: the blocks that get attention at the sizes that have it, "every", the "last" or "none".
     """
 
-    def __init__(
-        self, channels, width, skips, size, mults, blocks, attention, make, attended, middle
-    ):
-        attention = attention if attended != "none" else ()
+    def __init__(self, channels, width, skips, size, mults, blocks, attention, make, where, middle):
+        attention = attention if where != "none" else ()
         super().__init__(channels, width, skips, size, mults, blocks, attention, make)
         for i, layer in enumerate(self.layers):
             here = size // 2 ** (len(mults) - 1 - i // (blocks + 1))
-            if attended == "every" and here in attention and i % (blocks + 1) < blocks:
+            if where == "every" and here in attention and i % (blocks + 1) < blocks:
                 layer.append(make.attend(layer[0].conv1.out_channels))
         parts = self.layers, self.norm, self.last
         del self.layers, self.norm, self.last  # and back again: checkpoints have the middle first
@@ -773,10 +767,8 @@ class MultistageUNet(nn.Module):
         if len(places) == 1:
             return self.branch(x, t, *places)
         shared, parts = self.encoders[0](x, t) if len(self.encoders) == 1 else None, []
-        for k, mine in places.items():
-            features = (
-                select_entries(shared, mine) if shared else self.encoders[k](x[mine], t[mine])
-            )
+        for k, i in places.items():
+            features = select_entries(shared, i) if shared else self.encoders[k](x[i], t[i])
             parts.append(self.decoders[k](*features))
         order = torch.cat(list(places.values())).argsort()
         return self._finish(x, torch.cat(parts)[order])  # in the order of x
@@ -789,8 +781,8 @@ class MultistageUNet(nn.Module):
         return {k: (stage == k).nonzero()[:, 0] for k in stages}
 
     def _finish(self, x, predicted):
-        # paper: the decoder's output alone; here, for the small networks: plus x, because near the
-        # noise x is the noise to within a percent, and learning to copy it costs them many steps
+        # paper: the decoder's output alone; here, for the small networks: plus x, because learning to
+        # copy it near the noise costs them many steps
         return x + predicted if self.add_input else predicted
 
     def _encoder(self, k):
@@ -826,8 +818,7 @@ def initialize_part(part):
 # ## Named networks
 #
 # A network is a dictionary of arguments. First those of this course, small, for pictures of 8 to 32
-# pixels, each in three forms. Their widths follow the paper's choice (encoder 128, decoders 192, 128,
-# 16), scaled to the data.
+# pixels, each in three forms.
 
 # %%
 PUBLISHED = (0.442, 0.6308)  # t_1, t_2 of the paper; step 04 puts those of the data set in place

@@ -4,11 +4,14 @@ out by hand; mixed batches, the paper's tables, the authors' checkpoints."""
 import json
 import math
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -69,6 +72,41 @@ def test_one_stage_equals_a_plain_unet(unet):
     torch.testing.assert_close(
         model(x, t), plain_unet(model.state_dict(), x, t), rtol=1e-4, atol=1e-4
     )
+
+
+def plain_parts(unet, e):
+    """What step 03 builds its small networks of above the line."""
+    block = partial(unet.ResBlock, e=e, norm=unet.plain_norm)
+    attend = partial(unet.Attention, norm=unet.plain_norm)
+    make = SimpleNamespace(norm=unet.plain_norm, block=block, attend=attend)
+    make.down, make.up, make.last = unet.Down, unet.Up, partial(nn.Conv2d, kernel_size=3, padding=1)
+    make.middle = partial(unet.middle_block, block=block, attend=attend)
+    return make
+
+
+def test_the_plain_parts_and_dispatch_are_the_small_network(unet):
+    """With the same weights, under the same names in the same order."""
+    model = unet.randomize(unet.build_network("digits", boundaries=(0.1, 0.44)))
+    plan = (8, (1, 2), 1, (4,), plain_parts(unet, 128))
+    encoder = unet.Encoder(1, 32, *plan)
+    decoders = [unet.Decoder(1, width, encoder.skip_widths, *plan) for width in (48, 32, 16)]
+    for plain, full in zip([encoder, *decoders], [*model.encoders, *model.decoders], strict=True):
+        assert list(plain.state_dict()) == list(full.state_dict())
+        plain.load_state_dict(full.state_dict())
+    x, t = torch.randn(9, 1, 8, 8), torch.tensor([0.9, 0.1, 0.05, 0.3, 0.6, 0.2, 1.0, 0.001, 0.44])
+    assert torch.equal(unet.find_stage(t, (0.1, 0.44)), model.stage(t))
+    assert unet.find_stage(t, ()).tolist() == [0] * 9
+    found = unet.dispatch_batch(x, t, encoder, decoders, (0.1, 0.44))
+    torch.testing.assert_close(found, model(x, t), rtol=1e-5, atol=1e-5)
+
+
+def test_the_middle_comes_first_in_the_decoders_that_have_it(unet):
+    """Checkpoints of the authors and of optimizers go by the order of the parameters."""
+    with torch.device("meta"):
+        model = unet.build_network("edm")
+    order = [name.split(".")[0] for name in model.decoders[0].state_dict()]
+    assert list(dict.fromkeys(order)) == ["middle", "layers", "norm", "last"]
+    assert not list(model.encoders[0].middle.parameters())
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_separate"])
