@@ -75,7 +75,7 @@ if __name__ == "__main__" and not table:
 # | gradients of distant times differ … | holds, for the first and the last stage |
 # | … and therefore unified learns slowly | does not show: at first it learns fastest |
 # | separate is worse than unified | holds |
-# | … because each of its networks overfits | not so: it does no worse on held-out pictures |
+# | … because each of its networks overfits | not with all pictures; with a tenth of them, near the image |
 # | a shared encoder with decoders of its own is better than both | with two stages yes, with three no |
 #
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
@@ -103,7 +103,8 @@ if __name__ == "__main__" and not table:
 # than one. `norm` builds the normalisation of so many channels. `skip` is a convolution only
 # where the number of channels changes, so that the sum has a meaning; elsewhere it does nothing.
 # Parts stand in rows, `Layers`, and those that have no use for the time ignore it. (With e = 0 a
-# block knows no time. Step 06 builds an autoencoder of such blocks.)
+# block knows no time. Step 06 builds an autoencoder of such blocks.) Two pictures of 4 channels and
+# their times, told by 3 numbers each, become two of 8 channels:
 
 
 # %%
@@ -135,7 +136,7 @@ class Layers(nn.Sequential):
 
 
 if __name__ == "__main__" and not table:
-    print(ResBlock(4, 8, 3, nn.InstanceNorm2d)(torch.randn(2, 4, 8, 8), torch.randn(2, 3)).shape)
+    print(ResBlock(4, 8, e=3, norm=nn.Identity)(torch.ones(2, 4, 8, 8), torch.ones(2, 3)).shape)
 
 # %% [markdown]
 # A convolution sees only neighbours. **Self-attention** lets every position look at all others:
@@ -198,8 +199,7 @@ class Up(nn.Module):
 #
 # Two linear layers of the encoder make `emb` of them. Two times should be told apart even where
 # only a thousandth of the timeline lies between them, and more clearly where it is most of it.
-# Here are the distances of two such pairs; two times that have nothing in common lie about 4
-# apart:
+# Here are two such distances, where 4 means that two times have nothing in common:
 
 
 # %%
@@ -370,8 +370,7 @@ if __name__ == "__main__" and not table:
 #
 # **One stage is a plain U-Net.** With a single decoder and no boundary nothing is left but
 # $x_t+D_0(E(x_t,t))$. That is `unified`, and `separate` is three of them, each asked for the
-# times of its own stage. Neither needs a second kind of network: the same lines run for all
-# three.
+# times of its own stage. Neither needs a second kind of network.
 #
 # **A picture trains the decoder of its own stage**, no other: the gradients of all others are not
 # zero, they do not exist. The encoder learns from all pictures. So with one stage drawn for each
