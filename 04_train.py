@@ -246,10 +246,10 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # A point a step, at the stage that was drawn. (The 150 steps take a tenth of the time of the run
-# below, some six seconds on two idle cores.) All stages learn, and their losses differ by orders of magnitude. Stage 2, next to the
-# noise, starts low because its input is nearly the answer. In stage 0 the noise is hard to tell from
-# the picture, and the loss falls slowly. Much of the scatter is no change of the network: within a
-# stage, too, small times are harder than large ones, and every batch has its own.
+# below, some six seconds on two idle cores.) All stages learn, and their losses differ by orders of
+# magnitude. Stage 2, next to the noise, starts low because its input is nearly the answer; in stage 0
+# the noise is hard to tell from the picture. Much of the scatter is no change of the network: within
+# a stage, too, small times are harder than large ones, and every batch has its own.
 #
 # ## What it sees
 #
@@ -989,10 +989,10 @@ if __name__ == "__main__":
     show_estimates(predict, pixels, kernel_of(process), run / "denoised.png")
 
 # %% [markdown]
-# Where noise is low both return the picture. In the middle columns the optimal denoiser still
-# knows *which training picture* it was, while the network, which cannot store them all, returns a
-# similar digit in its own, softer hand. At the right both see little more than an average. The gap
-# in the middle is what makes the network generative.
+# Where noise is low both return the picture. In the middle the optimal denoiser still knows *which
+# training picture* it was, while the network, which cannot store them all, returns a similar digit in
+# its own, softer hand. At the right both see little more than an average. The gap in the middle is
+# what makes the network generative.
 #
 # **You have** a trained multistage model in `runs/`. Step 05 draws with it.
 #
