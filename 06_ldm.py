@@ -661,8 +661,8 @@ def train_autoencoder(
 
     state: from `new_autoencoder_state`, changed in place; images: uint8 (N, C, H, W) or
     `PictureFiles`; pull: its weight in the loss, by default 1e-4 for KL and 1 for VQ; lpips: from
-    `load_lpips`; perceptual, adversarial: weights of the two judges; read: more arguments of step
-    04's `pictures_of_steps`. Source: Rombach et al. 2022, Appendix G.
+    `load_lpips`; perceptual, adversarial: weights of the two judges; read: more arguments of
+    `workshop.pictures_of_steps`. Source: Rombach et al. 2022, Appendix G.
     """
     model, critic, generator, seed = (state[k] for k in ("model", "critic", "generator", "seed"))
     pull = {"kl": 1e-4, "vq": 1.0}[model.kind] if pull is None else pull
