@@ -1,5 +1,6 @@
 """The shape of the house: what stands above the line in each step, and a data set in one place."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -124,3 +125,34 @@ def test_a_data_set_is_added_in_one_place(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     for name in ("noises-multistage", "noises-latent", "noises-latent-unified"):
         assert (tmp_path / "runs" / name / "checkpoint.pt").exists()
+
+
+def sources(step):
+    """Read the functions and classes of a step: {name: source}."""
+    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    lines = text.splitlines()  # whole ones: a tag stands behind the code
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes}
+
+
+WANTED = [f"Eq. {n}" for n in (*range(1, 9), 14, *range(17, 24))]
+WANTED += ["Prop. 1", "Algorithm 1", "Algorithm 2", "footnote 4"]
+
+
+def test_every_entry_of_the_index_is_where_it_says(evaluation):
+    """The README's rows | equation or idea | function | file |, against lines tagged with it."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)`[^|]* \| \[(0\d)\]\((\w+)\.py\) \|", readme, re.M)
+    found = {step: sources(step) for step in STEPS}
+    for what, function, number, step in rows:
+        assert step.startswith(number)
+        source = found[step][function]
+        if what in WANTED:
+            assert re.search(rf"# {re.escape(what)}(?!\d)", source), f"{what}: {function} of {step}"
+    entries = {what for what, *_ in rows}
+    assert set(WANTED) <= entries
+    functions = {function for _, function, _, step in rows if step == evaluation.__name__}
+    functions |= {function for _, function, _, step in rows if step.startswith("01")}
+    solvers = [getattr(solver, "func", solver).__name__ for solver in evaluation.SAMPLERS.values()]
+    assert set(solvers) <= functions
