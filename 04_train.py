@@ -100,15 +100,15 @@ if __name__ == "__main__" and lesson:
 # Those are the losses at the ten times of the picture. Noise has variance 1, so a network that
 # always says 0 has a loss of 1 whatever the time. To return the input is worse than that near the
 # image, and nearly perfect near the noise. Our small networks start just so: they add their input
-# to what the decoder says, and an untrained decoder says 0. (The paper's networks do not add it, and
-# start with a loss of 1 everywhere.) The best that can be had is the loss of the optimal denoiser of
-# step 01.
+# to what the decoder says, and an untrained decoder says 0. (The paper's networks do not add it,
+# and start with a loss of 1 everywhere.) The best that can be had is the loss of the optimal
+# denoiser of step 01.
 #
 # ## Which times?
 #
 # The paper trains one stage a batch: a stage is drawn, each as likely as the others, then every
-# picture's $t$ uniformly inside it. So a batch needs one decoder only. The encoder learns from every
-# batch, a decoder from a third of them.
+# picture's $t$ uniformly inside it. So a batch needs one decoder only. The encoder learns from
+# every batch, a decoder from a third of them.
 #
 # Which pictures and which stage a step sees follows from the seed and the step alone
 # (`step_generator` of step 00), so that a run can go on where it stopped; times and noise come from
@@ -155,8 +155,8 @@ if __name__ == "__main__" and lesson:
 # learning rate grows linearly during the first steps (*warm-up*), when Adam's averages of the
 # gradients have hardly seen anything.
 #
-# A batch of one stage has no gradient for the other decoders: they and their averages in Adam stay as
-# they are. Does it learn? Ask it for one batch, again and again.
+# A batch of one stage has no gradient for the other decoders: they and their averages in Adam stay
+# as they are. Does it learn? Ask it for one batch, again and again.
 
 
 # %%
@@ -184,8 +184,8 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # It does. But from batch to batch the weights jitter, as each batch pulls at them in its own
-# direction, and samples suffer from that more than the loss shows. Therefore nobody samples with the
-# trained weights $\theta$, but with their exponential moving average (*EMA*)
+# direction, and samples suffer from that more than the loss shows. Therefore nobody samples with
+# the trained weights $\theta$, but with their exponential moving average (*EMA*)
 #
 # $$\bar\theta\leftarrow d\,\bar\theta+(1-d)\,\theta,\qquad d=\min\Big(0.9999,\frac{1+n}{10+n}\Big)
 #   \quad\text{after step }n.$$
@@ -207,10 +207,10 @@ def update_average(average, model, n, decay=0.9999):
 # %% [markdown]
 # ## The whole loop
 #
-# These pieces are a training: draw a batch, compare, step, average. It is a generator: it yields after
-# every step, and leaves bars, plots and files to its caller. (`fused` computes Adam for all weights at
-# once. The learning rate is 3e-3, as a network of a million weights and little time want it; the
-# paper's 2e-4 is for one of a hundred million and 450,000 steps.)
+# These pieces are a training: draw a batch, compare, step, average. It is a generator: it yields
+# after every step, and leaves bars, plots and files to its caller. (`fused` computes Adam for all
+# weights at once. The learning rate of 3e-3 suits a million weights and little time; the paper's
+# 2e-4 is for a hundred million and 450,000 steps.)
 
 
 # %%
@@ -247,9 +247,9 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # A point a step, at the stage that was drawn. (The 150 steps take a tenth of the time of the run
 # below, some six seconds on two idle cores.) All stages learn, and their losses differ by orders of
-# magnitude. Stage 2, next to the noise, starts low because its input is nearly the answer; in stage 0
-# the noise is hard to tell from the picture. Much of the scatter is no change of the network: within
-# a stage, too, small times are harder than large ones, and every batch has its own.
+# magnitude. Stage 2, next to the noise, starts low because its input is nearly the answer; in stage
+# 0 the noise is hard to tell from the picture. Much of the scatter is no change of the network:
+# within a stage, too, small times are harder than large ones, and every batch has its own.
 #
 # ## What it sees
 #
@@ -281,9 +281,9 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # After 150 steps the network cleans the left columns well and goes on to guess at $t$ = 0.3, where
-# it sees a blurred digit; at the right it has found the mean of all digits, which is the best answer
-# there. Some pixels of noise are left that the optimum removes. The run below ends in the same
-# figure after 900 steps.
+# it sees a blurred digit; at the right it has found the mean of all digits, which is the best
+# answer there. Some pixels of noise are left that the optimum removes. The run below ends in the
+# same figure after 900 steps.
 #
 # **You have** the whole method of this step: eq. (4) as a line, a batch of one stage, a step, an
 # average, and the loop. What follows trains in the same way, and proves it.
@@ -343,13 +343,13 @@ BadInput = workshop.BadInput
 # %% [markdown]
 # ### The loss of other processes
 #
-# **vp** is that of above. **ldm** is vp with the schedule of latent diffusion, whose time has 1,000
-# steps; step 06 uses it. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is
-# wrapped so that its input and its target have unit variance at every $\sigma$. EDM writes this for
-# a denoiser $D=c_\text{skip}x+c_\text{out}F$; in terms of the noise, $\epsilon_\theta=(x-D)/\sigma$,
-# it is linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
-# $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$. **pfgm-D** is edm with heavy-tailed noise (PFGM++; Xu et
-# al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes.
+# **vp** is that of above. **ldm** is vp with latent diffusion's schedule of 1,000 steps, for step
+# 06. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is wrapped so that its
+# input and its target have unit variance at every $\sigma$. EDM writes this for a denoiser
+# $D=c_\text{skip}x+c_\text{out}F$; in terms of the noise, $\epsilon_\theta=(x-D)/\sigma$, it is
+# linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
+# $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$. **pfgm-D** is edm with heavy-tailed noise (PFGM++; Xu
+# et al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes.
 
 # %%
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
@@ -415,9 +415,9 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # log-normal distribution picks the stage, and the batch is drawn from the same distribution cut to
 # that stage.
 #
-# `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are weighted
-# by its chance over its share of the batch: the same objective, with the expectation in place of the
-# draw of a stage. On `digits` it was the better choice with each of three seeds (see the README).
+# `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
+# weighted by its chance over its share of the batch: the same objective, with the expectation in
+# place of the draw of a stage. On `digits` it was better with each of three seeds (see the README).
 
 
 # %%
@@ -535,8 +535,8 @@ def train(
 
 
 if __name__ == "__main__" and lesson:
-    # Is it the plain loop? Both draw the same numbers in the same order, so every bit must agree. (On
-    # the CPU, and with means over powers of two: dividing by these is exact, sooner or later.)
+    # Is it the plain loop? Both draw the same numbers in the same order, so every bit must agree.
+    # (On the CPU, and with means over powers of two: dividing by these is exact, sooner or later.)
     torch.manual_seed(1)
     model = unet.build_network("digits", boundaries=(0.1, 0.44))
     average, state = copy.deepcopy(model), new_state(copy.deepcopy(model), lr=3e-3, seed=0)
@@ -877,7 +877,7 @@ def check_batch(settings):
 def prepare_state(settings, content=None, compile=False):
     """Build what a run's settings describe: a state ready to train.
 
-    content: of the checkpoint to go on from. Raises BadInput for a batch too small to mix its stages.
+    content: of the checkpoint to go on from. Raises BadInput for a batch too small to mix stages.
     """
     check_batch(settings)
     torch.manual_seed(settings["seed"])  # the initial weights
@@ -958,8 +958,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What it learned
 #
-# The loss of each stage over training, each point now an average of many steps; how the samples came
-# about, always from the same noise; and what the network sees in noise now.
+# The loss of each stage over training, each point now an average of many steps; how the samples
+# came about, always from the same noise; and what the network sees in noise now.
 
 # %%
 if __name__ == "__main__":
@@ -990,11 +990,11 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Where noise is low both return the picture. In the middle the optimal denoiser still knows *which
-# training picture* it was, while the network, which cannot store them all, returns a similar digit in
-# its own, softer hand. At the right both see little more than an average. The gap in the middle is
-# what makes the network generative.
+# training picture* it was, while the network, which cannot store them all, returns a similar digit
+# in its own, softer hand. At the right both see little more than an average. The gap in the middle
+# is what makes the network generative.
 #
 # **You have** a trained multistage model in `runs/`. Step 05 draws with it.
 #
-# **Exercise.** Give boundaries by log-SNR (`--boundaries 0.348,0.709 --name digits-snr`) and compare
-# in step 05. <details><summary>Solution</summary>`--name digits-snr` there, too.</details>
+# **Exercise.** Give boundaries by log-SNR (`--boundaries 0.348,0.709 --name digits-snr`) and
+# compare in step 05. <details><summary>Solution</summary>`--name digits-snr` there, too.</details>
