@@ -914,18 +914,7 @@ if __name__ == "__main__" and not table:
     print(f"largest difference full - plain: {(model(x, t) - plain).abs().max():.1e}")
     torch.testing.assert_close(model(x, t), plain, rtol=1e-4, atol=1e-4)
 
-# %%
-if __name__ == "__main__" and not table:
-    with torch.device("meta"):  # which has shapes but no memory
-        for name in {network, "table5_1"} - {"digits"}:
-            net = build_network(name)
-            x = torch.empty(1, net.channels, net.size, net.size)
-            path = "figures/03_published.png" if name == "table5_1" else f"figures/03_{name}.png"
-            draw_architecture(x, net.encoders[0], net.decoders, net.cuts, path)
-
 # %% [markdown]
-# The published network for CIFAR-10 has 36 layers a side, cut at the published times.
-#
 # ## What a stage costs
 #
 # Two counts, both for one picture. **GFLOPs as the paper prints them** are multiply-accumulates of
@@ -1051,6 +1040,18 @@ if __name__ == "__main__" and not table:
 # The multistage network spends most near the image and least near the noise, on top of the encoder
 # (dotted), which every stage pays for. Unified costs the same at all times, and so does `separate`,
 # whose stages have a network of unified's size each.
+
+# %%
+if __name__ == "__main__" and not table:
+    with torch.device("meta"):  # which has shapes but no memory
+        for name in sorted({network, "table5_1"} - {"digits"}):
+            net = build_network(name)
+            x = torch.empty(1, net.channels, net.size, net.size)
+            path = "figures/03_published.png" if name == "table5_1" else f"figures/03_{name}.png"
+            draw_architecture(x, net.encoders[0], net.decoders, net.cuts, path)
+
+# %% [markdown]
+# The published network for CIFAR-10 has 36 layers a side, and is cut at the published times.
 #
 # ## Tables 5, 6 and 7
 #
