@@ -37,22 +37,24 @@ def let_idle_threads_sleep():
 
 
 def prepare_script():
-    """Ready the process of a step that runs as a script; later steps import this one first.
+    """Ready the process of a step that runs as a script, if it does; returns whether that is so.
 
-    A signal ends it quietly with status 130 or 143, and what waits in a `finally` is done.
+    A signal ends it quietly with status 130 or 143, and what waits in a `finally` is done. All
+    steps import this one first.
     """
     main = os.path.realpath(getattr(sys.modules["__main__"], "__file__", ""))
     folder, name = os.path.split(main)
     step = name[:1] + name[2:3] == "0_" and not NOTEBOOK
     if not step or folder != os.path.dirname(os.path.realpath(__file__)):
-        return  # a step that is imported as a library leaves the process as it is
+        return False  # a step that is imported as a library leaves the process as it is
     let_idle_threads_sleep()
     for kind in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(kind) != signal.SIG_IGN:  # as a shell's background job has it
             signal.signal(kind, lambda number, _: sys.exit(128 + number))
+    return True
 
 
-prepare_script()  # before all that takes a while to load
+SCRIPT = prepare_script()  # before all that takes a while to load
 
 import argparse
 import ast
@@ -106,6 +108,11 @@ def report_bad_input(kind, error, trace):
 def exit_with(message):
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+if SCRIPT:
+    replace_unprintable()
+    sys.excepthook = report_bad_input
 
 
 # %%
@@ -177,8 +184,6 @@ def settings(namespace, step):
             if name not in (names := [name for name, _, _ in known]):
                 raise BadInput(f"unknown parameter {name!r}: take one of {', '.join(names)}")
     else:
-        replace_unprintable()
-        sys.excepthook = report_bad_input
         parser = argparse.ArgumentParser(f"{step}.py", usage="%(prog)s [flags]", allow_abbrev=False)
         parser.error = lambda message: exit_with(f"{message} (--help lists the flags)")
         for name, default, comment in known:

@@ -1053,7 +1053,8 @@ if __name__ == "__main__" and not dry_run:
     compile_parts(autoencoder, compile)
     workshop.print_once(f"{unet.count_parameters(autoencoder):,} parameters")
     if (run / "autoencoder.jsonl").exists():
-        workshop.print_once(f"last step: {workshop.read_log(run, 'autoencoder.jsonl')[-1]}")
+        for row in workshop.read_log(run, "autoencoder.jsonl")[-1:]:
+            workshop.print_once(f"last step: {row}")
 
 # %% [markdown]
 # ### Latents on disk
@@ -1094,7 +1095,8 @@ def encode_set(model, images, folder, about, shard=2000, workers=0):
     note = folder / "latents.json"
     try:
         known = json.loads(note.read_text(encoding="utf-8")) if note.exists() else whose
-    except ValueError:
+        known.get  # noqa: B018 - some other text is no dictionary
+    except (AttributeError, ValueError):
         raise BadInput(f"{note} is damaged: remove {folder}, and it is encoded anew") from None
     for key, value in whose.items():
         if known.get(key) != value:
@@ -1348,7 +1350,7 @@ if __name__ == "__main__" and not dry_run and compare:
     for label, folder in ((arch, run), ("unified", other)):
         rows = [row for row in workshop.read_log(folder) if "frechet" in row]
         curves[label] = [(row["petaflops"], row["frechet"]) for row in rows]
-        spent, distances = np.array(curves[label]).T
+        spent, distances = np.array(curves[label]).reshape(-1, 2).T
         plt.plot(1e6 * spent, distances, marker="o", label=label)
     for style, key in (("--", "rebuilt"), (":", "real")):
         floor = table[f"{key} / real"]["frechet"]
@@ -1357,13 +1359,14 @@ if __name__ == "__main__" and not dry_run and compare:
     plt.gca().set(xlim=0, yscale="log")
     plt.legend()
     workshop.show_figure(run / "curves.png")
-    best, spent = min((distance, spent) for spent, distance in curves["unified"])
-    needed = compute_to_reach(curves[arch], best)
-    print(f"unified reaches {best:.2f} after {1e6 * spent:.4g} GFLOPs;", end=" ")
-    missed = f"{arch} does not within {1e6 * curves[arch][-1][0]:.4g}"
-    print(f"{arch} after {1e6 * needed:.4g}, {needed / spent:.0%}" if needed else missed)
-    ahead = min(curves, key=lambda label: curves[label][-1][1])
-    print(f"where the compute is spent {ahead} is ahead")
+    if all(curves.values()):  # else a log was lost
+        best, spent = min((distance, spent) for spent, distance in curves["unified"])
+        needed = compute_to_reach(curves[arch], best)
+        print(f"unified reaches {best:.2f} after {1e6 * spent:.4g} GFLOPs;", end=" ")
+        missed = f"{arch} does not within {1e6 * curves[arch][-1][0]:.4g}"
+        print(f"{arch} after {1e6 * needed:.4g}, {needed / spent:.0%}" if needed else missed)
+        ahead = min(curves, key=lambda label: curves[label][-1][1])
+        print(f"where the compute is spent {ahead} is ahead")
 
 # %% [markdown]
 # The last line says who is ahead. A run of a minute favours the unified network, as it does in

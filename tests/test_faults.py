@@ -281,9 +281,10 @@ def test_torn_latents_are_encoded_again(workshop, sde, ldm, tmp_path, capsys):
         assert encode() == scale
         assert torch.equal(ldm.Latents(tmp_path, scale).all(), whole)
         assert f"{second} is torn or holds something else" in capsys.readouterr().out
-    (tmp_path / "latents.json").write_text("{", encoding="utf-8")
-    with pytest.raises(workshop.BadInput, match=r"latents\.json is damaged: remove"):
-        encode()
+    for text in ("{", "null", "[]"):
+        (tmp_path / "latents.json").write_text(text, encoding="utf-8")
+        with pytest.raises(workshop.BadInput, match=r"latents\.json is damaged: remove"):
+            encode()
 
 
 def test_a_stage_is_named_by_a_decimal_number(workshop, sde, unet, evaluation):
