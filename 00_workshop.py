@@ -13,8 +13,8 @@
 # so that the lessons can be short. **Begin with step 01**, and come here when you want to know how
 # something is done, or to add a data set (one entry of `DATASETS`).
 #
-# The rule of admission: *what stands here holds no equation of the paper, serves at least two steps,
-# and imports no step.* (A test keeps to it.)
+# The rule of admission: *what stands here holds no equation of the paper, serves at least two
+# steps, and imports no step.* (A test keeps to it.)
 
 # %%
 import builtins
@@ -361,9 +361,10 @@ def show_images(rows, titles, path, columns=16, labels=None):
 # | `network`, `recipe` | steps 03 and 04: a small network, and how long to train; none: the paper's |
 # | `autoencoder`, `latent_network`, `latent_recipe` | the same for step 06 |
 #
-# The paper's recipe is for 450,000 steps of its own network on a GPU. `digits` and `mnist` get small
-# networks, which a laptop trains in a minute or an hour; for colour pictures on little hardware there
-# is `--network cifar10`. Widths follow the paper's choice (encoder 128, decoders 192, 128, 16).
+# The paper's recipe is for 450,000 steps of its own network on a GPU. `digits` and `mnist` get
+# small networks, which a laptop trains in a minute or an hour; for colour pictures on little
+# hardware there is `--network cifar10`. Widths follow the paper's choice (encoder 128, decoders
+# 192, 128, 16).
 
 
 # %%
@@ -439,7 +440,7 @@ def about(dataset):
 def load_images(dataset="digits", root="data", size=32):
     """Load a data set as (images uint8 (N, C, H, W), labels int64 (N,) or None).
 
-    `size` is the side in pixels for sets without a shape of their own (centre crop, then antialiased
+    size: the side in pixels for sets without a shape of their own (centre crop, then antialiased
     resize). Raises BadInput where the set is unknown, damaged or not to be had.
     """
     known = about(dataset)
@@ -739,9 +740,9 @@ def open_data_set(dataset, root, size, memory, workers=0):
 # %% [markdown]
 # ## Device and memory
 #
-# A GPU that can computes in bfloat16 (*autocast*), with the channels last in memory. What cannot fit
-# is refused by estimate before it is tried; where memory runs out all the same, the sentence says
-# what to do.
+# A GPU that can computes in bfloat16 (*autocast*), with the channels last in memory. What cannot
+# fit is refused by estimate before it is tried; where memory runs out all the same, the sentence
+# says what to do.
 
 
 # %%
@@ -856,8 +857,8 @@ def first_process_first():
 # ## Which pictures does a step see?
 #
 # That follows from the seed and the step alone. So a run that was interrupted goes on as if nothing
-# had happened, and several processes agree without asking each other: each takes its own part of the
-# same batch. A small data set lies on the device as one tensor; a large one is read by workers,
+# had happened, and several processes agree without asking each other: each takes its own part of
+# the same batch. A small data set lies on the device as one tensor; a large one is read by workers,
 # ahead of time.
 
 
@@ -1094,9 +1095,9 @@ def read_log(folder, file="metrics.jsonl"):
 # %% [markdown]
 # ## The loop that keeps a training
 #
-# Trainings are generators: they yield after every step and know nothing of bars and files. This loop
-# runs any of them, logs a row every fortieth of the way, saves, and lets Ctrl-C or a scheduler's
-# SIGTERM finish the step before it stops.
+# Trainings are generators: they yield after every step and know nothing of bars and files. This
+# loop runs any of them, logs a row every fortieth of the way, saves, and lets Ctrl-C or a
+# scheduler's SIGTERM finish the step before it stops.
 
 
 # %%

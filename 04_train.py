@@ -968,8 +968,8 @@ if __name__ == "__main__":
         curves[k] = [(row["step"], row[f"loss_{k}"]) for row in rows if f"loss_{k}" in row]
     draw_losses(curves)
     workshop.show_figure(run / "loss.png")
-    for last in [row for row in rows if "images_per_s" in row][-1:]:  # none where a log was lost
-        speed, counted, true = (last[key] for key in ("images_per_s", *PETAFLOPS))
+    for row in [row for row in rows if "images_per_s" in row][-1:]:  # none where a log was lost
+        speed, counted, true = (row[key] for key in ("images_per_s", *PETAFLOPS))
         print(f"{speed:,} images/s on {workshop.device()}")
         print(f"{1e6 * counted:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
         print(f"{1e6 * true:.4g} GFLOPs in truth: every picture, forward and backward")
