@@ -10,8 +10,7 @@
 #
 # **You will** train the network of step 03 to predict noise, first in a loop of ten lines that you
 # see through, on digits. Below the line the same training is a command for a laptop, a GPU, or
-# several under `torchrun`: it survives an interruption and leaves what step 05 samples from. Its
-# settings stand there.
+# several under `torchrun`: it survives an interruption and leaves what step 05 samples from.
 #
 # `python 04_train.py` shows this lesson and then trains on digits. With flags, as in
 # `python 04_train.py --dataset celeba`, the file is the command alone.
