@@ -80,8 +80,8 @@ if __name__ == "__main__":
 # $$s_t = \exp\Big(\int_0^t f(\xi)\,\mathrm d\xi\Big),\qquad
 #   \sigma_t = \sqrt{\int_0^t \frac{g(\xi)^2}{s_\xi^2}\,\mathrm d\xi}. \tag{2}$$
 #
-# The paper's models for CIFAR-10 and CelebA use the kernel **VP**. All of it follows from a rate
-# $\beta(t)=\beta_\text{min}+\beta_d\,t$ that grows linearly, and from its integral $B(t)$:
+# The paper cuts the timeline with the kernel **VP**, which its DPM-Solver models use, with a rate
+# $\beta(t)=\beta_\text{min}+\beta_d\,t$ and its integral $B(t)$:
 #
 # $$s_t=e^{-B/2},\qquad \sigma_t=\sqrt{e^{B}-1},\qquad f(t)=-\tfrac12\beta(t),\qquad
 #   g(t)=\sqrt{\beta(t)}.$$
@@ -102,8 +102,8 @@ def as_time(t):
 class VP:
     """Describe the variance-preserving kernel over t in [1e-3, 1]: times of any shape to values."""
 
-    # paper: Section 5 prints s and sigma with signs and exponents lost; here: the forms that have
-    # s^2 (1 + sigma^2) = 1 and satisfy Eq. 2, because the published numbers come from them too.
+    # paper: Section 5 prints s and sigma exchanged, without the t of beta_min t, the -1 inside the
+    # exponent; here: forms that satisfy Eq. 2, because the published numbers come from them.
     t_min, t_max, beta_min, beta_d = 1e-3, 1.0, 0.1, 19.9
     beta = classmethod(lambda cls, t: cls.beta_min + cls.beta_d * as_time(t))
     B = classmethod(lambda cls, t: cls.beta_d / 2 * as_time(t) ** 2 + cls.beta_min * as_time(t))
@@ -255,17 +255,17 @@ if __name__ == "__main__":
 # large against all of them: every weight is $1/N$, and it no longer matters what $x$ is. Three
 # regimes: step 02 measures where they begin and end.
 #
-# Is it really the minimum? Ask the loss, which does not know the result: write eq. (17) out at one
-# $x$. The gradient (20) of it must vanish at $\epsilon^*$. And as a square whose weights sum to 1,
-# it has its minimum half a gradient away from any guess: go from 0, with a gradient that no human
-# derived, and arrive at $\epsilon^*$.
+# Is it really the minimum? Ask the loss, which does not know the result: write the integrand of
+# (17) out at one $x$, over $\sum_iw_i$. The gradient (20) of it must vanish at $\epsilon^*$. And as
+# a square whose weights sum to 1, it has its minimum half a gradient away from any guess: go from
+# 0, with a gradient that no human derived, and arrive at $\epsilon^*$.
 
 
 # %%
 def empirical_loss(guess, x, t, kernel, images):
     """Evaluate the loss of a guess at each x (B, C, H, W), t a float: (loss (B,), gradient)."""
     noise = infer_noise(x[:, None], images, t, kernel).flatten(2)  # of every case: (B, N, n)
-    weight = torch.softmax(-(noise**2).sum(2) / 2, 1)[..., None]  # N(x; s y, s^2 sigma^2 I)
+    weight = torch.softmax(-(noise**2).sum(2) / 2, 1)[..., None]  # w_i / sum of w
     gap = guess.flatten(1)[:, None] - noise
     loss = (weight * gap**2).sum((1, 2))  # Eq. 17
     return loss, 2 * (weight * gap).sum(1).reshape(guess.shape)  # Eq. 20
@@ -296,11 +296,11 @@ if __name__ == "__main__":
 # $$\mathrm dx = [f(t)\,x - g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt + g(t)\,\mathrm d\bar w \tag{3}$$
 #
 # and the *probability-flow ODE* moves through the same distributions without noise:
-# $\mathrm dx = [f(t)\,x - \tfrac12 g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt$. Whatever predicts the
-# noise gives the score, because $\nabla\log p_t(x) = -\epsilon_t(x)/(s_t\sigma_t)$: against the
-# noise the density grows. So the first term of (3) undoes the shrinking, the second climbs to where
-# pictures are, and fresh noise makes up for the spread that is lost on the climb. The ODE climbs
-# half as fast, and has nothing to make up for.
+# $\mathrm dx = [f(t)\,x - \tfrac12 g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt$. What predicts the
+# noise gives the score: (14), differentiated, says
+# $\nabla\log p_t(x) = -\epsilon^*_t(x)/(s_t\sigma_t)$: against the noise the density grows. So the
+# first term of (3) undoes the shrinking, the second climbs to where pictures are, and fresh noise
+# makes up for the spread that is lost on the climb. The ODE climbs half as fast and loses none.
 #
 # Euler's method replaces $\mathrm dt$ by the difference of two times. For an SDE (Euler-Maruyama)
 # it also replaces $\mathrm d\bar w$ by fresh noise, times $\sqrt{|\mathrm dt|}$. Which times should
@@ -322,7 +322,7 @@ def score(eps, x, t, kernel):
 
 
 def euler_maruyama(eps, kernel, x, nfe, generator=None):
-    """Solve the reverse SDE from x at t_max, yielding x after each step; eps: (x, t) -> noise."""
+    """Solve the reverse SDE from x at t_max in nfe steps, yielding x; eps: (x, t) -> noise."""
     for t, t_next in pairwise(log_snr_times(kernel, nfe)):
         dt = t_next - t  # negative: time runs backwards
         drift = kernel.f(t) * x - kernel.g(t) ** 2 * score(eps, x, t, kernel)
@@ -369,8 +369,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Every path ends in one of the points. The ODE's never cross and share the axis out among them; the
-# SDE's may change their mind. Most commit themselves in a stretch, here about $0.1<t<0.3$: before
-# it (to the right) nothing tells apart where they go, after it each only slides into its point.
+# SDE's may change their mind. Most commit themselves late, about $0.05<t<0.2$: to the right of it
+# the shade has one bump, to the left each path only slides into its point.
 #
 # Now the same with real pictures, beside the training pictures that are nearest to them.
 
@@ -399,9 +399,9 @@ if __name__ == "__main__":
 # %% [markdown]
 # Every sample is a training picture, up to the noise that $t_\min$ leaves. **This is why networks
 # are trained at all**: the minimiser of the loss memorises, and a network is useful because it does
-# *not* reach it. Its limited capacity makes it generalise. How much capacity, and where in time, is
-# the question of this paper. (From the same start the two solvers end in different pictures: the
-# SDE forgets where it began, while the end of an ODE is a function of its start.)
+# *not* reach it. Limited capacity keeps it from that. How much capacity, and where in time, is the
+# question of this paper. (From the same start the two solvers end in different pictures: the SDE
+# forgets where it began, while the end of an ODE is a function of its start.)
 #
 # ## Where it decides
 #
@@ -439,9 +439,9 @@ if __name__ == "__main__":
 #    $s\sigma$ = 80, so `start * 80`; then pass `EDM` to the denoiser and to the solver. The samples
 #    are training pictures again.</details>
 # 2. Keep only 10 images as the data set. At what $t$ does $\hat y_t$ stop returning the very
-#    picture, and why later than with 1,797? <details><summary>Solution</summary>With fewer, more
-#    distant candidates, more noise is needed to confuse them: the posterior concentrates as long as
-#    $\sigma_t^2\log N$ is small against the squared distance between pictures.</details>
+#    picture, and why later than with 1,797? <details><summary>Solution</summary>At 0.13, not 0.05.
+#    Fewer, more distant candidates need more noise to be confused: the posterior concentrates as
+#    long as $\sigma_t^2\log N$ is small against the squared distance between pictures.</details>
 # 3. Redo the derivation for a network that predicts $x_0$ in place of $\epsilon$. What is its
 #    optimum? <details><summary>Solution</summary>Step 2 becomes $\|x_\theta-y_i\|^2$ with the same
 #    weights, so the optimum is $\hat y_t$ itself: the two predictions are one affine map
@@ -454,7 +454,7 @@ if __name__ == "__main__":
 #
 # | kernel | $s_t$ | $\sigma_t$ | time | used by |
 # |---|---|---|---|---|
-# | `VP` | $e^{-B/2}$ | $\sqrt{e^{B}-1}$ | $[10^{-3},1]$ | the paper's CIFAR-10 and CelebA models |
+# | `VP` | $e^{-B/2}$ | $\sqrt{e^{B}-1}$ | $[10^{-3},1]$ | the paper's clustering and DPM-Solver models |
 # | `SubVP` | $e^{-B/2}$ | $e^{B/2}-e^{-B/2}$ | as VP | Song et al. 2021 |
 # | `DDPM`, `LDM` | as VP, $B$ a table | as VP | step/1000 | Ho et al. 2020; latent diffusion |
 # | `VE` | 1 | $\sigma$ itself | $[0.01,50]$ | Song et al. 2021 |

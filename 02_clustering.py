@@ -13,7 +13,8 @@
 # them. They cut the timeline into stages, each of which gets its own decoder in step 03. No network
 # is needed: the cuts are a closed-form property of the data set.
 #
-# `python 02_clustering.py --dataset cifar10 --samples 50000` reproduces the published numbers.
+# `python 02_clustering.py --dataset cifar10 --samples 50000` gives the published $t_1$ and $t_2$ to
+# 0.003.
 
 # %%
 import importlib
@@ -149,7 +150,8 @@ if __name__ == "__main__":
 # > {\sum_{(t_k,\mathcal S_1^k)\in\mathcal S_1}[\mathbb 1(t_k\ge\tau)]}\ge\alpha\Big\}$
 #
 # Section 5 of the paper adds that $\tau$ runs through $10^4$ times, and that they begin at $t$ =
-# 0.001, since at $t=0$ there is no noise to name. The same lines in code:
+# 0.001. (The ends are left out below, where an average has nothing to run over.) The same lines in
+# code:
 
 
 # %%
@@ -170,7 +172,7 @@ def plain_algorithm_1(images, K, alpha=0.9, eta=2 / 256, seed=0):  # Algorithm 1
         D_0, D_1 = similarity(eps_t, eps, eta), similarity(eps_t, eps_1, eta)  # Algorithm 1, line 6
         S_0 = torch.cat([S_0, torch.stack([t, D_0.cpu()])], 1)  # Algorithm 1, line 7
         S_1 = torch.cat([S_1, torch.stack([t, D_1.cpu()])], 1)  # Algorithm 1, line 8
-    tau = torch.linspace(VP.t_min, VP.t_max, 10_001).double()[1:-1]  # Algorithm 1, line 9
+    tau = torch.linspace(VP.t_min, VP.t_max, 10_001).double()[1:-1]
     up = average(S_0[0] <= tau[:, None], S_0)  # Algorithm 1, line 10
     down = average(S_1[0] >= tau[:, None], S_1)  # Algorithm 1, line 11
     t_1 = max(tau[up >= alpha].tolist(), default=VP.t_min)  # Eq. 7
@@ -252,9 +254,9 @@ def contiguous_clusters(cost, n, bounded=True):
 
 
 # %% [markdown]
-# `through` holds the price of every pair of such choices, and `first` remembers where the last
-# cluster began, so that the cuts can be read off backwards. The costs, summed one by one on a
-# hundred times:
+# `through` holds the price of every last cluster with the best of what stands before it, and
+# `first` remembers where the last cluster began, so that the cuts can be read off backwards. The
+# costs, summed one by one on a hundred times:
 
 
 # %%
@@ -276,14 +278,16 @@ if __name__ == "__main__":
         print(f"{name:8s}", *(f"{n} stages {cuts}" for n, cuts in found.items()), sep="  ")
 
 # %% [markdown]
-# Printed for three stages are 0.330 and 0.670 by timestep, 0.348 and 0.709 by log-SNR. The log-SNR
-# falls fastest near the image, hence its short stage 0 when stages are many. These cuts are the
-# same for every data set.
+# The paper prints 0.330 and 0.670 by timestep, 0.348 and 0.709 by log-SNR for three stages; a
+# hundred times are too coarse for the third digit (below the line: a thousand). The log-SNR falls
+# fastest near the image and slowest near $t$ = 0.35: its stage 0 is longer than by timestep when
+# stages are few, and shorter when they are many. These cuts are the same for every data set.
 #
 # ## Algorithm 2: any number of stages
 #
 # Algorithm 1 knows two ends and so gives three stages. For $n$ stages compare *all* times with each
-# other, and ask for the cut whose clusters are each as homogeneous as can be. Printed is
+# other, and ask for the cut whose clusters are each as homogeneous as can be. Printed, with slips
+# of index mended, is
 #
 # $$\min_{t_1,\dots,t_{n-1}}\ \sum_{k=0}^{n-1}\int_{t_k}^{t_{k+1}}\!\int_{t_a}^{t_{k+1}}
 #   \mathcal S(\epsilon^*_{t_a},\epsilon^*_{t_b})\,\mathrm dt_b\,\mathrm dt_a
@@ -304,8 +308,9 @@ if __name__ == "__main__":
 # > \sum_{k=1}^K\sum_{i=0}^{n-1}\mathcal S^k\,\mathbb 1(t_{a_k},t_{b_k}\in[t_i,t_{i+1}])$<br>
 # > 10: $\quad$ s.t. $0<t_1<t_2<\dots<t_{n-1}<1$
 #
-# Times are taken from a grid, 21 nodes as in the release, so that the samples of a pair of nodes
-# can be averaged: what the loop collects is then one matrix $S$.
+# Times are taken from a grid, 21 nodes as in the release (the paper's has their midpoints too,
+# where cuts may lie), so that the samples of a pair of nodes can be averaged: what the loop
+# collects is then one matrix $S$.
 
 
 # %%
@@ -320,17 +325,17 @@ def plain_similarity_matrix(images, samples, eta=2 / 256, seed=0, function=sde.o
     y = images[torch.randint(len(images), (samples,), generator=dice).to(images.device)]
     eps = torch.randn(y.shape, generator=dice).to(y)  # Algorithm 2, line 5
     answers = [function(sde.perturb(y, eps, t, VP), t, VP, images) for t in NODES]
-    for a in range(21):  # Algorithm 2, line 4
-        for b in range(21):
+    for a in range(21):
+        for b in range(21):  # Algorithm 2, line 4: all pairs in turn
             D = similarity(answers[a], answers[b], eta)  # Algorithm 2, line 6
             S[a, b] = float(D.mean())  # Algorithm 2, line 7
     return S  # Algorithm 2, line 8
 
 
 # %% [markdown]
-# A minimum of summed *similarities* would put unlike times together: a slip of sign. Its remedy
-# needs no commercial solver (the release has one), because clusters are contiguous and the dynamic
-# program above finds the optimum.
+# A minimum of summed *similarities* would put unlike times together: a slip of sign. So sum
+# $1-\mathcal S$. No commercial solver is needed, which the release uses: clusters are contiguous,
+# and the dynamic program above finds the optimum.
 
 
 # %%

@@ -38,6 +38,8 @@ lesson = workshop.NOTEBOOK or (len(sys.argv) == 1 and "RANK" not in os.environ)
 #
 # A training example is a picture $x_0$, a time $t$ and noise $\epsilon$. The network is given the
 # mixture $x_t=s_t(x_0+\sigma_t\,\epsilon)$ of eq. (1) and the time, and is asked for the noise.
+# (Networks see pixels in [−1, 1], twice the spread of steps 01 and 02; the cuts stay those of [0,
+# 1].)
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -99,20 +101,19 @@ if __name__ == "__main__" and lesson:
 # Those are the losses at the ten times of the picture. Noise has variance 1, so a network that
 # always says 0 has a loss of 1 whatever the time. To return the input is worse than that near the
 # image, and nearly perfect near the noise. Our small networks start just so: they add their input
-# to what the decoder says, and an untrained decoder says 0. (The paper's networks do not add it,
-# and start with a loss of 1 everywhere.) The best that can be had is the loss of the optimal
-# denoiser of step 01.
+# to what the decoder says, and `build_network` lets them begin with saying 0. The best that can be
+# had is the loss of the optimal denoiser of step 01.
 #
 # ## Which times?
 #
-# The paper trains one stage a batch: a stage is drawn, each as likely as the others, then every
-# picture's $t$ uniformly inside it. So a batch needs one decoder only. The encoder learns from
-# every batch, a decoder from a third of them.
+# The authors' code trains one stage a batch: a stage is drawn, each as likely as the others, then
+# every picture's $t$ uniformly inside it. So the encoder learns from every batch, a decoder from a
+# third of them.
 #
 # Which pictures and which stage a step sees follows from the seed and the step alone
 # (`step_generator` of step 00), so that a run can go on where it stopped; times and noise come from
-# one generator that goes on from step to step. Of photographs a half is mirrored, as in the paper's
-# recipe; a mirrored digit is none.
+# one generator that goes on from step to step. Of photographs a half is mirrored, as in the
+# authors' recipe; a mirrored digit is none.
 
 
 # %%
@@ -207,9 +208,9 @@ def update_average(average, model, n, decay=0.9999):
 # ## The whole loop
 #
 # These pieces are a training: draw a batch, compare, step, average. It is a generator: it yields
-# after every step, and leaves bars, plots and files to its caller. (`fused` computes Adam for all
-# weights at once. The learning rate of 3e-3 suits a million weights and little time; the paper's
-# 2e-4 is for a hundred million and 450,000 steps.)
+# after every step, and leaves all else to its caller. (`fused` computes Adam for all weights at
+# once. The learning rate of 3e-3 suits a million weights and little time; the authors' 2e-4 is for
+# a hundred million and 450,000 steps.)
 
 
 # %%
@@ -281,16 +282,17 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # After 150 steps the network cleans the left columns well and goes on to guess at $t$ = 0.3, where
 # it sees a blurred digit; at the right it has found the mean of all digits, which is the best
-# answer there. Some pixels of noise are left that the optimum removes. The run below ends in the
-# same figure after 900 steps.
+# answer there. The run below ends in the same figure after 900 steps.
 #
 # **You have** the whole method of this step: eq. (4) as a line, a batch of one stage, a step, an
 # average, and the loop. What follows trains in the same way, and proves it.
 #
+# ### Exercises
+#
 # 1. What is the loss of the optimal denoiser? Is it 0? <details><summary>Solution</summary>Pass
 #    `lambda x, t: sde.optimal_denoiser(x, t, sde.VP, workshop.to_network_space(pixels))` to
-#    `compute_loss`, with batches of `draw_batch`. It is lowest of all on these pictures, but not 0:
-#    where noise is high, more than one picture may have led to $x_t$.</details>
+#    `compute_loss`, with batches of `draw_batch`. It is the lowest, but not 0: where noise is high,
+#    several pictures may have led to $x_t$.</details>
 # 2. Train a network for all times: `unet.build_network("digits_unified")`, with the edges 0.001 and
 #    1. Why can its curve not be compared with those above? <details><summary>Solution</summary>It
 #    averages over all $t$. Measure the loss of both averaged networks on the same batches of
@@ -957,8 +959,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What it learned
 #
-# The loss of each stage over training, each point now an average of many steps; how the samples
-# came about, always from the same noise; and what the network sees in noise now.
+# The losses, a point now an average of many steps; how the samples came about, always from one
+# noise; and what the network sees now.
 
 # %%
 if __name__ == "__main__":
@@ -991,8 +993,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # Where noise is low both return the picture. In the middle the optimal denoiser still knows *which
 # training picture* it was, while the network, which cannot store them all, returns a similar digit
-# in its own, softer hand. At the right both see little more than an average. The gap in the middle
-# is what makes the network generative.
+# in its own, softer hand. At the right both see an average. The gap in the middle makes it
+# generative.
 #
 # **You have** a trained multistage model in `runs/`. Step 05 draws with it.
 #

@@ -8,11 +8,11 @@
 # %% [markdown]
 # # 05 · Drawing samples, and saying how good they are
 #
-# **You will** derive the solvers of the paper's Table 1 from one line, check their
-# order on a case with a known answer, draw digits with the network of step 04, and
-# measure them beside real ones.
+# **You will** derive DDIM, Heun, DPM-Solver and DDPM from one line, check their order
+# on a case with a known answer, draw digits with the network of step 04, and measure
+# them beside real ones.
 #
-# How long is a sampler? Five lines, with the best denoiser of step 01 in place of a
+# How long is a sampler? Six lines, with the best denoiser of step 01 in place of a
 # network.
 
 # %%
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 #
 # Eq. (2), differentiated, says $\dot s=f\,s$ for the scale, and
 # $2\sigma\dot\sigma=g^2/s^2$ for the noise level. Now divide the picture by its scale,
-# $z=x/s$, and derive $z$ by time:
+# $z=x/s$, and differentiate $z$ by time:
 #
 # 1. $\dot z=\dot x/s-x\,\dot s/s^2=\dot x/s-f\,x/s$ by the quotient rule and the first
 #    half of eq. (2);
@@ -100,15 +100,15 @@ if __name__ == "__main__":
 # integrate this line, some with fresh noise on the way. They have the same arguments: a
 # function `eps(x, t)` that predicts noise, the kernel, the start noise `x` (B, C, H, W)
 # at `kernel.t_max`, the number of evaluations `nfe`, and a generator where they draw
-# noise. They yield their states. An evaluation of the network is what costs; the rest
-# is arithmetic.
+# noise. They yield their states, the last of which is the picture, and never change
+# what they are given. An evaluation of the network is what costs; the rest is
+# arithmetic.
 #
 # Three helpers go around it. `levels` goes from $x$ to $z$ and lists the noise levels
 # to stop at, equally spaced in $\log\sigma$, because the fine detail is decided where
 # noise is low. `unscale` goes back from $z$ to $x$. `noise_at` asks the network, which
 # wants $x=s\,z$ and the time in place of $z$ and $\sigma$. Noise levels are plain
-# numbers, so that no GPU has to be waited for. In a step each is divided by the same
-# number.
+# numbers, so that no GPU has to be waited for.
 #
 # ## A case with a known answer
 #
@@ -256,11 +256,12 @@ if __name__ == "__main__":
 #
 # ## DPM-Solver
 #
-# Both methods take the line as it is. **DPM-Solver** (Lu et al. 2022a) writes the line in $\lambda=-\log\sigma$, half the
-# log-SNR: $\mathrm dz=-e^{-\lambda}\epsilon\,\mathrm d\lambda$. The exponential is
-# known, so it is integrated exactly; only $\epsilon$ is unknown, and is expanded in a
-# Taylor series. Over a step from $\lambda$ to $\lambda+h$ its first two terms give,
-# with $\dot\epsilon$ the slope of the noise in $\lambda$,
+# Both methods take the line as it is. **DPM-Solver** (Lu et al. 2022a) writes the line
+# in $\lambda=-\log\sigma$, half the log-SNR:
+# $\mathrm dz=-e^{-\lambda}\epsilon\,\mathrm d\lambda$. The exponential is known, so it
+# is integrated exactly; only $\epsilon$ is unknown, and is expanded in a Taylor series.
+# Over a step from $\lambda$ to $\lambda+h$ its first two terms give, with
+# $\dot\epsilon$ the slope of the noise in $\lambda$,
 #
 # $$z'=z-e^{-(\lambda+h)}\Big[(e^h-1)\,\epsilon+(e^h-1-h)\,\dot\epsilon+\dots\Big].$$
 #
@@ -274,7 +275,7 @@ if __name__ == "__main__":
 
 # %%
 def dpm_solver_3(eps, kernel, x, nfe, generator=None):
-    """Sample by nfe / 3 steps of DPM-Solver-3. Source: Lu et al. 2022a, Algorithm 2."""
+    """Sample by nfe // 3 steps of DPM-Solver-3. Source: Lu et al. 2022a, Algorithm 2."""
     exp, expm1, r1, r2 = math.exp, math.expm1, 1 / 3, 2 / 3
     noise = lambda z, lam: noise_at(eps, kernel, z, exp(-lam))  # noqa: E731
     z, sigmas = levels(kernel, x, nfe // 3)
@@ -283,11 +284,11 @@ def dpm_solver_3(eps, kernel, x, nfe, generator=None):
         e = noise(z, lam)
         u1 = z - exp(-lam - r1 * h) * expm1(r1 * h) * e
         D1 = noise(u1, lam + r1 * h) - e
-        slope = r2 / r1 * (expm1(r2 * h) / (r2 * h) - 1) * D1
-        u2 = z - exp(-lam - r2 * h) * (expm1(r2 * h) * e + slope)
+        second = r2 / r1 * (expm1(r2 * h) / (r2 * h) - 1) * D1
+        u2 = z - exp(-lam - r2 * h) * (expm1(r2 * h) * e + second)
         D2 = noise(u2, lam + r2 * h) - e
-        slope = 1 / r2 * (expm1(h) / h - 1) * D2
-        z = z - exp(-lam - h) * (expm1(h) * e + slope)  # DPM-Solver-3
+        second = 1 / r2 * (expm1(h) / h - 1) * D2
+        z = z - exp(-lam - h) * (expm1(h) * e + second)  # DPM-Solver-3
         yield unscale(kernel, z, exp(-lam_next))
 
 
@@ -305,10 +306,11 @@ if __name__ == "__main__":
     workshop.show_figure(figures / "05_orders.png")
 
 # %% [markdown]
-# A solver of order $p$ must give a straight line of slope $-p$ on these axes, and all
-# four do. The higher the order, the more a few evaluations more are worth. With very
-# few of them order is no help: at 15, Heun's eight large steps are worse than DDIM's
-# fifteen small ones. The paper's tables use DPM-Solver-3 with 20.
+# A solver of order $p$ must give a straight line of slope $-p$ on these axes once there
+# are enough steps, and all four come to it. The higher the order, the more a few
+# evaluations more are worth. With very few of them order is no help: at 15, Heun's
+# eight large steps are worse than DDIM's fifteen small ones. The paper's DPM-Solver
+# rows have 20: here 6 steps and 18; `dpm_solver` below uses all.
 #
 # ## Fresh noise
 #
@@ -351,8 +353,8 @@ if __name__ == "__main__":
 #
 # The solver gets a function of $(x,t)$ and never hears of stages: the function (step
 # 04's `noise_function`) asks the network which stage $t$ lies in and runs the one
-# decoder in charge. Here are 48 pictures by DDIM, each with random numbers of its own,
-# and three of them on their way.
+# decoder in charge. 48 pictures are drawn by DDIM, each with random numbers of its own;
+# here are three of them on their way.
 
 # %%
 if __name__ == "__main__":
@@ -431,10 +433,9 @@ if __name__ == "__main__" and workshop.ranks()[0] == 0:  # the first process mea
 # ### Exercises
 #
 # 1. Measure `--nfe 5`, 10, 20 and 50 with `ddim` and `dpm-solver-3`. Where do they
-#    meet?
-#    <details><summary>Solution</summary>`python 05_sample_eval.py --sampler ddim --nfe 5`, and so
-#    on. Both approach the distance of the exact ODE; the third-order solver needs fewer
-#    evaluations to get there. Below about 10 its few large steps are no advantage.</details>
+#    meet? <details><summary>Solution</summary>`python 05_sample_eval.py --sampler ddim
+#    --nfe 5`, and so on. They cross between 5 and 10, where the third-order solver
+#    gains from its steps, and have not met again at 50.</details>
 # 2. How much of the Fréchet distance between real and real is due to the number of
 #    pictures?
 #    <details><summary>Solution</summary>`[frechet_distance(torch.randn(n, 4), torch.randn(n, 4))

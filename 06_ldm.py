@@ -64,15 +64,16 @@ if __name__ == "__main__" and lesson:
 # $\mathcal D$ with $\mathcal D(h)\approx x$. They are trained together, once, before the diffusion
 # model, and only on rebuilding pictures.
 #
-# The paper uses the released **VQ-f4** of latent diffusion: pictures of 3×256×256, latents of
+# The authors use the released **VQ-f4** of latent diffusion: pictures of 3×256×256, latents of
 # 3×64×64, a sixteenth of the numbers. Ours make 2×4×4 of 1×8×8, a half. A convolution costs as much
 # as there are positions, so every evaluation of the diffusion network becomes sixteen times (here:
 # four times) cheaper, before any stage is cut. What the paper saves comes on top of that.
+# ($\mathcal D$ and $z$ mean other things in steps 02 and 05.)
 #
 # | symbol | in the code | meaning |
 # |---|---|---|
 # | $h=\mathcal E(x)$ | `model.encode(x)` | the latent as the encoder gives it, (B, c, h, w) |
-# | $e$ | `codebook(h)` | the same, each position rounded to an entry of the codebook |
+# | $e$ | `codebook(h)[1]` | the same, each position rounded to an entry of the codebook |
 # | $\mathcal D$ | `model.decode(h)` | the decoder: it rounds first |
 # | $z$ | `scale * h` | the latent of unit variance that the diffusion model sees |
 #
@@ -323,9 +324,9 @@ if __name__ == "__main__" and lesson:
 #
 # A network of step 03 for pictures of two channels and a side of four, trained by step 04's loop
 # with the kernel of latent diffusion, whose time is one of 1,000 steps. The cuts are those that the
-# paper takes for latents, after the steps 442 and 631: stage 0 has the times up to 0.442, next to
-# the image, stage 2 those from 0.632 on. Every batch has all three stages here, which serves a
-# short training best. Not a line of steps 03 and 04 knows that these are latents.
+# authors' code takes for latents, after the steps 442 and 631: stage 0 has the times up to 0.442,
+# next to the image, stage 2 those from 0.632 on. Every batch has all three stages here, which
+# serves a short training best. Not a line of steps 03 and 04 knows that these are latents.
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -348,9 +349,9 @@ if __name__ == "__main__" and lesson:
 # ## Drawing and decoding
 #
 # The start is noise of the latents' shape, (2, 4, 4). Step 05 draws latents from it with
-# DPM-Solver++(2M), 20 evaluations in equal steps of time, as the paper does. They are multiplied by
-# the spread, rounded, and decoded, all 48 in a moment: what the solver repeats 20 times happens in
-# a space of half the numbers, and with VQ-f4 of a sixteenth.
+# DPM-Solver++(2M), 20 evaluations in equal steps of time, as the authors' code does. They are
+# multiplied by the spread, rounded, and decoded, all 48 in a moment: what the solver repeats 20
+# times happens in a space of half the numbers, and with VQ-f4 of a sixteenth.
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -368,9 +369,9 @@ if __name__ == "__main__" and lesson:
 #
 # ### Exercises
 #
-# 1. Run with `--kind vq`. How many of the 256 entries are in use, and what does the rounding cost?
-#    <details><summary>Solution</summary>`autoencoder.jsonl` has the perplexity; the column of the
-#    reconstructions has the price.</details>
+# 1. Run with `--kind vq`. What is the perplexity of its 256 entries, and what does the rounding
+#    cost? <details><summary>Solution</summary>`autoencoder.jsonl` has the perplexity; the column of
+#    the reconstructions has the price.</details>
 # 2. Leave out the scale: train on `h` above. What do you expect of the losses of the three stages?
 #    <details><summary>Solution</summary>Where the spread is below 1, the same step of the schedule
 #    covers more, so that the noise is easier to tell and the losses fall; the model spends more of
