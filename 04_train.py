@@ -959,8 +959,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What it learned
 #
-# The losses, a point now an average of many steps; how the samples came about, always from one
-# noise; and what the network sees now.
+# The losses, a point now an average of many steps; how the samples came about, from one noise; what
+# it sees now.
 
 # %%
 if __name__ == "__main__":
@@ -991,10 +991,9 @@ if __name__ == "__main__":
     show_estimates(predict, pixels, kernel_of(process), run / "denoised.png")
 
 # %% [markdown]
-# Where noise is low both return the picture. In the middle the optimal denoiser still knows *which
-# training picture* it was, while the network, which cannot store them all, returns a similar digit
-# in its own, softer hand. At the right both see an average. The gap in the middle makes it
-# generative.
+# Where noise is low both return the picture. In the middle the optimal denoiser knows *which
+# training picture* it was; the network, which cannot store them all, returns a similar digit in a
+# softer hand. At the right both see an average. This gap makes it generative.
 #
 # **You have** a trained multistage model in `runs/`. Step 05 draws with it.
 #
