@@ -412,9 +412,8 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # %% [markdown]
 # ### Which times?
 #
-# With vp as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ from EDM's
-# log-normal distribution picks the stage; the batch is drawn from that distribution cut to the
-# stage.
+# With vp as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ of EDM's
+# log-normal distribution picks the stage, and the batch is drawn from its part there.
 #
 # `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
 # weighted by its chance over its share of the batch: the same objective, with the expectation in
