@@ -56,7 +56,7 @@ def execute(step, target, parameters):
     known = source.cells[[tags(cell) for cell in source.cells].index(["parameters"])].source
     mine = {key: value for key, value in parameters.items() if f"\n{key} = " in f"\n{known}"}
     draft = target.with_suffix(".part.ipynb")
-    quiet = ["--IPKernelApp.log_level=40"]  # else a warning of the kernel breaks the progress line
+    quiet = ["--IPKernelApp.log_level=50"]  # it is interrupted when it ends, and would say so
     papermill.execute_notebook(
         *(source, draft, mine),
         **dict(kernel_name="python3", cwd=ROOT, progress_bar=False, extra_arguments=quiet),
