@@ -109,7 +109,7 @@ if __name__ == "__main__" and not table:
 
 # %%
 class ResBlock(nn.Module):
-    """Transform (B, c_in, H, W) to (B, c_out, H, W), told the time by emb (B, e); e = 0: no time."""
+    """Transform (B, c_in, H, W) to (B, c_out, H, W), told the time by emb (B, e); e = 0: none."""
 
     def __init__(self, c_in, c_out, e, norm):
         super().__init__()
@@ -780,7 +780,7 @@ class MultistageUNet(nn.Module):
         return {k: (stage == k).nonzero()[:, 0] for k in stages}
 
     def _finish(self, x, predicted):
-        # paper: the decoder's output alone; here, for the small networks: plus x, because learning to
+        # paper: the decoder's output alone; here, for small networks: plus x, because learning to
         # copy it near the noise costs them many steps
         return x + predicted if self.add_input else predicted
 

@@ -224,7 +224,7 @@ if __name__ == "__main__":
 
 # %%
 def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
-    """Sample by EDM's Heun method down to sigma = 0. Source: Karras et al. 2022, Algorithms 1, 2."""
+    """Sample by EDM's Heun method, down to sigma = 0. Source: Karras et al. 2022, Algs. 1, 2."""
     z, sigmas = x / kernel.s(kernel.t_max), heun_levels(kernel, nfe, rho)
     for sigma, sigma_next in pairwise(sigmas):
         if churn:  # below the line
@@ -1027,7 +1027,7 @@ class DigitClassifier(nn.Module):
 
 
 def train_classifier(images, labels, steps=400, seed=0):
-    """Train a DigitClassifier on four fifths of (images uint8, labels): (it, accuracy on the rest)."""
+    """Train a DigitClassifier on 4/5 of (images uint8, labels): (it, accuracy on the rest)."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     images, labels = images[order].float() / 255, labels[order]
     cut, generator = len(images) * 4 // 5, torch.Generator().manual_seed(seed)

@@ -1226,7 +1226,7 @@ def choose_real_sets(images, n, workers=0):
 
 
 def choose_measure(images):
-    """Choose what samples are measured by: (two real sets, features' name for code, for readers)."""
+    """Choose what samples are measured by: (two real sets, features' name for code, readers)."""
     half, other_half = choose_real_sets(images, samples, workers)
     few, labels = half, None
     if known.get("judge") == "digits":
