@@ -3,7 +3,7 @@
     python benchmarks/busy.py [--spins 1000] [--rounds 3]
 
 Two OpenMP threads that spin while they wait for each other stall when another process takes one of
-their cores. Steps that run as scripts therefore let idle threads sleep sooner (`SPINS` of step 01).
+their cores. Steps that run as scripts therefore let idle threads sleep sooner (`SPINS` of step 00).
 In turns, each in a process of its own: threads as OpenMP has them by default, and with each number
 of spins; alone, beside a loop that keeps one core busy, and beside a training like itself. Printed
 are milliseconds a step (means, as stalls are rare and long; medians of the turns), each as a
