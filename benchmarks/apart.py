@@ -44,8 +44,11 @@ def tell(name, part, args):
 
 
 def watch(name, command, limit):
-    """Run a command that prints the lines of a part and end it after `limit` seconds: the last."""
-    begin, found, cut = time.perf_counter(), dict(part=name), False
+    """Run a command that prints the lines of a part and end it after `limit` seconds: the last.
+
+    Returns it, and the SystemExit that SIGTERM raised meanwhile, or None.
+    """
+    begin, found, cut, ended = time.perf_counter(), dict(part=name), False, None
     # Files, not pipes: what outlives the command (a notebook's kernel) would hold a pipe open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
@@ -53,6 +56,8 @@ def watch(name, command, limit):
             process.wait(limit)
         except subprocess.TimeoutExpired:
             cut = True
+        except SystemExit as stop:  # SIGTERM: what was found has to be told all the same
+            cut, ended = True, stop
         finally:  # with all that it has started
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -63,11 +68,11 @@ def watch(name, command, limit):
                 row = json.loads(line)
                 found = row if isinstance(row, dict) and row.get("part") == name else found
         if cut:
-            found["cut"] = f"after {limit:.0f} s"
+            found["cut"] = f"after {time.perf_counter() - begin:.0f} s"
         elif status and "error" not in found:
             last = (err.read().strip().splitlines() or [""])[-1]
             found["error"] = f"ended with status {status}: {last[-300:]}"
-    return {**found, "seconds": time.perf_counter() - begin}
+    return {**found, "seconds": time.perf_counter() - begin}, ended
 
 
 def run_all(names, parts, args, say):
@@ -76,12 +81,14 @@ def run_all(names, parts, args, say):
     more = ["--data", args.data] + ["--quick"] * args.quick
     for name in names:
         left = args.budget - (time.perf_counter() - begin)
-        line = dict(part=name, cut=f"the budget of {args.budget:g} s is spent")
+        line, ended = dict(part=name, cut=f"the budget of {args.budget:g} s is spent"), None
         if left > 0:
             command = [sys.executable, sys.argv[0], "--part", name, *more]
-            line = watch(name, command, min(parts[name][1], left))
+            line, ended = watch(name, command, min(parts[name][1], left))
         told.append(line)
         say(line)
+        if ended:
+            raise ended
     ends = {kind: [line["part"] for line in told if kind in line] for kind in ("error", "cut")}
     times = {line["part"]: line.get("seconds", 0.0) for line in told}
     say(dict(part="summary", total=time.perf_counter() - begin, seconds=times, **ends))

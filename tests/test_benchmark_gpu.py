@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -79,6 +80,18 @@ def test_parts_beyond_the_budget_are_named(trial):
     assert "cut" in found["hangs"] and found["hangs"]["seconds"] < 2.5  # its own limit is 3
     assert found["raises"] == dict(part="raises", cut="the budget of 2 s is spent")
     assert found["summary"]["cut"] == ["hangs", "raises"]
+
+
+def test_what_was_found_is_told_when_the_run_is_ended(trial, tmp_path):
+    script = tmp_path / "trial.py"
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
+        own = psutil.Process(process.pid)  # parts that hang have a child of their own
+        while not any(child.name() == "sleep" for child in own.children(recursive=True)):
+            time.sleep(0.05)
+        process.terminate()
+        found = json.loads(process.stdout.read())
+    assert process.returncode == 143
+    assert found["part"] == "hangs" and found["found"] == 1 and "after" in found["cut"]
 
 
 def test_quick_parts_of_the_benchmark(tmp_path):
