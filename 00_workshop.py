@@ -981,7 +981,7 @@ def claim_folder(folder, resume):
 def check_same_settings(asked, old, folder):
     """Raise BadInput where a resumed run is asked for other settings than it has (but steps)."""
     for key in sorted(set(asked) - {"steps"}):
-        if asked[key] != old.get(key):
+        if (asked[key] or None) != (old.get(key) or None):  # what it does not know is empty
             raise BadInput(
                 f"{folder} was trained with {key} = {old.get(key)!r}, not {asked[key]!r}"
             )

@@ -153,20 +153,25 @@ if __name__ == "__main__" and lesson:
 # A step goes down the gradient of the loss by Adam. Two precautions belong to the recipe. Gradients
 # longer than 1 are cut to that length, so that one odd batch cannot throw the weights off. And the
 # learning rate grows linearly during the first steps (*warm-up*), when Adam's averages of the
-# gradients have hardly seen anything.
+# gradients have hardly seen anything. It then stays, as the paper has it; with `decay` it falls
+# linearly to zero, so that the last steps, too small to jitter, settle what the large ones found.
 #
 # A batch of one stage has no gradient for the other decoders: they and their averages in Adam stay
 # as they are. Does it learn? Ask it for one batch, again and again.
 
 
 # %%
-def training_step(model, optimizer, loss, step, warmup=100):
-    """Take one step of Adam down the gradient of a loss; `step` counts from 1."""
+def training_step(model, optimizer, loss, step, warmup=100, decay=0):
+    """Take one step of Adam down the gradient of a loss; `step` counts from 1.
+
+    decay: the step at which the learning rate has fallen to zero; 0: it stays.
+    """
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    rate = min(1, step / warmup) * (1 - (step - 1) / decay if decay else 1)
     for group in optimizer.param_groups:
-        group["lr"] = optimizer.defaults["lr"] * min(1, step / warmup)
+        group["lr"] = optimizer.defaults["lr"] * rate
     optimizer.step()
 
 
@@ -311,11 +316,15 @@ arch = "multistage"  # multistage, unified or separate
 tailored = False  # give separate networks the decoder widths of the multistage one
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
 process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pfgm-128 (tails, D)
+encoder = 0  # channels of the encoder; 0: the network's [0, 4096]
+decoders = ""  # channels of the decoders such as 48,32,16; empty: the network's
 stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
+times = ""  # stages: as many pictures in each; uniform: over the timeline; empty: as the release
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
 steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
 batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0, 1000000]
 lr = 0.0  # Adam's learning rate; 0: the recipe of the data set [0, 10]
+decay = ""  # linear: the learning rate falls to zero over the run; none; empty: the recipe
 ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n) [0, 1)
 patience = 0  # early stopping: looks at held-out pictures without gain; 0: none [0, 1000000]
 seed = 0  # seed of every random number [0, 4294967295]
@@ -327,6 +336,7 @@ memory = 4.0  # GiB of pictures to hold on the device; more are read in training
 workers = 4  # processes that read pictures [0, 1024]
 compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on from the checkpoint of that run
+start_from = ""  # folder of a run: every stage begins with what its network has learned by then
 
 # %%
 workshop.settings(globals(), "04_train")
@@ -418,16 +428,22 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
 # weighted by its chance over its share of the batch: the same objective, with the expectation in
 # place of the draw of a stage. On `digits` it was better with each of three seeds (see the README).
+#
+# `--times` says how often a stage is drawn. As the release has it a stage is as likely as any other
+# (`stages`), and a unified network, which has but one, gets times uniform over the timeline
+# (`uniform`). So the two differ in *two* things, and a comparison needs its control: either can be
+# asked of any network. A unified one with `--times stages` is dealt the times of the three stages.
 
 
 # %%
-def stage_edges(model, process):
+def stage_edges(model, process, cuts=None):
     """Return the ends of the stages (n + 1,) float64: times, or (edm) shares of its log-normal.
 
-    With ldm an end is the last of the thousand steps before a boundary.
+    cuts: inner boundaries in place of the model's. With ldm an end is the last of the thousand
+    steps before a boundary.
     Source: the authors' release; edm: Karras et al. 2022, Table 1 (log sigma ~ N(-1.2, 1.2^2)).
     """
-    cuts = model.boundaries.double().cpu()
+    cuts = model.boundaries.double().cpu() if cuts is None else torch.tensor(cuts).double()
     if process == "vp":
         return torch.cat([torch.tensor([sde.VP.t_min]), cuts, torch.tensor([sde.VP.t_max])])
     if process == "ldm":  # a step on the boundary belongs to the later stage
@@ -437,9 +453,10 @@ def stage_edges(model, process):
     return torch.cat([torch.tensor([1e-6]), cdf, torch.tensor([1 - 1e-6])])
 
 
-def stage_chances(edges, process, active):
+def stage_chances(edges, process, active, times=""):
     """Return how often each stage is drawn, (n,) float64, where only some are still active."""
-    chance = torch.ones(len(edges) - 1) if process in PLAIN else edges.diff()
+    equal = times == "stages" or (not times and process in PLAIN)
+    chance = torch.ones(len(edges) - 1) if equal else edges.diff()
     chance = chance.double() * torch.tensor([k in active for k in range(len(chance))])
     return chance / chance.sum()
 
@@ -483,6 +500,9 @@ def train(
     ema=0.9999,
     flip=False,
     stages="uniform",
+    times="",
+    cuts=None,
+    decay=0,
     workers=0,
     bad=None,
 ):
@@ -490,14 +510,16 @@ def train(
 
     state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
     pictures or floats that are in the network's space already (the latents of step 06), or
-    `PictureFiles`. Yields (step, {stage: loss}), losses as tensors that are not yet waited for.
+    `PictureFiles`. times, cuts: how often each stage is drawn, and the stages of a unified network's
+    times, which one decoder serves. decay: as in `training_step`. Yields (step, {stage: loss}), losses as tensors that are not yet waited for.
     Raises BadInput where a loss is no longer finite (looked at every 50 steps).
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
     kernel, device, (rank, world) = kernel_of(process), generator.device, workshop.ranks()
     pairs = list(state["ema"].parameters()), list(model.parameters())
-    edges = stage_edges(model, process)
+    unified = len(model.decoders) == 1
+    edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
     todo = range(state["step"] + 1, steps + 1)
     going = itertools.takewhile(lambda _: state["active"], todo)  # until no stage is left
@@ -505,13 +527,15 @@ def train(
     model.train()
     for step, pictures in zip(going, source, strict=False):
         x0 = workshop.to_network_space(pictures)  # (b, C, H, W)
-        chance = stage_chances(edges, process, state["active"])
+        active = range(len(edges) - 1) if unified else state["active"]
+        chance = stage_chances(edges, process, active, times)
         dice = workshop.step_generator(state["seed"], 2 * step + 1)
         k = torch.multinomial(chance, 1, generator=dice).expand(batch)  # one stage for all
         if stages == "mixed":
-            k = stages_in_turns(state["active"], batch)
+            k = stages_in_turns(list(active), batch)
         share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # (batch,), sums to 1
-        turns = k.chunk(world)[rank][: len(state["active"]) if stages == "mixed" else 1].tolist()
+        turns = k.chunk(world)[rank][: len(active) if stages == "mixed" else 1].tolist()
+        turns = [0] if unified else turns
         k, share = torch.stack([k.double(), share.double()]).to(device)  # one copy to wait for
         # the random numbers of the whole batch, of which this process takes its part
         t = draw_times(there, process, k.long(), generator)
@@ -527,7 +551,7 @@ def train(
         loss = world * (share.to(error) * error).sum()
         if step % 50 == 0 and not torch.isfinite(loss):
             raise BadInput(f"the loss is {loss.item()} at step {step}: train with a lower --lr")
-        training_step(model, optimizer, loss, step, warmup)
+        training_step(model, optimizer, loss, step, warmup, decay)
         with torch.no_grad():  # as update_average, all weights at once
             torch._foreach_lerp_(*pairs, 1 - min(ema, (1 + step) / (10 + step)))
         state["step"] = step
@@ -587,9 +611,51 @@ def restore_checkpoint(state, content):
             torch.cuda.set_rng_state(content["cuda_rng"])
 
 
+def branch_off(state, settings, content, run):
+    """Let every stage begin with what another run has learned: weights, averages, Adam's moments.
+
+    content: of that run's checkpoint. Where it has one decoder (or encoder) it is copied to each
+    that there is here, where it has as many each to its own. Steps are counted on from its last.
+    Raises BadInput where the networks do not fit. Source: eDiff-I (Balaji et al. 2022), whose
+    experts for parts of the timeline begin so.
+    """
+    with workshop.fitting_checkpoint(f"the checkpoint of {run}"):
+        old, weights, moments = content["settings"], content["model"], content["optimizer"]["state"]
+        with torch.device("meta"):
+            theirs = network_of(old)
+        if old["process"] != settings["process"]:
+            raise BadInput(f"{run} has process {old['process']!r}, not {settings['process']!r}")
+        places, model = {n: i for i, (n, _) in enumerate(theirs.named_parameters())}, state["model"]
+        for name, p in model.named_parameters():
+            part, k, rest = name.split(".", 2)
+            n, most = len(getattr(theirs, part)), len(getattr(model, part))
+            if n not in (1, most):
+                raise BadInput(f"{run} has {n} {part}, which cannot become {most}: take one of one")
+            source = f"{part}.{k if n > 1 else 0}.{rest}"
+            if source not in weights or weights[source].shape != p.shape:
+                raise BadInput(
+                    f"{run} has {describe_widths(theirs)}, here are {describe_widths(model)}: only "
+                    "parts of the same width can begin with what it has learned"
+                )
+            p.data.copy_(weights[source])
+            state["ema"].get_parameter(name).data.copy_(content["ema"][source])
+            own = moments.get(places[source], {})  # of what was never trained there are none
+            if own:
+                own = {key: value.to(p.device, copy=True) for key, value in own.items()}
+                state["optimizer"].state[p] = own
+        workshop.restore_moments(state["optimizer"])
+        state.update(step=content["step"], petaflops=list(content["petaflops"]))
+
+
+def describe_widths(model):
+    """Say in words how wide a network's encoder and decoders are."""
+    widths = ", ".join(str(decoder.last.in_channels) for decoder in model.decoders)
+    return f"an encoder of {model.encoders[0].skip_widths[0]} channels and decoders of {widths}"
+
+
 def network_of(settings):
     """Build the untrained network that a run's settings describe."""
-    asked = ("boundaries", "channels", "size", "decoders")
+    asked = ("boundaries", "channels", "size", "encoder", "decoders")
     kind = {key: settings[key] for key in asked if settings.get(key) is not None}
     time = unet.NETWORKS.get(settings["network"], {}).get("time", "vp")
     if settings["process"] == "ldm":
@@ -637,6 +703,25 @@ def network_name(network, dataset, arch, process):
     return network or PAPER_NETWORKS[process if process in PLAIN else "edm"][arch]
 
 
+def widths_of(network, encoder, decoders):
+    """Read --encoder (0: the network's) and --decoders, a text: (channels, list of channels).
+
+    What is left out is None; decoders that are not said grow or shrink as the encoder does.
+    """
+    if encoder and (encoder < 4 or encoder % 2):
+        raise BadInput(f"encoder = {encoder} must be an even number from 4 on, or 0")
+    try:
+        widths = [int(width) for width in decoders.strip("[]() ").split(",") if width.strip()]
+    except ValueError:
+        widths = [0]
+    if any(width < 1 for width in widths):
+        raise BadInput(f"decoders {decoders!r} must be channels such as 48,32,16")
+    own = unet.NETWORKS.get(network, {})
+    if encoder and own and not widths:
+        widths = [max(1, round(width * encoder / own["encoder"])) for width in own["decoders"]]
+    return encoder or None, widths or None
+
+
 FEW = 100  # pictures; where Algorithm 1 fails on fewer it is no fault of theirs
 
 
@@ -670,12 +755,15 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
 
 
-def check_settings(arch, process, stages, patience):
+def check_settings(arch, process, stages, patience, times="", decay=""):
     """Raise BadInput for settings that are unknown or do not go together."""
     known = dict(arch=("multistage", "unified", "separate"), stages=("uniform", "mixed"))
-    for what, value in (("arch", arch), ("stages", stages)):
+    known.update(times=("", "stages", "uniform"), decay=("", "linear", "none"))
+    asked = dict(arch=arch, stages=stages, times=times, decay=decay)
+    for what, value in asked.items():
         if value not in known[what]:
-            raise BadInput(f"unknown {what} {value!r}: take {', '.join(known[what])}")
+            words = ", ".join(word for word in known[what] if word)
+            raise BadInput(f"unknown {what} {value!r}: take {words}")
     kernel_of(process)
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
@@ -708,7 +796,8 @@ def estimate_training(state, settings):
         workshop.print_once(
             f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture"
         )
-    chance = stage_chances(stage_edges(model, process), process, active).tolist()
+    edges, times = stage_edges(model, process), settings.get("times", "")
+    chance = stage_chances(edges, process, active, times).tolist()
     kinds = list(enumerate(chance))
     if settings.get("stages") == "mixed" and len(active) > 1:  # no other is ever compiled
         mine = stages_in_turns(active, batch).chunk(world)[rank]
@@ -804,7 +893,9 @@ def fit(
     folder, first, bad = Path(folder), workshop.ranks()[0] == 0, []
     log, costs = folder / "metrics.jsonl", estimate_training(state, settings)
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
-    options.update(stages=settings.get("stages", "uniform"), workers=workers, bad=bad)
+    options.update(stages=settings.get("stages", "uniform"), times=settings.get("times", ""))
+    options.update(cuts=settings.get("cuts"), workers=workers, bad=bad)
+    options.update(decay=steps if settings.get("decay") == "linear" else 0)
     begin, saved = time.perf_counter(), state["step"]
     petaflops = state.setdefault("petaflops", [0.0, 0.0])
 
@@ -874,33 +965,43 @@ def check_batch(settings):
     workshop.check_memory(batch * kept, f"batch = {settings['batch']}")
 
 
-def prepare_state(settings, content=None, compile=False):
+def prepare_state(settings, content=None, compile=False, trunk=None):
     """Build what a run's settings describe: a state ready to train.
 
-    content: of the checkpoint to go on from. Raises BadInput for a batch too small to mix stages.
+    content: of the checkpoint to go on from; trunk: of another run's, to branch off from. Raises
+    BadInput for a batch too small to mix stages.
     """
     check_batch(settings)
     torch.manual_seed(settings["seed"])  # the initial weights
     model = workshop.move_to_device(network_of(settings))
-    n, batch = len(model.decoders), settings["batch"]
+    n, batch = len(settings.get("cuts") or model.cuts) + 1, settings["batch"]
     if settings.get("stages") == "mixed" and batch < n:
         raise BadInput(f"batch = {batch} cannot mix {n} stages: give {n} or more")
     state = new_state(model, settings["lr"], settings["seed"])
     if content:
         restore_checkpoint(state, content)
+    elif trunk:
+        branch_off(state, settings, trunk, settings["start_from"])
+        if state["step"] >= settings["steps"]:
+            raise BadInput(
+                f"{settings['start_from']} has come to step {state['step']}, from which steps are "
+                f"counted on: give more --steps than {settings['steps']}"
+            )
     rank, world = workshop.ranks()
     if world > 1:  # their gradients are averaged, their dropout differs
         torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
         # a batch of one stage leaves the other decoders alone
-        model = DistributedDataParallel(model, devices, find_unused_parameters=n > 1)
+        model = DistributedDataParallel(
+            model, devices, find_unused_parameters=len(model.decoders) > 1
+        )
     state["forward"] = torch.compile(model) if compile else model
     return state
 
 
 # %%
 if __name__ == "__main__":
-    check_settings(arch, process, stages, patience)
+    check_settings(arch, process, stages, patience, times, decay)
     workshop.join_processes()
     rank, world = workshop.ranks()
     with workshop.first_process_first():
@@ -911,7 +1012,11 @@ if __name__ == "__main__":
     asked.update(process=process, stages=stages, patience=patience, ema=ema, seed=seed)
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
-    asked.update(channels=None, size=None, decoders=None)
+    asked.update(times=times, decay=decay or recipe.get("decay", "none"), start_from=start_from)
+    asked.update(channels=None, size=None, cuts=None)
+    asked.update(
+        zip(("encoder", "decoders"), widths_of(asked["network"], encoder, decoders), strict=True)
+    )
     if "shape" not in workshop.DATASETS[dataset]:
         asked.update(channels=3, size=size)
     if tailored:
@@ -920,16 +1025,25 @@ if __name__ == "__main__":
     if asked["batch"] % world:
         raise BadInput(f"batch = {asked['batch']} cannot be shared by {world} processes")
     content = workshop.read_checkpoint(run) if resume else None
+    trunk = workshop.read_checkpoint(start_from) if start_from and not resume else None
     if resume and not boundaries:
-        asked["boundaries"] = content["settings"]["boundaries"]
-    elif arch == "unified" and not resume:
-        asked["boundaries"] = []
+        asked.update({key: content["settings"].get(key) for key in ("boundaries", "cuts")})
     else:
         with workshop.first_process_first():
-            found = find_boundaries(boundaries, dataset, pixels, process, asked["network"])
-            asked["boundaries"] = found
+            where = (boundaries, dataset, pixels, process)
+            if arch != "unified":
+                asked["boundaries"] = find_boundaries(*where, asked["network"])
+            elif times == "stages":
+                asked.update(boundaries=[], cuts=find_boundaries(*where))
+            else:
+                asked["boundaries"] = []
     if resume:
         workshop.check_same_settings(asked, content["settings"], run)
+        if asked["decay"] == "linear" and asked["steps"] != content["settings"]["steps"]:
+            raise BadInput(
+                f"the learning rate of {run} falls to zero at step {content['settings']['steps']}: "
+                f"give --steps that, or go on in another run with --start_from {run}"
+            )
     held_out, training_set = None, pixels
     if patience:
         if not torch.is_tensor(pixels):
@@ -938,7 +1052,7 @@ if __name__ == "__main__":
             raise BadInput(f"{n} pictures are too few for early stopping: give 10 or more")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         held_out, training_set = pixels[order[: n // 10]], pixels[order[n // 10 :]]
-    state = prepare_state(asked, content, compile)
+    state = prepare_state(asked, content, compile, trunk)
     if rank == 0:  # nothing is touched before everything is known to fit
         workshop.claim_folder(run, resume)
         workshop.write_json(asked, run / "settings.json")

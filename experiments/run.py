@@ -27,7 +27,8 @@ workshop = work.workshop
 sde, training, BadInput = work.sde, work.training, work.BadInput
 
 # parameters of step 04, with the defaults of its cell
-STEP_04 = "dataset arch tailored network process stages boundaries batch lr ema patience seed"
+STEP_04 = "dataset arch tailored network process encoder stages times boundaries batch lr decay ema"
+STEP_04 += " patience seed"
 OWN = dict(
     kind="training",  # training, served, gradients, solvers, cuts or real: see WORK in work.py
     label="",  # the name of the run in tables and figures
@@ -44,7 +45,11 @@ OWN = dict(
     clustering="",  # timestep, log-snr, gradient or algorithm-2; empty: `boundaries` as in step 04
     number=0,  # stages of algorithm-2, or pictures of a run of kind cuts
     active=[],  # the stages that are trained; empty: all
+    horizon=0.0,  # where decay = "linear" has brought the learning rate to zero; 0: the last point
     of="",  # label of the run that this one builds on
+    branch=0,  # the point of `of` that a training goes on from; 0: it starts from scratch
+    intervals=False,  # held-out losses of the three stages of Algorithm 1, whatever the network has
+    sampling_seeds=0,  # sets that are drawn, whose metrics are averaged; 0: one
     keep=False,  # keep the weights at the start and at every point, for runs that build on this one
     sampler="dpm-solver-3",
     nfe=20,
@@ -113,13 +118,15 @@ def check(run):
         raise BadInput(f"active = {run['active']} must name stages of three (kind served: one)")
     if run["kind"] != "training":
         return
-    keys = ("arch", "process", "stages", "patience")
+    keys = ("arch", "process", "stages", "patience", "times", "decay")
     training.check_settings(*(run[k] for k in keys))
     for key, default, comment in workshop.read_parameters("04_train"):
         if key in ("batch", "lr", "ema"):
             workshop.check_value(key, run[key], type(default), comment)
     if run["by"] not in ("gflops", "steps"):
         raise BadInput(f"by = {run['by']!r} must be gflops or steps")
+    if run["branch"] and not run["of"]:
+        raise BadInput("a training that branches off needs `of`, the run it goes on from")
     if not 0 < run["held_out"] < 1:
         raise BadInput(f"held_out = {run['held_out']} must lie between 0 and 1")
     points = run["points"]

@@ -108,13 +108,16 @@ def yardstick(dataset, size, samples):
 
 def measure(model, definition):
     """Draw pictures and compare them with real ones: step 05's metrics."""
-    d = definition
+    d, found = definition, []
     extractor, half, _ = yardstick(d["dataset"], d["size"], d["samples"])
-    with torch.random.fork_rng():  # training must not notice that it is looked at
-        x = evaluation.sample(
-            model, d["process"], d["samples"], d["sampler"], d["nfe"], SAMPLING_SEED
-        )
-        return evaluation.evaluate(workshop.to_pictures(x), half, extractor)
+    for seed in range(SAMPLING_SEED, SAMPLING_SEED + (d["sampling_seeds"] or 1)):
+        with torch.random.fork_rng():  # training must not notice that it is looked at
+            x = evaluation.sample(model, d["process"], d["samples"], d["sampler"], d["nfe"], seed)
+            found.append(evaluation.evaluate(workshop.to_pictures(x), half, extractor))
+    if len(found) == 1:
+        return found[0]
+    means = {key: sum(row[key] for row in found) / len(found) for key in found[0]}
+    return {**means, "frechets": [row["frechet"] for row in found]}
 
 
 def losses(model, images, process, stages):
@@ -140,10 +143,13 @@ def settings_of(definition):
     d, recipe = definition, recipe_of(definition)
     network, *multistage = recipe["networks"]
     settings = {**d, **{key: recipe[key] for key in ("batch", "lr", "warmup", "flip")}}
-    settings.update(network=network, **{k: d[k] or None for k in ("channels", "size", "decoders")})
+    asked = ("channels", "size", "encoder", "decoders")
+    settings.update(network=network, **{k: d[k] or None for k in asked})
     if multistage:  # of a tailored network
         settings["decoders"] = list(unet.NETWORKS[multistage[0]]["decoders"])
     settings["boundaries"] = [] if d["arch"] == "unified" else cuts_of(d, network)
+    if d["arch"] == "unified" and d["times"] == "stages":
+        settings["cuts"] = cuts_of(d, "digits")  # whose three stages are Algorithm 1's
     if d["clustering"] == "algorithm-2" and not d["decoders"]:
         settings["decoders"] = widths(settings["boundaries"], d, network)
     return settings
@@ -194,9 +200,16 @@ def train(definition):
     state["active"] = list(d["active"]) or state["active"]
     costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
     every, spent = look_every(d, costs, state["active"]), [0.0, 0.0]
-    options = {k: settings[k] for k in ("process", "batch", "warmup", "ema", "flip", "stages")}
+    keys = ("process", "batch", "warmup", "ema", "flip", "stages", "times")
+    options = dict({k: settings[k] for k in keys}, cuts=settings.get("cuts"))
+    if d["branch"]:
+        trunk = kept(d["of"])[d["branch"]]
+        training.branch_off(state, settings, trunk, "the run it branches off from")
+        spent = [1e6 * value for value in trunk["petaflops"]]  # it has to be paid for
+    if d["decay"] == "linear":
+        options["decay"] = horizon(d, costs, state, spent, options)
     curve, waiting, position = [], list(d["points"]), 0
-    keep_weights(d, 0, state, settings)
+    keep_weights(d, 0, state, settings, spent)
 
     def note():
         model = training.averaged_model(checkpoint_of(state, settings))
@@ -204,10 +217,11 @@ def train(definition):
             model = others_serve(model, d["active"], last_of(d["of"]))
         stages = d["active"] or range(len(costs_of_stages(costs)))
         row = dict(step=state["step"], gflops=spent[0], true_gflops=spent[1])
-        row["held_out"] = losses(model, held_out, d["process"], stages)
-        row["trained"] = losses(model, used[: len(held_out)], d["process"], stages)
+        looked_at, at = (in_three(model, d), range(3)) if d["intervals"] else (model, stages)
+        row["held_out"] = losses(looked_at, held_out, d["process"], at)
+        row["trained"] = losses(looked_at, used[: len(held_out)], d["process"], at)
         curve.append({**row, **measure(model, d), "active": list(state["active"])})
-        keep_weights(d, len(curve), state, settings)
+        keep_weights(d, len(curve), state, settings, spent)
 
     for step, found in training.train(state, used, 10**9, **options):
         for k in found:
@@ -239,6 +253,29 @@ def train(definition):
     )
 
 
+def horizon(definition, costs, state, spent, options):
+    """Tell the step at which the learning rate has fallen to zero, from a count of GFLOPs."""
+    d, end = definition, definition["horizon"] or definition["points"][-1]
+    if d["by"] == "steps":
+        return round(end)
+    own = [costs[k]["gflops"] for k in state["active"]]
+    chance = torch.full((len(own),), 1 / len(own), dtype=torch.float64)
+    if options["stages"] == "uniform" and len(own) > 1:
+        edges = training.stage_edges(state["model"], d["process"])
+        chance = training.stage_chances(edges, d["process"], state["active"], options["times"])
+    mean = sum(c * gflops for c, gflops in zip(chance.tolist(), own, strict=True))
+    return state["step"] + math.ceil((end - spent[0]) / mean)
+
+
+def in_three(model, definition):
+    """Let a network be asked for each of the three stages of Algorithm 1, whatever it has."""
+    cuts = cuts_of({**definition, "clustering": "", "boundaries": ""}, "digits")
+    frame = unet.build_network("digits", boundaries=cuts)
+    hybrid = evaluation.Hybrid(frame, dict.fromkeys(range(3), model)).eval()
+    hybrid.boundaries = frame.boundaries
+    return hybrid
+
+
 def costs_of_stages(costs):
     """Return the GFLOPs of each stage as the paper counts them, from step 03's costs."""
     return [row["gflops"] for k, row in costs.items() if isinstance(k, int)]
@@ -257,12 +294,15 @@ def checkpoint_of(state, settings):
     return {**weights, "settings": settings, "stopping": state.get("stopping", {})}
 
 
-def keep_weights(definition, i, state, settings):
+def keep_weights(definition, i, state, settings, spent):
     """Write the weights at the i-th point (0: the start), where the definition wants it."""
     if definition["keep"]:
         path = Path(paths["out"]) / fingerprint(definition) / f"{i}.pt"
+        content = {**checkpoint_of(state, settings), "step": state["step"]}
+        content["optimizer"] = state["optimizer"].state_dict()
+        content["petaflops"] = [gflops / 1e6 for gflops in spent]
         with workshop.replacing(path) as aside:
-            torch.save({**checkpoint_of(state, settings), "step": state["step"]}, aside)
+            torch.save(content, aside)
 
 
 def kept(definition):
