@@ -577,6 +577,10 @@ if __name__ == "__main__" and lesson:
 # A checkpoint holds state and settings, so that `--resume` goes on as if nothing had happened. The
 # rows of Table 3 are flags: `--arch unified`, `--arch separate`, with `--patience 5` (early
 # stopping), `--tailored` (the widths of the multistage decoders), or both, and `--arch multistage`.
+#
+# `--start_from RUN` begins with what another run has learned. Decoders that start apart each see a
+# third of the pictures; one that has learned from all of them and is then copied to every stage has
+# to learn no more than what its stage wants differently. The trunk's steps count as the run's own.
 
 # %%
 STATES = ("model", "ema", "optimizer")

@@ -14,7 +14,7 @@ import numpy as np
 
 workshop = importlib.import_module("00_workshop")
 
-sde = importlib.import_module("01_sde_and_denoiser")
+pairs = importlib.import_module("pairs")
 DISTANCE = "Fréchet distance"
 
 
@@ -275,7 +275,14 @@ def ran(everything):
     return table(head, rows)
 
 
-TABLES = dict(table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2)
+def win(experiment, runs):
+    """Write the tables of the study of what makes the multistage network win."""
+    return pairs.tables(experiment, runs, table, spread)
+
+
+TABLES = dict(
+    win=win, table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2
+)
 TABLES.update(
     scarce=table3,
     overfitting=figure2,
@@ -333,6 +340,13 @@ def draw_curves(everything, path):
     plain_ticks(axes[0], x=(5, 10, 20, 40, 80), y=(0.5, 1, 2, 5, 10))
     plain_ticks(axes[1], x=(15, 30, 60, 120, 180), y=(0.1, 0.2, 0.5, 1, 2, 5, 10, 20))
     save(figure, path)
+
+
+def draw_win(everything, path):
+    """Draw the study of what makes the multistage network win."""
+    figure = pairs.draw(*everything["win"])
+    if figure:
+        save(figure, path)
 
 
 def plain_ticks(ax, x=None, y=None):
@@ -450,6 +464,7 @@ def cut_lines(ax, line, color, marker, label):
 
 
 FIGURES = {
+    "win": (draw_win, ("win",)),
     "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),
     "curves": (draw_curves, ("figure1d", "cifar16")),
     "intervals": (draw_intervals, ("figure2", "overfitting")),

@@ -387,6 +387,8 @@ def test_contradictions_on_resume_are_named(workshop, sde, training):
         ({"process": "pfgm-x"}, "such as pfgm-128"),
         ({"stages": "all"}, "unknown stages 'all'"),
         ({"patience": 1, "arch": "multistage"}, "--arch separate"),
+        ({"times": "even"}, "unknown times 'even': take stages, uniform"),
+        ({"decay": "cosine"}, "unknown decay 'cosine': take linear, none"),
     ],
 )
 def test_settings_that_cannot_work(workshop, sde, training, change, sentence):
@@ -741,3 +743,167 @@ def test_losses_are_drawn_a_stage_a_colour(training):
     found = [(line.get_label(), line.get_color()) for line in training.plt.gca().get_lines()]
     training.plt.close()
     assert found == [("stage 0", "C0"), ("stage 2", "C2")]
+
+
+def test_the_learning_rate_falls_to_zero(training):
+    """In even steps after the warm-up, the last being one step's worth above zero."""
+    model = torch.nn.Linear(1, 1)
+    optimizer, rates = torch.optim.Adam(model.parameters(), 0.5), []
+    for step in range(1, 11):
+        training.training_step(model, optimizer, model.bias.sum(), step, warmup=2, decay=10)
+        rates.append(optimizer.param_groups[0]["lr"])
+    expected = [0.5 * (11 - step) / 10 for step in range(1, 11)]
+    assert rates == pytest.approx([expected[0] / 2, *expected[1:]])
+
+
+def drawn_times(training, pixels, monkeypatch, model, **options):
+    """Train a few steps and collect the times that the network was asked about."""
+    seen, ask = [], training.weighted_error
+
+    def watch(forward, x0, eps, t, process, **stage):
+        seen.append(t.clone())
+        return ask(forward, x0, eps, t, process, **stage)
+
+    monkeypatch.setattr(training, "weighted_error", watch)
+    state = training.new_state(model, 1e-4, seed=0)
+    for _, losses in training.train(state, pixels, 60, batch=32, **options):
+        assert set(losses) <= set(range(len(model.decoders)))
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("stages", ["uniform", "mixed"])
+def test_one_decoder_is_dealt_the_times_of_three_stages(
+    unet, training, pixels, monkeypatch, stages
+):
+    model = tiny(unet, decoders=(4,), boundaries=())
+    how = dict(stages=stages, times="stages", cuts=[0.1, 0.44])
+    t = drawn_times(training, pixels, monkeypatch, model, **how)
+    shares = torch.bucketize(t, torch.tensor([0.1, 0.44])).bincount() / len(t)
+    # 60 draws of a stage have a standard deviation of 0.06; a mixed batch deals 11, 11 and 10
+    off = 0.2 if stages == "uniform" else 0.021
+    assert shares.tolist() == pytest.approx([1 / 3] * 3, abs=off)
+    plain = drawn_times(training, pixels, monkeypatch, model, stages=stages)
+    assert (plain < 0.1).float().mean().item() == pytest.approx(0.1, abs=0.03)
+
+
+def test_stages_can_be_drawn_by_their_lengths(unet, training):
+    model = tiny(unet)
+    edges = training.stage_edges(model, "vp")
+    chance = training.stage_chances(edges, "vp", [0, 1, 2], "uniform")
+    assert chance.tolist() == pytest.approx([0.099 / 0.999, 0.34 / 0.999, 0.56 / 0.999])
+    even = training.stage_chances(training.stage_edges(model, "edm"), "edm", [0, 1, 2], "stages")
+    assert even.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_times_of_the_stages_weigh_them_alike(unet, training, pixels):
+    """A mixed batch of a unified network has the mean of the three stages' losses as its loss."""
+    model, losses = unet.randomize(tiny(unet, decoders=(4,), boundaries=())), []
+    state = training.new_state(model, 0.0, seed=0)
+    how = dict(batch=31, stages="mixed", times="stages", cuts=[0.1, 0.44])  # 11, 10 and 10
+    original = training.training_step
+
+    def step(model, optimizer, loss, *args):
+        losses.append(loss.item())
+        return original(model, optimizer, loss, *args)
+
+    training.training_step = step
+    try:
+        errors, ask = [], training.weighted_error
+        training.weighted_error = lambda *a, **k: errors.append(ask(*a, **k)) or errors[-1]
+        list(training.train(state, pixels, 2, **how))
+    finally:
+        training.training_step, training.weighted_error = original, ask
+    for loss, error in zip(losses, errors, strict=True):
+        means = [error[k::3].mean().item() for k in range(3)]
+        assert loss == pytest.approx(sum(means) / 3, rel=1e-5)
+
+
+def trunk_of(training, pixels, folder, **changes):
+    """Train a network of one decoder for three steps and save it: the content of its checkpoint."""
+    settings = settings_for(
+        network="digits_unified", decoders=[4], encoder=4, boundaries=[], **changes
+    )
+    state = training.prepare_state(settings)
+    state["petaflops"] = [3e-9, 9e-9]
+    list(training.train(state, pixels, 3, batch=8))
+    training.save_checkpoint(state, settings, folder)
+    return settings, state
+
+
+def test_every_stage_begins_with_what_the_trunk_has_learned(workshop, training, pixels, tmp_path):
+    _, trunk = trunk_of(training, pixels, tmp_path)
+    settings = settings_for(encoder=4, decoders=[4, 4, 4], start_from=str(tmp_path))
+    state = training.prepare_state(settings, trunk=workshop.read_checkpoint(tmp_path))
+    assert state["step"] == 3 and state["petaflops"] == [3e-9, 9e-9]
+    x, t = torch.randn(9, 1, 8, 8), torch.linspace(0.02, 0.98, 9)
+    for key in ("model", "ema"):
+        with torch.no_grad():
+            torch.testing.assert_close(state[key](x, t), trunk[key].eval()(x, t))
+    theirs = dict(trunk["model"].named_parameters())
+    for name, p in state["model"].named_parameters():
+        part, _, rest = name.split(".", 2)
+        old = trunk["optimizer"].state[theirs[f"{part}.0.{rest}"]]
+        for key, value in state["optimizer"].state[p].items():
+            assert torch.equal(value, old[key]) and value is not old[key]
+    before = [p.clone() for p in state["model"].decoders[0].parameters()]
+    list(training.train(state, pixels, 5, batch=8, stages="mixed"))
+    assert state["step"] == 5  # and the decoders go ways of their own
+    for other in state["model"].decoders[1:]:
+        assert not torch.equal(other.last.weight, state["model"].decoders[0].last.weight)
+    assert not torch.equal(before[0], next(state["model"].decoders[0].parameters()))
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(decoders=[8, 4, 4]), "encoder of 4 channels and decoders of 4, here are"),
+        (dict(encoder=8), "here are an encoder of 8 channels"),
+        (dict(process="edm", boundaries=[0.1, 3.0]), "has process 'vp', not 'edm'"),
+        (dict(steps=3), "has come to step 3, from which steps are counted on"),
+    ],
+)
+def test_a_trunk_that_does_not_fit(workshop, training, pixels, tmp_path, change, sentence):
+    trunk_of(training, pixels, tmp_path)
+    settings = settings_for(encoder=4, decoders=[4, 4, 4], start_from="runs/trunk")
+    with pytest.raises(workshop.BadInput, match=sentence):
+        trunk = workshop.read_checkpoint(tmp_path)
+        training.prepare_state({**settings, **change}, trunk=trunk)
+
+
+def test_a_torn_trunk_is_named(workshop, training, pixels, tmp_path):
+    trunk_of(training, pixels, tmp_path)
+    trunk = workshop.read_checkpoint(tmp_path)
+    del trunk["optimizer"]
+    settings = settings_for(encoder=4, decoders=[4, 4, 4], start_from="runs/trunk")
+    with pytest.raises(workshop.BadInput, match="checkpoint of runs/trunk does not fit"):
+        training.prepare_state(settings, trunk=trunk)
+
+
+def test_networks_of_three_do_not_become_one(workshop, training, tmp_path):
+    three = settings_for(encoder=4, decoders=[4, 4, 4])
+    training.save_checkpoint(
+        training.prepare_state(three) | dict(petaflops=[0, 0]), three, tmp_path
+    )
+    one = settings_for(network="digits_unified", encoder=4, decoders=[4], boundaries=[])
+    trunk = workshop.read_checkpoint(tmp_path)
+    with pytest.raises(workshop.BadInput, match="3 decoders, which cannot become 1"):
+        training.prepare_state({**one, "start_from": "runs/three"}, trunk=trunk)
+
+
+@pytest.mark.parametrize(
+    "encoder, decoders, expected",
+    [
+        (0, "", (None, None)),
+        (8, "", (8, [12, 8, 4])),
+        (8, "8, 8, 8", (8, [8, 8, 8])),
+        (0, "[9]", (None, [9])),
+    ],
+)
+def test_widths(training, encoder, decoders, expected):
+    assert training.widths_of("digits", encoder, decoders) == expected
+
+
+@pytest.mark.parametrize("encoder, decoders", [(7, ""), (2, ""), (0, "8,x"), (0, "8,0")])
+def test_widths_that_cannot_be(workshop, training, encoder, decoders):
+    with pytest.raises(workshop.BadInput, match="encoder = |decoders '"):
+        training.widths_of("digits", encoder, decoders)

@@ -1,0 +1,168 @@
+"""Tables and figure of `win.toml`: arms that differ in one thing, compared seed by seed."""
+
+from statistics import fmean
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
+
+DISTANCE = "Fréchet distance"
+
+
+def arms_of(runs):
+    """Sort runs by what their labels say: {(letter, encoder, budget): {seed: last row}}."""
+    found = {}
+    for label, records in runs:
+        if "," not in label:
+            continue
+        letter, encoder, budget = label.split(", ")
+        key = letter, int(encoder.removeprefix("encoder ")), float(budget)
+        found[key] = {r["definition"]["seed"]: r["curve"][-1] for r in records}
+    return found
+
+
+def interval(values):
+    """Return the mean of paired differences and the half-width of its 95% interval (Student's)."""
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else float("nan")
+    return fmean(values), half
+
+
+def differences(arms, first, second, value):
+    """Collect value(first) - value(second) over the seeds that both have."""
+    a, b = arms.get(first, {}), arms.get(second, {})
+    return [value(a[seed]) - value(b[seed]) for seed in sorted(set(a) & set(b))]
+
+
+def verdict(values):
+    """Say what the rule of decision makes of paired differences of a distance."""
+    mean, half = interval(values)
+    if len(values) < 2:
+        return "one seed"
+    return "no difference" if abs(mean) <= half else "helps" if mean < 0 else "harms"
+
+
+def compare(experiment, arms):
+    """Yield the rows of the table of pairs."""
+    for one, other, factor in experiment["pairs"]:
+        for encoder, budget in dict.fromkeys(key[1:] for key in arms):
+            first, second = (one, encoder, budget), (other, encoder, budget)
+            found = differences(arms, first, second, lambda row: row["frechet"])
+            if not found:
+                continue
+            mean, half = interval(found)
+            cells = [factor, f"{one} − {other}", encoder, f"{budget:g}", len(found)]
+            cells += [f"{mean:+.2f} ± {half:.2f}" if len(found) > 1 else f"{mean:+.2f}"]
+            for k in "012":
+                gains = differences(
+                    arms, first, second, lambda row, k=k: np.log(row["held_out"][k])
+                )
+                mean, half = interval([100 * np.expm1(gain) for gain in gains])
+                cells.append(f"{mean:+.1f} ± {half:.1f}" if len(found) > 1 else f"{mean:+.1f}")
+            yield [*cells, verdict(found)]
+
+
+def share(runs, goal):
+    """Return the GFLOPs at which runs [(GFLOPs, distance)] reach a distance; None: they do not.
+
+    Between runs the distance is taken to be straight in log-log.
+    """
+    before = None
+    for spent, distance in sorted(runs):
+        if distance <= goal:
+            if before is None:
+                return spent
+            x, y = np.log([before[0], spent]), np.log([before[1], distance])
+            return float(np.exp(np.interp(-np.log(goal), -y, x)))
+        before = spent, distance
+    return None
+
+
+def budgets_of(arms, letter, encoder):
+    """List the budgets at which an arm was run."""
+    return sorted(key[2] for key in arms if key[:2] == (letter, encoder) and arms[key])
+
+
+def best_recipe(arms, encoder=8):
+    """Choose the multistage arm with the lowest mean distance at the smallest budget."""
+    means = {}
+    for letter in "CDEFGH":
+        budgets = budgets_of(arms, letter, encoder)
+        if budgets:
+            rows = arms[letter, encoder, budgets[0]].values()
+            means[letter] = fmean(row["frechet"] for row in rows)
+    return min(means, key=means.get) if means else None
+
+
+def shares(arms, encoder=8):
+    """Yield rows: at which share of a control's larger budget the best recipe is as good."""
+    best = best_recipe(arms, encoder)
+    for control in "AB" if best else "":
+        budgets = budgets_of(arms, control, encoder)
+        for seed, row in sorted(arms[control, encoder, budgets[-1]].items() if budgets else []):
+            mine = [arms[best, encoder, b] for b in budgets_of(arms, best, encoder)]
+            points = [
+                (found[seed]["gflops"], found[seed]["frechet"]) for found in mine if seed in found
+            ]
+            spent = share(points, row["frechet"])
+            least = spent is not None and spent == min(points)[0]
+            found = "not reached" if spent is None else f"{'≤ ' * least}{spent / row['gflops']:.2f}"
+            yield [best, control, seed, f"{row['frechet']:.2f}", found]
+
+
+def tables(experiment, runs, table, spread):
+    """Write the tables of pairs, of arms and of shares of compute."""
+    arms = arms_of(runs)
+    head = ["factor", "pair", "encoder", "GFLOPs", "seeds", f"difference in {DISTANCE}"]
+    head += [f"held-out loss of stage {k}, %" for k in range(3)]
+    parts = [table([*head, "so it"], compare(experiment, arms))]
+    head = ["recipe", "control", "seed", "its distance", "share of its GFLOPs to reach that"]
+    parts.append(table(head, shares(arms)))
+    head = ["arm", "decoders", "GFLOPs an evaluation", "steps", "seeds", DISTANCE]
+    head += [f"held-out loss, stage {k}" for k in range(3)]
+    rows = []
+    for label, records in runs:
+        if not records or "," not in label:
+            continue
+        ends = [record["curve"][-1] for record in records]
+        cells = [label, ", ".join(map(str, records[0]["decoders"]))]
+        cells += [f"{records[0]['equivalent_gflops']:.5f}", ends[0]["step"], len(records)]
+        cells += [spread([row["frechet"] for row in ends])]
+        for k, digits in zip("012", (4, 4, 5), strict=True):
+            cells += [spread([row["held_out"][k] for row in ends], digits)]
+        rows.append(cells)
+    return "\n\n".join([*parts, table(head, rows)])
+
+
+COLORS = dict(A="black", B="gray", C="C0", D="C4", E="C1", F="C2", G="C3", H="C5")
+
+
+def draw(experiment, runs):
+    """Draw distance against training GFLOPs, a panel an encoder: the figure, or None."""
+    arms = arms_of(runs)
+    encoders = sorted({key[1] for key, rows in arms.items() if rows})
+    if not encoders:
+        return None
+    how = dict(figsize=(4 + 3.3 * len(encoders), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(encoders), **how)
+    for ax, encoder in zip(axes[0], encoders, strict=True):
+        for letter, name in experiment["arms"].items():
+            budgets = budgets_of(arms, letter, encoder)
+            rows = [arms[letter, encoder, b] for b in budgets]
+            for seed in sorted(set().union(*rows)):  # a thin line each
+                ends = [found[seed] for found in rows if seed in found]
+                x, y = ([row[key] for row in ends] for key in ("gflops", "frechet"))
+                ax.plot(x, y, ".-", color=COLORS[letter], lw=0.5, ms=3, alpha=0.5)
+            means = [fmean(row["frechet"] for row in found.values()) for found in rows]
+            style = dict(color=COLORS[letter], lw=1.8, ms=6, ls="--" if letter in "AB" else "-")
+            ax.plot(budgets, means, marker="o", label=f"{letter}: {name}", **style)
+        ax.set(xscale="log", yscale="log", title=f"encoder {encoder}", xlabel="training GFLOPs")
+        ax.minorticks_off()
+        ticks = sorted({key[2] for key in arms if key[1] == encoder and arms[key]})
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        low, high = ax.get_ylim()
+        ticks = [y for y in (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10) if low <= y <= high]
+        ax.set_yticks(ticks, [f"{y:g}" for y in ticks])
+    axes[0, 0].set_ylabel(DISTANCE)
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
