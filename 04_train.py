@@ -319,6 +319,7 @@ process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pf
 encoder = 0  # channels of the encoder; 0: the network's [0, 4096]
 decoders = ""  # channels of the decoders such as 48,32,16; empty: the network's
 stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
+weight = ""  # min-snr: less weight near the image (Hang et al. 2023); empty: that of Eq. 4
 times = ""  # stages: as many pictures in each; uniform: over the timeline; empty: as the release
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
 steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
@@ -433,6 +434,10 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # (`stages`), and a unified network, which has but one, gets times uniform over the timeline
 # (`uniform`). So the two differ in *two* things, and a comparison needs its control: either can be
 # asked of any network. A unified one with `--times stages` is dealt the times of the three stages.
+#
+# `--weight min-snr` takes weight from small times, where the noise can hardly be told and a picture
+# is all but done: $\omega(t)=\min(1, 5\,\sigma_t^2)$. In terms of the picture, whose error is
+# $\sigma_t$ times that of the noise, no time weighs more than 5 (Hang et al. 2023).
 
 
 # %%
@@ -451,6 +456,14 @@ def stage_edges(model, process, cuts=None):
         return torch.cat([torch.zeros(1), before, torch.ones(1)]).double()
     cdf = torch.special.ndtr((cuts.log() + 1.2) / 1.2)
     return torch.cat([torch.tensor([1e-6]), cdf, torch.tensor([1 - 1e-6])])
+
+
+def min_snr(t, kernel):
+    """Weigh errors of predicted noise at times t (B,) by min(SNR, 5) / SNR: (B,).
+
+    Source: Hang et al. 2023, Section 3.4; SNR is 1 / sigma^2, as for x0 in [-1, 1].
+    """
+    return (5 * kernel.sigma(t) ** 2).clamp(max=1)
 
 
 def stage_chances(edges, process, active, times=""):
@@ -502,6 +515,7 @@ def train(
     stages="uniform",
     times="",
     cuts=None,
+    weight="",
     decay=0,
     workers=0,
     bad=None,
@@ -511,7 +525,7 @@ def train(
     state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
     pictures or floats that are in the network's space already (the latents of step 06), or
     `PictureFiles`. times, cuts: how often each stage is drawn, and the stages of a unified network's
-    times, which one decoder serves. decay: as in `training_step`. Yields (step, {stage: loss}), losses as tensors that are not yet waited for.
+    times, which one decoder serves. weight: "min-snr" or none. decay: as in `training_step`. Yields (step, {stage: loss}), losses as tensors that are not yet waited for.
     Raises BadInput where a loss is no longer finite (looked at every 50 steps).
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
@@ -547,6 +561,8 @@ def train(
         stage = turns if len(turns) > 1 else turns[0]
         with workshop.half_precision(device):
             error = weighted_error(state["forward"], x0, eps, t, process, stage=stage)
+        if weight == "min-snr":
+            share = share * min_snr(t, kernel)
         # the processes' gradients are averaged, their losses shall be summed
         loss = world * (share.to(error) * error).sum()
         if step % 50 == 0 and not torch.isfinite(loss):
@@ -759,16 +775,19 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
 
 
-def check_settings(arch, process, stages, patience, times="", decay=""):
+def check_settings(arch, process, stages, patience, times="", decay="", weight=""):
     """Raise BadInput for settings that are unknown or do not go together."""
     known = dict(arch=("multistage", "unified", "separate"), stages=("uniform", "mixed"))
     known.update(times=("", "stages", "uniform"), decay=("", "linear", "none"))
-    asked = dict(arch=arch, stages=stages, times=times, decay=decay)
+    known.update(weight=("", "min-snr"))
+    asked = dict(arch=arch, stages=stages, times=times, decay=decay, weight=weight)
     for what, value in asked.items():
         if value not in known[what]:
             words = ", ".join(word for word in known[what] if word)
             raise BadInput(f"unknown {what} {value!r}: take {words}")
     kernel_of(process)
+    if weight and process not in PLAIN:
+        raise BadInput(f"process {process!r} has weights of its own: leave out --weight")
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
 
@@ -898,7 +917,8 @@ def fit(
     log, costs = folder / "metrics.jsonl", estimate_training(state, settings)
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
     options.update(stages=settings.get("stages", "uniform"), times=settings.get("times", ""))
-    options.update(cuts=settings.get("cuts"), workers=workers, bad=bad)
+    options.update(cuts=settings.get("cuts"), weight=settings.get("weight", ""))
+    options.update(workers=workers, bad=bad)
     options.update(decay=steps if settings.get("decay") == "linear" else 0)
     begin, saved = time.perf_counter(), state["step"]
     petaflops = state.setdefault("petaflops", [0.0, 0.0])
@@ -1005,7 +1025,7 @@ def prepare_state(settings, content=None, compile=False, trunk=None):
 
 # %%
 if __name__ == "__main__":
-    check_settings(arch, process, stages, patience, times, decay)
+    check_settings(arch, process, stages, patience, times, decay, weight)
     workshop.join_processes()
     rank, world = workshop.ranks()
     with workshop.first_process_first():
@@ -1016,7 +1036,12 @@ if __name__ == "__main__":
     asked.update(process=process, stages=stages, patience=patience, ema=ema, seed=seed)
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
-    asked.update(times=times, decay=decay or recipe.get("decay", "none"), start_from=start_from)
+    asked.update(
+        times=times,
+        weight=weight,
+        decay=decay or recipe.get("decay", "none"),
+        start_from=start_from,
+    )
     asked.update(channels=None, size=None, cuts=None)
     asked.update(
         zip(("encoder", "decoders"), widths_of(asked["network"], encoder, decoders), strict=True)

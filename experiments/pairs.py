@@ -86,7 +86,7 @@ def budgets_of(arms, letter, encoder):
 def best_recipe(arms, encoder=8):
     """Choose the multistage arm with the lowest mean distance at the smallest budget."""
     means = {}
-    for letter in "CDEFGH":
+    for letter in "CDEFGHJK":
         budgets = budgets_of(arms, letter, encoder)
         if budgets:
             rows = arms[letter, encoder, budgets[0]].values()
@@ -97,7 +97,8 @@ def best_recipe(arms, encoder=8):
 def shares(arms, encoder=8):
     """Yield rows: at which share of a control's larger budget the best recipe is as good."""
     best = best_recipe(arms, encoder)
-    for control in "AB" if best else "":
+    # a recipe with weights is compared with controls that have them too
+    for control in ("IL" if best in "JK" else "AB") if best else "":
         budgets = budgets_of(arms, control, encoder)
         for seed, row in sorted(arms[control, encoder, budgets[-1]].items() if budgets else []):
             mine = [arms[best, encoder, b] for b in budgets_of(arms, best, encoder)]
@@ -134,19 +135,36 @@ def tables(experiment, runs, table, spread):
     return "\n\n".join([*parts, table(head, rows)])
 
 
-COLORS = dict(A="black", B="gray", C="C0", D="C4", E="C1", F="C2", G="C3", H="C5")
+COLORS = dict(
+    A="black",
+    B="gray",
+    C="C0",
+    D="C4",
+    E="C1",
+    F="C2",
+    G="C3",
+    H="C5",
+    I="black",
+    J="C0",
+    K="C3",
+    L="gray",
+)
 
 
 def draw(experiment, runs):
     """Draw distance against training GFLOPs, a panel an encoder: the figure, or None."""
     arms = arms_of(runs)
-    encoders = sorted({key[1] for key, rows in arms.items() if rows})
-    if not encoders:
+    panels = [(encoder, letters) for encoder in (8, 16, 32) for letters in ("ABCDEFGH", "IJKL")]
+    there = {(key[1], key[0]) for key, rows in arms.items() if rows}
+    panels = [(e, letters) for e, letters in panels if any((e, x) in there for x in letters)]
+    if not panels:
         return None
-    how = dict(figsize=(4 + 3.3 * len(encoders), 4), layout="constrained", squeeze=False)
-    figure, axes = plt.subplots(1, len(encoders), **how)
-    for ax, encoder in zip(axes[0], encoders, strict=True):
-        for letter, name in experiment["arms"].items():
+    how = dict(figsize=(4 + 3.3 * len(panels), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), sharey=True, **how)
+    shown = {}
+    for ax, (encoder, letters) in zip(axes[0], panels, strict=True):
+        for letter in (x for x in letters if (encoder, x) in there):
+            name = experiment["arms"][letter]
             budgets = budgets_of(arms, letter, encoder)
             rows = [arms[letter, encoder, b] for b in budgets]
             for seed in sorted(set().union(*rows)):  # a thin line each
@@ -154,9 +172,10 @@ def draw(experiment, runs):
                 x, y = ([row[key] for row in ends] for key in ("gflops", "frechet"))
                 ax.plot(x, y, ".-", color=COLORS[letter], lw=0.5, ms=3, alpha=0.5)
             means = [fmean(row["frechet"] for row in found.values()) for found in rows]
-            style = dict(color=COLORS[letter], lw=1.8, ms=6, ls="--" if letter in "AB" else "-")
-            ax.plot(budgets, means, marker="o", label=f"{letter}: {name}", **style)
-        ax.set(xscale="log", yscale="log", title=f"encoder {encoder}", xlabel="training GFLOPs")
+            style = dict(color=COLORS[letter], lw=1.8, ms=6, ls="--" if letter in "ABIL" else "-")
+            (shown[f"{letter}: {name}"],) = ax.plot(budgets, means, marker="o", **style)
+        title = f"encoder {encoder}" + ", with Min-SNR weights" * (letters == "IJKL")
+        ax.set(xscale="log", yscale="log", title=title, xlabel="training GFLOPs")
         ax.minorticks_off()
         ticks = sorted({key[2] for key in arms if key[1] == encoder and arms[key]})
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -164,5 +183,5 @@ def draw(experiment, runs):
         ticks = [y for y in (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10) if low <= y <= high]
         ax.set_yticks(ticks, [f"{y:g}" for y in ticks])
     axes[0, 0].set_ylabel(DISTANCE)
-    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(shown.values(), shown, fontsize=8, loc="outside right")
     return figure

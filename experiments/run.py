@@ -27,8 +27,8 @@ workshop = work.workshop
 sde, training, BadInput = work.sde, work.training, work.BadInput
 
 # parameters of step 04, with the defaults of its cell
-STEP_04 = "dataset arch tailored network process encoder stages times boundaries batch lr decay ema"
-STEP_04 += " patience seed"
+STEP_04 = "dataset arch tailored network process encoder stages times weight boundaries batch lr"
+STEP_04 += " decay ema patience seed"
 OWN = dict(
     kind="training",  # training, served, gradients, solvers, cuts or real: see WORK in work.py
     label="",  # the name of the run in tables and figures
@@ -118,7 +118,7 @@ def check(run):
         raise BadInput(f"active = {run['active']} must name stages of three (kind served: one)")
     if run["kind"] != "training":
         return
-    keys = ("arch", "process", "stages", "patience", "times", "decay")
+    keys = ("arch", "process", "stages", "patience", "times", "decay", "weight")
     training.check_settings(*(run[k] for k in keys))
     for key, default, comment in workshop.read_parameters("04_train"):
         if key in ("batch", "lr", "ema"):

@@ -200,7 +200,7 @@ def train(definition):
     state["active"] = list(d["active"]) or state["active"]
     costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
     every, spent = look_every(d, costs, state["active"]), [0.0, 0.0]
-    keys = ("process", "batch", "warmup", "ema", "flip", "stages", "times")
+    keys = ("process", "batch", "warmup", "ema", "flip", "stages", "times", "weight")
     options = dict({k: settings[k] for k in keys}, cuts=settings.get("cuts"))
     if d["branch"]:
         trunk = kept(d["of"])[d["branch"]]

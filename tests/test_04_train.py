@@ -388,6 +388,8 @@ def test_contradictions_on_resume_are_named(workshop, sde, training):
         ({"stages": "all"}, "unknown stages 'all'"),
         ({"patience": 1, "arch": "multistage"}, "--arch separate"),
         ({"times": "even"}, "unknown times 'even': take stages, uniform"),
+        ({"weight": "snr"}, "unknown weight 'snr': take min-snr"),
+        ({"weight": "min-snr", "process": "edm"}, "leave out --weight"),
         ({"decay": "cosine"}, "unknown decay 'cosine': take linear, none"),
     ],
 )
@@ -907,3 +909,30 @@ def test_widths(training, encoder, decoders, expected):
 def test_widths_that_cannot_be(workshop, training, encoder, decoders):
     with pytest.raises(workshop.BadInput, match="encoder = |decoders '"):
         training.widths_of("digits", encoder, decoders)
+
+
+def test_min_snr_weighs_the_picture_s_error_by_5_at_most(sde, training):
+    t = torch.tensor([0.001, 0.02, 0.1, 0.3, 0.9])
+    weight = training.min_snr(t, sde.VP)
+    snr = (sde.VP.s(t) / (sde.VP.s(t) * sde.VP.sigma(t))) ** 2
+    torch.testing.assert_close(weight * snr, snr.clamp(max=5), check_dtype=False)
+
+
+def test_weights_change_the_loss_that_is_minimised_and_not_the_one_that_is_told(
+    unet, sde, training, pixels, monkeypatch
+):
+    told, minimised, original = {}, {}, training.training_step
+    for weight in ("", "min-snr"):
+        losses = minimised.setdefault(weight, [])
+
+        def step(model, optimizer, loss, *args, losses=losses):
+            losses.append(loss.item())
+            return original(model, optimizer, loss, *args)
+
+        monkeypatch.setattr(training, "training_step", step)
+        state = training.new_state(unet.randomize(tiny(unet)), 0.0, seed=0)
+        steps = training.train(state, pixels, 4, batch=9, stages="mixed", weight=weight)
+        told[weight] = [{k: loss.item() for k, loss in losses.items()} for _, losses in steps]
+    assert told[""] == told["min-snr"]
+    for plain, less in zip(minimised[""], minimised["min-snr"], strict=True):
+        assert 0.1 * plain < less < 0.9 * plain
