@@ -153,3 +153,21 @@ def test_a_run_on_a_gpu_goes_on_and_draws(workshop, training, waits, pixels, tmp
     first.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
     noise = training.noise_function(model, "vp")(pixels[:2] / 255, torch.full((2,), 0.3))
     assert seen == [torch.bfloat16] and noise.dtype == torch.float32
+
+
+def test_a_branch_on_a_gpu_trains_with_weights_and_dealt_times(
+    workshop, training, waits, pixels, tmp_path
+):
+    asked = {**SETTINGS, "process": "vp", "encoder": 8, "start_from": "runs/trunk"}
+    trunk = {**asked, "network": "digits_unified", "decoders": [8], "boundaries": []}
+    state = training.prepare_state(trunk) | dict(petaflops=[0.0, 0.0])
+    how = dict(batch=12, stages="mixed", times="stages", weight="min-snr")
+    loop = training.train(state, pixels, 3, cuts=CUTS["vp"], **how)
+    next(loop)
+    assert counted(waits, lambda: next(loop))[0] <= 2
+    training.save_checkpoint(state, trunk, tmp_path)
+    three = {**asked, "decoders": [8, 8, 8], "boundaries": CUTS["vp"]}
+    branch = training.prepare_state(three, trunk=workshop.read_checkpoint(tmp_path))
+    moments = [value for own in branch["optimizer"].state.values() for value in own.values()]
+    assert {value.device.type for value in moments} == {"cuda"}
+    assert [step for step, _ in training.train(branch, pixels, 4, **how)] == [3, 4]
