@@ -146,7 +146,9 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # A third each, but for chance. So a short stage gets as many batches as a long one, and a third of
 # the work goes into the tenth of the timeline next to the image. A network for all times, trained
-# with $t$ uniform on the whole timeline, would spend a tenth of its work there.
+# with $t$ uniform on the whole timeline, would spend a tenth of its work there: the two differ in
+# their times as much as in their decoders, and who compares them has to part the two (below the
+# line, `--times`).
 #
 # ## One step
 #

@@ -99,7 +99,7 @@ def shares(arms, encoder=8):
     best = best_recipe(arms, encoder)
     # a recipe with weights is compared with controls that have them too
     for control in ("IL" if best in "JK" else "AB") if best else "":
-        budgets = budgets_of(arms, control, encoder)
+        budgets = budgets_of(arms, control, encoder)[1:]  # the larger ones
         for seed, row in sorted(arms[control, encoder, budgets[-1]].items() if budgets else []):
             mine = [arms[best, encoder, b] for b in budgets_of(arms, best, encoder)]
             points = [
@@ -118,7 +118,8 @@ def tables(experiment, runs, table, spread):
     head += [f"held-out loss of stage {k}, %" for k in range(3)]
     parts = [table([*head, "so it"], compare(experiment, arms))]
     head = ["recipe", "control", "seed", "its distance", "share of its GFLOPs to reach that"]
-    parts.append(table(head, shares(arms)))
+    if rows := list(shares(arms)):
+        parts.append(table(head, rows))
     head = ["arm", "decoders", "GFLOPs an evaluation", "steps", "seeds", DISTANCE]
     head += [f"held-out loss, stage {k}" for k in range(3)]
     rows = []
@@ -152,36 +153,58 @@ COLORS = dict(
 
 
 def draw(experiment, runs):
-    """Draw distance against training GFLOPs, a panel an encoder: the figure, or None."""
+    """Draw every seed at encoder 8 and the smaller budget, then curves: the figure, or None.
+
+    A panel of curves is an encoder, with Min-SNR weights or without, that was run at two budgets.
+    """
     arms = arms_of(runs)
     panels = [(encoder, letters) for encoder in (8, 16, 32) for letters in ("ABCDEFGH", "IJKL")]
-    there = {(key[1], key[0]) for key, rows in arms.items() if rows}
-    panels = [(e, letters) for e, letters in panels if any((e, x) in there for x in letters)]
-    if not panels:
+    panels = [
+        (encoder, [x for x in letters if len(budgets_of(arms, x, encoder)) > 1])
+        for encoder, letters in panels
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    least = min((key[2] for key, rows in arms.items() if key[1] == 8 and rows), default=None)
+    if least is None:
         return None
-    how = dict(figsize=(4 + 3.3 * len(panels), 4), layout="constrained", squeeze=False)
-    figure, axes = plt.subplots(1, len(panels), sharey=True, **how)
-    shown = {}
-    for ax, (encoder, letters) in zip(axes[0], panels, strict=True):
-        for letter in (x for x in letters if (encoder, x) in there):
-            name = experiment["arms"][letter]
-            budgets = budgets_of(arms, letter, encoder)
-            rows = [arms[letter, encoder, b] for b in budgets]
-            for seed in sorted(set().union(*rows)):  # a thin line each
-                ends = [found[seed] for found in rows if seed in found]
-                x, y = ([row[key] for row in ends] for key in ("gflops", "frechet"))
-                ax.plot(x, y, ".-", color=COLORS[letter], lw=0.5, ms=3, alpha=0.5)
-            means = [fmean(row["frechet"] for row in found.values()) for found in rows]
-            style = dict(color=COLORS[letter], lw=1.8, ms=6, ls="--" if letter in "ABIL" else "-")
-            (shown[f"{letter}: {name}"],) = ax.plot(budgets, means, marker="o", **style)
-        title = f"encoder {encoder}" + ", with Min-SNR weights" * (letters == "IJKL")
-        ax.set(xscale="log", yscale="log", title=title, xlabel="training GFLOPs")
-        ax.minorticks_off()
-        ticks = sorted({key[2] for key in arms if key[1] == encoder and arms[key]})
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        low, high = ax.get_ylim()
-        ticks = [y for y in (0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10) if low <= y <= high]
-        ax.set_yticks(ticks, [f"{y:g}" for y in ticks])
-    axes[0, 0].set_ylabel(DISTANCE)
-    figure.legend(shown.values(), shown, fontsize=8, loc="outside right")
+    how = dict(figsize=(6.5 + 3 * len(panels), 4), layout="constrained")
+    ratios = [1.2] + [1] * len(panels)
+    figure, axes = plt.subplots(1, 1 + len(panels), width_ratios=ratios, squeeze=False, **how)
+    draw_dots(axes[0, 0], experiment["arms"], arms, least)
+    for ax, panel in zip(axes[0, 1:], panels, strict=True):
+        draw_curves(ax, arms, *panel)
     return figure
+
+
+def draw_dots(ax, names, arms, budget):
+    """Draw a dot for each seed of the arms at encoder 8 and a budget, and a bar for their mean."""
+    letters = [letter for letter in names if arms.get((letter, 8, budget))]
+    for i, letter in enumerate(letters):
+        values = [row["frechet"] for row in arms[letter, 8, budget].values()]
+        ax.plot(values, [i] * len(values), "o", color=COLORS[letter], ms=6, alpha=0.6)
+        ax.plot(fmean(values), i, "|", color="black", ms=16)
+    rows = [f"{letter}: {names[letter]}" for letter in letters]
+    ax.set(yticks=range(len(letters)), yticklabels=rows, ylim=(len(letters) - 0.5, -0.5))
+    ax.set(title=f"encoder 8, {budget:g} GFLOPs", xlabel=DISTANCE)
+    ax.grid(axis="x", color="0.9")
+
+
+def draw_curves(ax, arms, encoder, letters):
+    """Draw distance against training GFLOPs: a thin line a seed, a thick one for their mean."""
+    for letter in letters:
+        budgets = budgets_of(arms, letter, encoder)
+        rows = [arms[letter, encoder, budget] for budget in budgets]
+        for seed in set().union(*rows):
+            y = [found[seed]["frechet"] if seed in found else float("nan") for found in rows]
+            ax.plot(budgets, y, ".-", color=COLORS[letter], lw=0.5, ms=3, alpha=0.5)
+        means = [fmean(row["frechet"] for row in found.values()) for found in rows]
+        style = dict(color=COLORS[letter], lw=1.8, ms=6, ls="--" if letter in "ABIL" else "-")
+        ax.plot(budgets, means, marker="o", label=letter, **style)
+    title = f"encoder {encoder}" + ", Min-SNR" * ("I" in letters)
+    ax.set(xscale="log", yscale="log", title=title, xlabel="training GFLOPs")
+    ax.minorticks_off()
+    ax.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    low, high = ax.get_ylim()
+    ticks = [y for y in (0.3, 0.5, 0.7, 1, 1.5, 2, 2.5, 3, 5, 7, 10) if low <= y <= high]
+    ax.set_yticks(ticks, [f"{y:g}" for y in ticks])
+    ax.legend(fontsize=8)

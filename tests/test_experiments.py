@@ -459,8 +459,9 @@ def test_the_share_of_compute_is_read_between_runs_in_log_log():
     assert pairs.share(runs, 4.0) == pytest.approx(2.0)
     assert pairs.share(runs, 9.0) == 1.0 and pairs.share(runs, 1.9) is None
     row = dict(frechet=4.0, gflops=4.0)
-    arms = {("A", 8, 4.0): {0: row}, ("C", 8, 1.0): {0: dict(frechet=8.0, gflops=1.0)}}
-    arms["C", 8, 4.0] = {0: dict(frechet=2.0, gflops=4.0)}
+    arms = {("A", 8, b): {0: row} for b in (1.0, 4.0)}
+    for budget, distance in runs:
+        arms["C", 8, budget] = {0: dict(frechet=distance, gflops=budget)}
     assert list(pairs.shares(arms)) == [["C", "A", 0, "4.00", "0.50"]]
 
 

@@ -1,6 +1,7 @@
 """From the shell: help, silent imports, and every error as one sentence with exit status 2."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,11 @@ WRONG = {
     "empty folder": ("04_train", ["--dataset", "folder", "--root", "."], "no pictures under '.'"),
     "boundaries": ("04_train", ["--boundaries", "0.5,0.2", "--steps", "1"], "strictly ascending"),
     "one boundary": ("04_train", ["--boundaries", "0.5", "--steps", "1"], "need 2 boundaries"),
+    "no trunk": ("04_train", ["--start_from", "runs/x"], "there is no checkpoint runs/x"),
+    "unknown times": ("04_train", ["--times", "even"], "unknown times 'even'"),
+    "odd encoder": ("04_train", ["--encoder", "7"], "encoder = 7 must be an even number"),
+    "widths in words": ("04_train", ["--decoders", "wide"], "decoders 'wide' must be channels"),
+    "too few decoders": ("04_train", ["--decoders", "8,8", "--steps", "1"], "need 1 boundaries"),
     "nothing to resume": ("04_train", ["--resume"], "there is no checkpoint runs"),
     "unwritable": ("04_train", ["--out", "file/runs"], "cannot write to file/runs"),
     "no alpha": ("02_clustering", ["--alpha", "0", "--samples", "50"], "alpha = 0.0 leaves no"),
@@ -197,6 +203,28 @@ def test_text_is_read_and_written_as_utf_8():
     assert len(files) > 15
     found = {path.name: unencoded(path.read_text(encoding="utf-8")) for path in files}
     assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+def test_a_run_branches_off_from_another_and_is_resumed(tmp_path):
+    common = ["--batch", "9", "--encoder", "4", "--stages", "mixed", "--decay", "linear"]
+    cuts = ["--boundaries", "0.1,0.44"]
+    trunk = ["--arch", "unified", "--times", "stages", "--steps", "2", "--name", "trunk"]
+    done = run(script("04_train"), *common, *cuts, *trunk, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    branch = [*common, *cuts, "--decoders", "4,4,4", "--start_from", "runs/trunk", "--name", "b"]
+    done = run(script("04_train"), *branch, "--steps", "5", "--weight", "min-snr", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "runs" / "b" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [3, 4, 5]
+    assert '"loss_2"' in log
+    more = [*branch, "--weight", "min-snr", "--resume", "--steps"]
+    again = run(script("04_train"), *more, "5", cwd=tmp_path)  # finished already
+    assert again.returncode == 0, again.stderr
+    longer = run(script("04_train"), *more, "7", cwd=tmp_path)
+    assert longer.returncode == 2
+    assert "falls to zero at step 5: give --steps that, or go on" in longer.stderr
+    other = run(script("04_train"), *branch, "--resume", "--steps", "5", cwd=tmp_path)
+    assert other.returncode == 2 and "trained with weight = 'min-snr', not ''" in other.stderr
 
 
 def test_a_gpu_trains_and_draws(card, tmp_path):
