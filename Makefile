@@ -19,7 +19,7 @@ lint: .venv/ready
 notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py --update
 
-experiments: seed-0 seed-1 seed-2
+experiments: seed-0 seed-1 seed-2 seed-3 seed-4
 
 seed-%: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/run.py --seeds $* $(FLAGS)
