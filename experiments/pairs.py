@@ -34,11 +34,11 @@ def differences(arms, first, second, value):
     return [value(a[seed]) - value(b[seed]) for seed in sorted(set(a) & set(b))]
 
 
-def verdict(values):
-    """Say what the rule of decision makes of paired differences of a distance."""
+def verdict(values, seeds):
+    """Say what the rule of decision makes of paired differences, once all seeds are there."""
     mean, half = interval(values)
-    if len(values) < 2:
-        return "one seed"
+    if len(values) < seeds:
+        return f"open: {len(values)} of {seeds} seeds"
     return "no difference" if abs(mean) <= half else "helps" if mean < 0 else "harms"
 
 
@@ -59,7 +59,7 @@ def compare(experiment, arms):
                 )
                 mean, half = interval([100 * np.expm1(gain) for gain in gains])
                 cells.append(f"{mean:+.1f} ± {half:.1f}" if len(found) > 1 else f"{mean:+.1f}")
-            yield [*cells, verdict(found)]
+            yield [*cells, verdict(found, len(experiment["settings"]["seeds"]))]
 
 
 def share(runs, goal):

@@ -447,9 +447,10 @@ def test_paired_differences_and_what_they_mean():
     assert found == pytest.approx([-0.5, -0.3])
     mean, half = pairs.interval(found)  # Student's quantile is 12.706 with one degree of freedom
     assert mean == pytest.approx(-0.4) and half == pytest.approx(12.706 * 0.1, rel=1e-3)
-    assert pairs.verdict(found) == "no difference" and pairs.verdict([-1.0]) == "one seed"
-    assert pairs.verdict([-0.5, -0.4, -0.6]) == "helps"
-    assert pairs.verdict([0.5, 0.4, 0.6]) == "harms"
+    assert pairs.verdict(found, 2) == "no difference"
+    assert pairs.verdict([-0.5, -0.4, -0.6], 3) == "helps"
+    assert pairs.verdict([0.5, 0.4, 0.6], 3) == "harms"
+    assert pairs.verdict([-0.5, -0.4, -0.6], 5) == "open: 3 of 5 seeds"
 
 
 def test_the_share_of_compute_is_read_between_runs_in_log_log():
