@@ -1371,5 +1371,5 @@ if __name__ == "__main__" and not dry_run and compare:
 
 # %% [markdown]
 # The last line says who is ahead. A run of a minute favours the unified network, as it does in
-# pixels: every batch trains all of it, while each decoder of the multistage network sees a third
-# of the batches. The paper's claim is about runs a thousand times as long.
+# pixels, where the reason is known: its batches hold all times, those of the multistage network
+# one stage (RESULTS.md). The paper's claim is about runs a thousand times as long.
