@@ -526,8 +526,9 @@ def train(
 
     state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
     pictures or floats that are in the network's space already (the latents of step 06), or
-    `PictureFiles`. times, cuts: how often each stage is drawn, and the stages of a unified network's
-    times, which one decoder serves. weight: "min-snr" or none. decay: as in `training_step`. Yields (step, {stage: loss}), losses as tensors that are not yet waited for.
+    `PictureFiles`. times: how often each stage is drawn; cuts: the stages of a unified network's
+    times; weight: "min-snr" or none; decay: as in `training_step`.
+    Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
     Raises BadInput where a loss is no longer finite (looked at every 50 steps).
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
