@@ -134,22 +134,11 @@ COSTS = {  # of a training up to a row of its curve
 
 
 def reach(record, other, cost=COSTS["by GFLOPs spent"]):
-    """Return the share of a run's cost at which another reaches its best; None: it does not.
-
-    Between measured points the distance is taken to be straight in log-log.
-    """
+    """Return the share of a run's cost at which another reaches its best; None: it does not."""
     best = min(record["curve"], key=lambda row: row["frechet"])
-    before, full = None, cost(record, best)
-    for row in other["curve"]:
-        if row["frechet"] <= best["frechet"]:
-            if before is None:
-                return cost(other, row) / full
-            x = np.log([cost(other, before), cost(other, row)])
-            y = np.log([before["frechet"], row["frechet"]])
-            share = (y[0] - np.log(best["frechet"])) / (y[0] - y[1])
-            return float(np.exp(x[0] + share * (x[1] - x[0])) / full)
-        before = row
-    return None
+    points = [(cost(other, row), row["frechet"]) for row in other["curve"]]
+    spent = pairs.share(points, best["frechet"])
+    return None if spent is None else spent / cost(record, best)
 
 
 def told(ratios):
@@ -276,8 +265,28 @@ def ran(everything):
 
 
 def win(experiment, runs):
-    """Write the tables of the study of what makes the multistage network win."""
-    return pairs.tables(experiment, runs, table, spread)
+    """Write the study of what makes the multistage network win: pairs, shares of compute, arms."""
+    arms = pairs.arms_of(runs)
+    head = ["factor", "pair", "encoder", "GFLOPs", "seeds", f"difference in {DISTANCE}"]
+    head += [f"held-out loss of stage {k}, %" for k in range(3)]
+    parts = [table([*head, "so it"], pairs.compare(experiment, arms))]
+    head = ["recipe", "control", "seed", "its distance", "share of its GFLOPs to reach that"]
+    if rows := list(pairs.shares(arms)):
+        parts.append(table(head, rows))
+    head = ["arm", "decoders", "GFLOPs an evaluation", "steps", "seeds", DISTANCE]
+    head += [f"held-out loss, stage {k}" for k in range(3)]
+    rows = []
+    for label, records in runs:
+        if not records or "," not in label:
+            continue
+        ends = [record["curve"][-1] for record in records]
+        cells = [label, ", ".join(map(str, records[0]["decoders"]))]
+        cells += [f"{records[0]['equivalent_gflops']:.5f}", ends[0]["step"], len(records)]
+        cells += [spread(each(records, "frechet"))]
+        for k, digits in zip("012", (4, 4, 5), strict=True):
+            cells += [spread([row["held_out"][k] for row in ends], digits)]
+        rows.append(cells)
+    return "\n\n".join([*parts, table(head, rows)])
 
 
 TABLES = dict(
@@ -302,12 +311,11 @@ def draw_arms(everything, path):
     floor = dict(everything["table3"][1])["real digits"]
     for ax, name in zip(axes.flat, ("table3", "scarce", "table4", "table7"), strict=True):
         experiment, runs = everything[name]
-        arms = [run for run in runs if experiment["paper"].get(run[0]) or name == "table7"]
+        whole = name in ("table3", "table7")  # also what the paper has no number for
+        arms = [run for run in runs if experiment["paper"].get(run[0]) or whole]
+        arms = [run for run in arms if not run[0].startswith("real")]
         for i, (_, records) in enumerate(arms):
-            values = each(records, "frechet", experiment["at"])
-            ax.plot(values, [i] * len(values), "o", color="C0", ms=6, alpha=0.7)
-            if values:
-                ax.plot(fmean(values), i, "|", color="black", ms=16)
+            draw_dots(ax, i, each(records, "frechet", experiment["at"]))
         names = [label.replace("early stopping", "ES").split(" (A")[0] for label, _ in arms]
         if name == "table7":
             names = [f"stages: {name}" for name in names]
@@ -343,10 +351,66 @@ def draw_curves(everything, path):
 
 
 def draw_win(everything, path):
-    """Draw the study of what makes the multistage network win."""
-    figure = pairs.draw(*everything["win"])
-    if figure:
-        save(figure, path)
+    """Draw the study: every seed at encoder 8 and the smaller budget, then curves.
+
+    A panel of curves is an encoder, with Min-SNR weights or without, that was run at two budgets.
+    """
+    experiment, runs = everything["win"]
+    arms = pairs.arms_of(runs)
+    least = min((key[2] for key, rows in arms.items() if key[1] == 8 and rows), default=None)
+    if least is None:
+        return
+    panels = []
+    for encoder in (8, 16, 32):
+        twice = [x for x in ARMS if len(pairs.budgets_of(arms, x, encoder)) > 1]
+        for weighted in (False, True):
+            letters = [x for x in twice if (x in pairs.WEIGHTED) == weighted]
+            panels += [(encoder, letters)] if letters else []
+    how = dict(figsize=(6.5 + 3 * len(panels), 4), layout="constrained", squeeze=False)
+    ratios = [1.2] + [1] * len(panels)
+    figure, axes = plt.subplots(1, 1 + len(panels), width_ratios=ratios, **how)
+    ax, names = axes[0, 0], experiment["arms"]
+    there = [letter for letter in names if arms.get((letter, 8, least))]
+    for i, letter in enumerate(there):
+        draw_dots(ax, i, [row["frechet"] for row in arms[letter, 8, least].values()], ARMS[letter])
+    rows = [f"{letter}: {names[letter]}" for letter in there]
+    ax.set(yticks=range(len(there)), yticklabels=rows, ylim=(len(there) - 0.5, -0.5))
+    ax.set(title=f"encoder 8, {least:g} GFLOPs", xlabel=DISTANCE)
+    ax.grid(axis="x", color="0.9")
+    for ax, (encoder, letters) in zip(axes[0, 1:], panels, strict=True):
+        draw_budgets(ax, arms, encoder, letters)
+    save(figure, path)
+
+
+# the arms of the study, in colours that arms with and without weights share
+ARMS = dict(zip("ABCDEFGH", "black gray C0 C4 C1 C2 C3 C5".split(), strict=True))
+ARMS |= dict(zip("IJKL", "black C0 C3 gray".split(), strict=True))
+
+
+def draw_budgets(ax, arms, encoder, letters):
+    """Draw distance against training GFLOPs: a thin line a seed, a thick one for their mean."""
+    ticks = set()
+    for letter in letters:
+        budgets = pairs.budgets_of(arms, letter, encoder)
+        ticks.update(budgets)
+        rows = [arms[letter, encoder, budget] for budget in budgets]
+        for seed in set().union(*rows):
+            y = [found[seed]["frechet"] if seed in found else float("nan") for found in rows]
+            ax.plot(budgets, y, ".-", color=ARMS[letter], lw=0.5, ms=3, alpha=0.5)
+        means = [fmean(row["frechet"] for row in found.values()) for found in rows]
+        style = dict(color=ARMS[letter], lw=1.8, ms=6, marker="o", label=letter)
+        ax.plot(budgets, means, ls="--" if letter in pairs.ONE_DECODER else "-", **style)
+    title = f"encoder {encoder}" + ", Min-SNR" * (letters[0] in pairs.WEIGHTED)
+    ax.set(xscale="log", yscale="log", title=title, xlabel="training GFLOPs")
+    plain_ticks(ax, sorted(ticks), (0.3, 0.5, 0.7, 1, 1.5, 2, 2.5, 3, 5, 7, 10))
+    ax.legend(fontsize=8)
+
+
+def draw_dots(ax, i, values, color="C0"):
+    """Draw an arm's distances as dots in row i, and a bar for their mean."""
+    ax.plot(values, [i] * len(values), "o", color=color, ms=6, alpha=0.7)
+    if values:
+        ax.plot(fmean(values), i, "|", color="black", ms=16)
 
 
 def plain_ticks(ax, x=None, y=None):

@@ -47,7 +47,6 @@ OWN = dict(
     clustering="",  # timestep, log-snr, gradient or algorithm-2; empty: `boundaries` as in step 04
     number=0,  # stages of algorithm-2, or pictures of a run of kind cuts
     active=[],  # the stages that are trained; empty: all
-    horizon=0.0,  # where decay = "linear" has brought the learning rate to zero; 0: the last point
     of="",  # label of the run that this one builds on
     branch=0,  # the point of `of` that a training goes on from; 0: it starts from scratch
     intervals=False,  # held-out losses of the three stages of Algorithm 1, whatever the network has

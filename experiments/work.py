@@ -254,10 +254,10 @@ def train(definition):
 
 
 def horizon(definition, costs, state, spent, options):
-    """Tell the step at which the learning rate has fallen to zero, from a count of GFLOPs."""
-    d, end = definition, definition["horizon"] or definition["points"][-1]
+    """Tell the step at which the learning rate has fallen to zero: that of the last point."""
+    d, end = definition, definition["points"][-1]
     if d["by"] == "steps":
-        return round(end)
+        return end
     own = [costs[k]["gflops"] for k in state["active"]]
     chance = torch.full((len(own),), 1 / len(own), dtype=torch.float64)
     if options["stages"] == "uniform" and len(own) > 1:
