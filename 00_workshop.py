@@ -386,6 +386,7 @@ VQ_F4 = dict(kind="vq", channels=3, code=3, width=128, mults=(1, 2, 4), blocks=2
 SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, entries=256)
 PUBLISHED = dict(recipe=PAPER, autoencoder=VQ_F4, latent_recipe=PAPER_LATENT)
 WIDTHS, NO_JUDGES = dict(encoder=32, decoders=(48, 32, 16)), dict(perceptual=0.0, adversarial=0.0)
+SHORT = dict(stages="mixed", times="stages", weight="min-snr", decay="linear")
 
 DATASETS = {
     "digits": dict(
@@ -393,11 +394,11 @@ DATASETS = {
         read=read_digits,
         judge="digits",
         network=dict(**WIDTHS, attention=(4,)),
-        recipe=dict(steps=900, batch=64, lr=3e-3, warmup=100, flip=False),
+        recipe=dict(steps=2800, batch=64, lr=3e-3, warmup=100, flip=False, encoder=8, **SHORT),
         autoencoder=SMALL,
         latent_network=dict(**WIDTHS, attention=(4,)),
-        latent_recipe=dict(code_steps=600, code_batch=64, code_lr=2e-3, **NO_JUDGES)
-        | dict(steps=400, batch=128, lr=2e-3, warmup=100),
+        latent_recipe=dict(code_steps=600, code_batch=64, code_lr=2e-3, **NO_JUDGES, **SHORT)
+        | dict(steps=1200, batch=64, lr=3e-3, warmup=100, encoder=16),
     ),
     "mnist": dict(
         shape=(1, 28, 28),

@@ -318,11 +318,11 @@ arch = "multistage"  # multistage, unified or separate
 tailored = False  # give separate networks the decoder widths of the multistage one
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
 process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pfgm-128 (tails, D)
-encoder = 0  # channels of the encoder; 0: the network's [0, 4096]
+encoder = 0  # channels of the encoder; 0: the recipe's, or the network's [0, 4096]
 decoders = ""  # channels of the decoders such as 48,32,16; empty: the network's
-stages = "uniform"  # uniform: one stage a batch; mixed: all stages in every batch
-weight = ""  # min-snr: less weight near the image (Hang et al. 2023); empty: that of Eq. 4
-times = ""  # stages: as many pictures in each; uniform: over the timeline; empty: as the release
+stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; empty: the recipe
+weight = ""  # min-snr: less weight near the image; none: that of Eq. 4; empty: the recipe
+times = ""  # stages: as many pictures in each; uniform: over the timeline; empty: the recipe
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
 steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
 batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0, 1000000]
@@ -430,7 +430,7 @@ def weighted_error(model, x0, eps, t, process, **stage):
 #
 # `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
 # weighted by its chance over its share of the batch: the same objective, with the expectation in
-# place of the draw of a stage. On `digits` it was better with each of three seeds (see the README).
+# place of the draw of a stage.
 #
 # `--times` says how often a stage is drawn. As the release has it a stage is as likely as any other
 # (`stages`), and a unified network, which has but one, gets times uniform over the timeline
@@ -440,6 +440,10 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # `--weight min-snr` takes weight from small times, where the noise can hardly be told and a picture
 # is all but done: $\omega(t)=\min(1, 5\,\sigma_t^2)$. In terms of the picture, whose error is
 # $\sigma_t$ times that of the noise, no time weighs more than 5 (Hang et al. 2023).
+#
+# The recipe of `digits` takes all of these (and a falling learning rate, and a network a quarter as
+# wide as step 03's), for networks of one decoder as of three: RESULTS.md has what each of them
+# gains. `--stages uniform --weight none --decay none --encoder 32` is the paper's way.
 
 
 # %%
@@ -778,18 +782,44 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
 
 
+# paper: one stage a batch, all of Eq. 4's weights 1, a constant learning rate; here: what is
+# neither asked for nor in a recipe is so, and a recipe may know better (RESULTS.md)
+PAPERS_WAY = dict(stages="uniform", times="", weight="", decay="none")
+
+
+def choose_recipe(recipe, given, process):
+    """Decide on stages, times, weight and decay: what the user gave, the recipe's, the paper's.
+
+    Times and weights of a recipe are for noise prediction; other processes have their own.
+    """
+    if process not in PLAIN:
+        recipe = {**recipe, "times": "", "weight": ""}
+    chosen = {key: given[key] or recipe.get(key, usual) for key, usual in PAPERS_WAY.items()}
+    return {**chosen, "weight": "" if chosen["weight"] == "none" else chosen["weight"]}
+
+
+def check_resumed(asked, old, run):
+    """Raise BadInput where a resumed run is asked for other settings, or another end of its decay."""
+    workshop.check_same_settings(asked, old, run)
+    if asked.get("decay") == "linear" and asked["steps"] != old["steps"]:
+        raise BadInput(
+            f"the learning rate of {run} falls to zero at step {old['steps']}: give --steps that, "
+            "or go on in another run (step 04: with --start_from)"
+        )
+
+
 def check_settings(arch, process, stages, patience, times="", decay="", weight=""):
     """Raise BadInput for settings that are unknown or do not go together."""
-    known = dict(arch=("multistage", "unified", "separate"), stages=("uniform", "mixed"))
+    known = dict(arch=("multistage", "unified", "separate"), stages=("", "uniform", "mixed"))
     known.update(times=("", "stages", "uniform"), decay=("", "linear", "none"))
-    known.update(weight=("", "min-snr"))
+    known.update(weight=("", "min-snr", "none"))
     asked = dict(arch=arch, stages=stages, times=times, decay=decay, weight=weight)
     for what, value in asked.items():
         if value not in known[what]:
             words = ", ".join(word for word in known[what] if word)
             raise BadInput(f"unknown {what} {value!r}: take {words}")
     kernel_of(process)
-    if weight and process not in PLAIN:
+    if weight == "min-snr" and process not in PLAIN:
         raise BadInput(f"process {process!r} has weights of its own: leave out --weight")
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
@@ -1036,24 +1066,19 @@ if __name__ == "__main__":
     recipe = workshop.about(dataset)["recipe"]
     run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
     asked = dict(dataset=dataset, arch=arch, network=network_name(network, dataset, arch, process))
-    asked.update(process=process, stages=stages, patience=patience, ema=ema, seed=seed)
+    asked.update(process=process, patience=patience, ema=ema, seed=seed, start_from=start_from)
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
-    asked.update(
-        times=times,
-        weight=weight,
-        decay=decay or recipe.get("decay", "none"),
-        start_from=start_from,
-    )
+    asked.update(choose_recipe(recipe, globals(), process))
     asked.update(channels=None, size=None, cuts=None)
-    asked.update(
-        zip(("encoder", "decoders"), widths_of(asked["network"], encoder, decoders), strict=True)
-    )
+    width = encoder or (0 if network or decoders else recipe.get("encoder", 0))
+    asked["encoder"], asked["decoders"] = widths_of(asked["network"], width, decoders)
     if "shape" not in workshop.DATASETS[dataset]:
         asked.update(channels=3, size=size)
     if tailored:
         multistage = network_name(network, dataset, "multistage", process)
-        asked["decoders"] = list(unet.NETWORKS[multistage]["decoders"])
+        own = list(unet.NETWORKS[multistage]["decoders"])
+        asked["decoders"] = widths_of(multistage, width, decoders)[1] or own
     if asked["batch"] % world:
         raise BadInput(f"batch = {asked['batch']} cannot be shared by {world} processes")
     content = workshop.read_checkpoint(run) if resume else None
@@ -1065,17 +1090,12 @@ if __name__ == "__main__":
             where = (boundaries, dataset, pixels, process)
             if arch != "unified":
                 asked["boundaries"] = find_boundaries(*where, asked["network"])
-            elif times == "stages":
+            elif asked["times"] == "stages":
                 asked.update(boundaries=[], cuts=find_boundaries(*where))
             else:
                 asked["boundaries"] = []
     if resume:
-        workshop.check_same_settings(asked, content["settings"], run)
-        if asked["decay"] == "linear" and asked["steps"] != content["settings"]["steps"]:
-            raise BadInput(
-                f"the learning rate of {run} falls to zero at step {content['settings']['steps']}: "
-                f"give --steps that, or go on in another run with --start_from {run}"
-            )
+        check_resumed(asked, content["settings"], run)
     held_out, training_set = None, pixels
     if patience:
         if not torch.is_tensor(pixels):

@@ -273,6 +273,10 @@ def win(experiment, runs):
     head = ["recipe", "control", "seed", "its distance", "share of its GFLOPs to reach that"]
     if rows := list(pairs.shares(arms)):
         parts.append(table(head, rows))
+    head = ["stage", "runs", "its held-out loss varies by, %"]
+    head += ["the distance grows with 1% more of it by, %", "correlation"]
+    if rows := list(pairs.follow(arms)):
+        parts.append(table(head, rows))
     head = ["arm", "decoders", "GFLOPs an evaluation", "steps", "seeds", DISTANCE]
     head += [f"held-out loss, stage {k}" for k in range(3)]
     rows = []
@@ -384,7 +388,22 @@ def draw_win(everything, path):
 
 # the arms of the study, in colours that arms with and without weights share
 ARMS = dict(zip("ABCDEFGH", "black gray C0 C4 C1 C2 C3 C5".split(), strict=True))
-ARMS |= dict(zip("IJKL", "black C0 C3 gray".split(), strict=True))
+ARMS |= dict(zip("IJKLMN", "black C0 C3 gray C1 C6".split(), strict=True))
+
+
+def draw_stages(everything, path):
+    """Draw what the distance follows: the held-out loss of which stage? A dot is a run."""
+    x, y, _ = pairs.within_seeds(pairs.arms_of(everything["win"][1]))
+    if not len(y):
+        return
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
+    for k, ax in enumerate(axes):
+        ax.plot(100 * np.expm1(x[:, k]), np.exp(y), "o", ms=4, alpha=0.5, color=f"C{k}")
+        ax.set(xlabel=f"held-out loss of stage {k}, %", yscale="log")
+        ax.grid(color="0.9")
+    axes[0].set(ylabel=f"{DISTANCE}\nover the mean of its seed")
+    plain_ticks(axes[0], y=(0.7, 0.8, 1, 1.2, 1.4))
+    save(figure, path)
 
 
 def draw_budgets(ax, arms, encoder, letters):

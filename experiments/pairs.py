@@ -5,7 +5,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
-ONE_DECODER, WEIGHTED = "ABIL", "IJKL"  # arms that are unified, and that have Min-SNR weights
+ONE_DECODER, WEIGHTED = "ABIL", "IJKLMN"  # arms that are unified, and that have Min-SNR weights
 
 
 def arms_of(runs):
@@ -61,6 +61,39 @@ def compare(experiment, arms):
             yield [*cells, verdict(found, len(experiment["settings"]["seeds"]))]
 
 
+def within_seeds(arms, encoder=8):
+    """Collect how runs lie to the mean of their seed and budget, in logarithms.
+
+    Returns (held-out losses of the three stages (n, 3), distances (n,), number of means taken).
+    """
+    groups = {}
+    for (_, width, budget), rows in arms.items():
+        for seed, row in rows.items() if width == encoder else ():
+            cells = [*(row["held_out"][k] for k in "012"), row["frechet"]]
+            groups.setdefault((seed, budget), []).append(np.log(cells))
+    parts = [group - np.mean(group, axis=0) for group in groups.values()]
+    values = np.concatenate(parts) if parts else np.empty((0, 4))
+    return values[:, :3], values[:, 3], len(parts)
+
+
+def follow(arms, encoder=8):
+    """Yield rows: by how much the distance grows with the held-out loss of each stage.
+
+    Least squares on `within_seeds`, all three stages at once; 95% intervals (Student's).
+    """
+    x, y, means = within_seeds(arms, encoder)
+    free = len(y) - means - 3
+    if free < 3:
+        return
+    slopes = np.linalg.lstsq(x, y, rcond=None)[0]
+    variance = ((y - x @ slopes) ** 2).sum() / free * np.diag(np.linalg.inv(x.T @ x))
+    half = stats.t.ppf(0.975, free) * variance**0.5
+    for k in range(3):
+        alone = np.corrcoef(x[:, k], y)[0, 1]
+        low, high = 100 * np.expm1([x[:, k].min(), x[:, k].max()])
+        yield [k, len(y), f"{low:+.0f} to {high:+.0f}", f"{slopes[k]:+.1f} ± {half[k]:.1f}", f"{alone:+.2f}"]
+
+
 def share(runs, goal):
     """Return the GFLOPs at which runs [(GFLOPs, distance)] reach a distance; None: they do not.
 
@@ -85,7 +118,7 @@ def budgets_of(arms, letter, encoder):
 def best_recipe(arms, encoder=8):
     """Choose the multistage arm with the lowest mean distance at the smallest budget."""
     means = {}
-    for letter in "CDEFGHJK":
+    for letter in "CDEFGHJKMN":
         budgets = budgets_of(arms, letter, encoder)
         if budgets:
             rows = arms[letter, encoder, budgets[0]].values()

@@ -32,6 +32,7 @@ sde, training, BadInput = work.sde, work.training, work.BadInput
 STEP_04 = "dataset arch tailored network process encoder stages times weight boundaries batch lr"
 STEP_04 += " decay ema patience seed"
 OWN = dict(
+    stages="uniform",  # here no recipe decides on it
     kind="training",  # training, served, gradients, solvers, cuts or real: see WORK in work.py
     label="",  # the name of the run in tables and figures
     paper=0.0,  # the distance that the paper prints for it, for the table

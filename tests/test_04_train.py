@@ -388,7 +388,7 @@ def test_contradictions_on_resume_are_named(workshop, sde, training):
         ({"stages": "all"}, "unknown stages 'all'"),
         ({"patience": 1, "arch": "multistage"}, "--arch separate"),
         ({"times": "even"}, "unknown times 'even': take stages, uniform"),
-        ({"weight": "snr"}, "unknown weight 'snr': take min-snr"),
+        ({"weight": "snr"}, "unknown weight 'snr': take min-snr, none"),
         ({"weight": "min-snr", "process": "edm"}, "leave out --weight"),
         ({"decay": "cosine"}, "unknown decay 'cosine': take linear, none"),
     ],
@@ -405,7 +405,7 @@ def test_every_recipe_has_a_network(workshop, sde, unet, training):
         for arch in ("multistage", "unified", "separate"):
             for process in ("vp", "edm", "pfgm-64"):
                 assert training.network_name("", dataset, arch, process) in unet.NETWORKS
-        assert {"steps", "batch", "lr", "warmup", "flip"} == set(known["recipe"])
+        assert {"steps", "batch", "lr", "warmup", "flip"} <= set(known["recipe"])
     assert training.network_name("", "celeba", "multistage", "vp") == "table5_1"
     assert training.network_name("cifar10", "celeba", "unified", "vp") == "cifar10_unified"
     assert training.network_name("table7_4", "cifar10", "multistage", "vp") == "table7_4"
@@ -417,6 +417,29 @@ def test_every_recipe_has_a_network(workshop, sde, unet, training):
             workshop.BadInput, match=f"'{network}' is {own}, not {arch}: give --arch"
         ):
             training.network_name(network, "cifar10", arch, "vp")
+
+
+def test_what_is_asked_for_goes_before_the_recipe_and_that_before_the_paper(training):
+    nothing = dict.fromkeys(training.PAPERS_WAY, "")
+    papers = dict(stages="uniform", times="", weight="", decay="none")
+    assert training.choose_recipe({}, nothing, "vp") == papers
+    own = dict(stages="mixed", times="stages", weight="min-snr", decay="linear")
+    recipe = dict(steps=5, **own)
+    assert training.choose_recipe(recipe, nothing, "vp") == own
+    # the times and weights of noise prediction are not those of others
+    assert training.choose_recipe(recipe, nothing, "edm") == {**own, "times": "", "weight": ""}
+    asked = dict(stages="uniform", times="uniform", weight="none", decay="none")
+    assert training.choose_recipe(recipe, asked, "vp") == {**asked, "weight": ""}
+
+
+def test_a_decayed_run_is_resumed_to_its_own_end_only(workshop, training):
+    old = dict(steps=5, decay="linear", lr=1e-3)
+    training.check_resumed(dict(old), old, "runs/a")
+    training.check_resumed(dict(steps=7, lr=1e-3), dict(steps=5, lr=1e-3), "runs/a")
+    with pytest.raises(workshop.BadInput, match="runs/a falls to zero at step 5: give --steps that"):
+        training.check_resumed({**old, "steps": 7}, old, "runs/a")
+    with pytest.raises(workshop.BadInput, match="trained with lr = 0.001, not 0.1"):
+        training.check_resumed({**old, "lr": 0.1}, old, "runs/a")
 
 
 def test_a_network_for_other_times_is_refused(workshop, sde, training):

@@ -445,9 +445,25 @@ def test_names_of_latent_networks(ldm, unet):
     assert ldm.latent_network("", "celeba", "multistage") == "table6_4"
     assert ldm.latent_network("ldm", "celeba", "multistage") == "ldm"
     assert ldm.latent_network("", "celeba", "separate") == "ldm_separate"
-    assert ldm.latent_boundaries("", "table6_4", "multistage") == list(unet.STEPS)
-    assert ldm.latent_boundaries("0.2, 0.5", "table6_4", "multistage") == [0.2, 0.5]
-    assert ldm.latent_boundaries("0.2, 0.5", "ldm_unified", "unified") == []
+    assert ldm.latent_boundaries("", "table6_4") == list(unet.STEPS)
+    assert ldm.latent_boundaries("", "ldm_unified") == list(unet.STEPS)
+    assert ldm.latent_boundaries("0.2, 0.5", "table6_4") == [0.2, 0.5]
+
+
+def test_a_unified_twin_differs_in_the_decoders_alone(ldm, training):
+    recipe, how = dict(encoder=16), dict(stages="mixed", times="stages", weight="", decay="linear")
+    describe = lambda arch, *more: ldm.describe_network(arch, *more, how)  # noqa: E731
+    ours = describe("multistage", "", "digits", recipe, "0.2,0.5")
+    twin = describe("unified", "", "digits", recipe, "0.2,0.5")
+    assert ours["boundaries"] == twin["cuts"] == [0.2, 0.5] and ours["cuts"] is None
+    assert twin["boundaries"] == [] and (ours["encoder"], twin["encoder"]) == (16, 16)
+    assert (ours["decoders"], twin["decoders"]) == ([24, 16, 8], [16])
+    differ = {key for key in ours if ours[key] != twin[key]}
+    assert differ == {"arch", "network", "boundaries", "cuts", "decoders"}
+    how["times"] = ""  # a unified network has all times, in no stages
+    assert describe("unified", "", "digits", recipe, "")["cuts"] is None
+    own = describe("unified", "mnist_latent", "digits", recipe, "")
+    assert own["network"] == "mnist_latent_unified" and own["encoder"] is None
 
 
 def test_a_scaled_down_copy_of_the_published_configuration_takes_a_step(
@@ -475,14 +491,6 @@ def test_a_scaled_down_copy_of_the_published_configuration_takes_a_step(
     assert finished and (tmp_path / "checkpoint.pt").exists()
     x = evaluation.sample(state["ema"], "ldm", 2, "dpm-solver++-2m", 5, grid="time")
     assert back(x).shape == (2, 3, 32, 32) and torch.isfinite(x).all()
-
-
-def test_reaching_a_distance(ldm):
-    points = [(1.0, 8.0), (2.0, 4.0), (3.0, 5.0), (4.0, 2.0)]
-    assert ldm.compute_to_reach(points, 6.0) == 1.5
-    assert ldm.compute_to_reach(points, 4.0) == 2.0
-    assert ldm.compute_to_reach(points, 9.0) == 1.0
-    assert ldm.compute_to_reach(points, 1.0) is None
 
 
 def test_what_autograd_keeps_is_counted(unet):
