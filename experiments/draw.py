@@ -548,6 +548,7 @@ def cut_lines(ax, line, color, marker, label):
 
 FIGURES = {
     "win": (draw_win, ("win",)),
+    "stages": (draw_stages, ("win",)),
     "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),
     "curves": (draw_curves, ("figure1d", "cifar16")),
     "intervals": (draw_intervals, ("figure2", "overfitting")),

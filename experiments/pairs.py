@@ -91,7 +91,13 @@ def follow(arms, encoder=8):
     for k in range(3):
         alone = np.corrcoef(x[:, k], y)[0, 1]
         low, high = 100 * np.expm1([x[:, k].min(), x[:, k].max()])
-        yield [k, len(y), f"{low:+.0f} to {high:+.0f}", f"{slopes[k]:+.1f} ± {half[k]:.1f}", f"{alone:+.2f}"]
+        yield [
+            k,
+            len(y),
+            f"{low:+.0f} to {high:+.0f}",
+            f"{slopes[k]:+.1f} ± {half[k]:.1f}",
+            f"{alone:+.2f}",
+        ]
 
 
 def share(runs, goal):

@@ -436,7 +436,9 @@ def test_a_decayed_run_is_resumed_to_its_own_end_only(workshop, training):
     old = dict(steps=5, decay="linear", lr=1e-3)
     training.check_resumed(dict(old), old, "runs/a")
     training.check_resumed(dict(steps=7, lr=1e-3), dict(steps=5, lr=1e-3), "runs/a")
-    with pytest.raises(workshop.BadInput, match="runs/a falls to zero at step 5: give --steps that"):
+    with pytest.raises(
+        workshop.BadInput, match="runs/a falls to zero at step 5: give --steps that"
+    ):
         training.check_resumed({**old, "steps": 7}, old, "runs/a")
     with pytest.raises(workshop.BadInput, match="trained with lr = 0.001, not 0.1"):
         training.check_resumed({**old, "lr": 0.1}, old, "runs/a")
@@ -568,11 +570,13 @@ def weights_of(training, folder):
     return {**content["model"], **{f"ema.{k}": v for k, v in content["ema"].items()}}
 
 
-def test_two_processes_train_as_one(workshop, root, training, tmp_path):
+@pytest.mark.parametrize("stages", ["uniform", "mixed"])
+def test_two_processes_train_as_one(workshop, root, training, tmp_path, stages):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     rows = {}
     for name, launcher in (("one", ()), ("two", torchrun)):
-        run_step(root, tmp_path, "--name", name, launcher=launcher)
+        how = "--stages", stages, "--batch", "12"  # which two processes and three stages divide
+        run_step(root, tmp_path, "--name", name, *how, launcher=launcher)
         rows[name] = workshop.read_log(tmp_path / name)
     assert len(rows["one"]) == len(rows["two"]) == 12
     for one, two in zip(rows["one"], rows["two"], strict=True):

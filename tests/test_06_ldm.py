@@ -329,8 +329,10 @@ def test_the_small_autoencoder_learns_and_is_used_as_the_others(ldm, pixels):
 
 def test_what_the_user_gave_takes_the_recipe_s_place(ldm):
     recipe = dict(code_steps=5, code_batch=4, perceptual=1.0, adversarial=0.5, lr=0.1, warmup=7)
+    recipe.update(times="uniform", decay="linear")
     given = dict(code_steps=0, perceptual=0.0, adversarial=-1.0, lr=0.2, kind="vq")
-    expected = {**recipe, "perceptual": 0.0, "lr": 0.2}
+    given.update(times="", decay="none")
+    expected = {**recipe, "perceptual": 0.0, "lr": 0.2, "decay": "none"}
     assert ldm.fill_recipe(recipe, given) == expected
 
 
@@ -462,6 +464,9 @@ def test_a_unified_twin_differs_in_the_decoders_alone(ldm, training):
     assert differ == {"arch", "network", "boundaries", "cuts", "decoders"}
     how["times"] = ""  # a unified network has all times, in no stages
     assert describe("unified", "", "digits", recipe, "")["cuts"] is None
+    equal = dict(encoder=16, decoders=(16, 8, 16))
+    assert describe("multistage", "", "digits", equal, "")["decoders"] == [16, 8, 16]
+    assert describe("unified", "", "digits", equal, "")["decoders"] == [16]
     own = describe("unified", "mnist_latent", "digits", recipe, "")
     assert own["network"] == "mnist_latent_unified" and own["encoder"] is None
 
