@@ -252,11 +252,11 @@ if __name__ == "__main__" and lesson:
     workshop.show_figure("figures/04_plain.png")
 
 # %% [markdown]
-# A point a step, at the stage that was drawn. (The 150 steps take a tenth of the time of the run
-# below, some six seconds on two idle cores.) All stages learn, and their losses differ by orders of
-# magnitude. Stage 2, next to the noise, starts low because its input is nearly the answer; in stage
-# 0 the noise is hard to tell from the picture. Much of the scatter is no change of the network:
-# within a stage, too, small times are harder than large ones, and every batch has its own.
+# A point a step, at the stage that was drawn. (The 150 steps take seconds, the run below minutes.)
+# All stages learn, and their losses differ by orders of magnitude. Stage 2, next to the noise,
+# starts low because its input is nearly the answer; in stage 0 the noise is hard to tell from the
+# picture. Much of the scatter is no change of the network: within a stage, too, small times are
+# harder than large ones, and every batch has its own.
 #
 # ## What it sees
 #
