@@ -527,7 +527,7 @@ TINY_RUN = ("--code_steps", "4", "--batch", "8", "--samples", "20", "--nfe", "3"
 
 
 def test_a_run_goes_on_and_draws_again(workshop, root, tmp_path, training):
-    flags = (*TINY_RUN, "--no-compare")
+    flags = (*TINY_RUN, "--no-compare", "--decay", "none")  # it goes on beyond its first end
     assert run(root, tmp_path, *flags, "--steps", "6", "--name", "whole").returncode == 0
     assert run(root, tmp_path, *flags, "--steps", "3", "--name", "parts").returncode == 0
     done = run(root, tmp_path, *flags, "--steps", "6", "--name", "parts", "--resume")
@@ -577,6 +577,7 @@ def test_a_run_goes_on_and_draws_again(workshop, root, tmp_path, training):
 def test_two_processes_do_as_one(workshop, root, tmp_path, training):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     flags = (*TINY_RUN, "--steps", "4", "--no-compare", "--kind", "vq")
+    flags += ("--batch", "12")  # which two processes and three stages divide
     for name, launcher in (("one", ()), ("two", torchrun)):
         done = run(root, tmp_path, *flags, "--name", name, launcher=launcher)
         assert done.returncode == 0, done.stderr[-3000:]
