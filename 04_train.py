@@ -319,7 +319,7 @@ tailored = False  # give separate networks the decoder widths of the multistage 
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
 process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pfgm-128 (tails, D)
 encoder = 0  # channels of the encoder; 0: the recipe's, or the network's [0, 4096]
-decoders = ""  # channels of the decoders such as 48,32,16; empty: the network's
+decoders = ""  # channels of the decoders such as 48,32,16; empty: the recipe's, or the network's
 stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; empty: the recipe
 weight = ""  # min-snr: less weight near the image; none: that of Eq. 4; empty: the recipe
 times = ""  # stages: as many pictures in each; uniform: over the timeline; empty: the recipe
@@ -754,8 +754,7 @@ def recipe_widths(recipe, arch):
 
     Its decoders are those of a multistage network; others have them as wide as the encoder.
     """
-    told = recipe.get("decoders", ()) if arch == "multistage" else ()
-    return recipe.get("encoder", 0), ",".join(map(str, told))
+    return recipe.get("encoder", 0), recipe.get("decoders", "") if arch == "multistage" else ""
 
 
 FEW = 100  # pictures; where Algorithm 1 fails on fewer it is no fault of theirs
@@ -1044,7 +1043,7 @@ def prepare_state(settings, content=None, compile=False, trunk=None):
     torch.manual_seed(settings["seed"])  # the initial weights
     model = workshop.move_to_device(network_of(settings))
     if workshop.device().type == "cpu" and model.encoders[0].skip_widths[0] < NARROW:
-        torch.set_num_threads(1)  # its layers are done before a second thread has woken up
+        torch.set_num_threads(1)  # two are no faster at such layers, and stall beside other work
     n, batch = len(settings.get("cuts") or model.cuts) + 1, settings["batch"]
     if settings.get("stages") == "mixed" and batch < n:
         raise BadInput(f"batch = {batch} cannot mix {n} stages: give {n} or more")

@@ -416,7 +416,10 @@ def draw_budgets(ax, arms, encoder, letters):
         for seed in set().union(*rows):
             y = [found[seed]["frechet"] if seed in found else float("nan") for found in rows]
             ax.plot(budgets, y, ".-", color=ARMS[letter], lw=0.5, ms=3, alpha=0.5)
-        means = [fmean(row["frechet"] for row in found.values()) for found in rows]
+        whole = set.intersection(*map(set, rows))  # a mean over other seeds would be no curve
+        means = [
+            fmean(found[seed]["frechet"] for seed in whole) if whole else None for found in rows
+        ]
         style = dict(color=ARMS[letter], lw=1.8, ms=6, marker="o", label=letter)
         ax.plot(budgets, means, ls="--" if letter in pairs.ONE_DECODER else "-", **style)
     title = f"encoder {encoder}" + ", Min-SNR" * (letters[0] in pairs.WEIGHTED)

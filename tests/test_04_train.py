@@ -405,7 +405,8 @@ def test_every_recipe_has_a_network(workshop, sde, unet, training):
         for arch in ("multistage", "unified", "separate"):
             for process in ("vp", "edm", "pfgm-64"):
                 assert training.network_name("", dataset, arch, process) in unet.NETWORKS
-        assert {"steps", "batch", "lr", "warmup", "flip"} <= set(known["recipe"])
+        needed, more = {"steps", "batch", "lr", "warmup", "flip"}, {"encoder", "decoders"}
+        assert needed <= set(known["recipe"]) <= needed | more | set(training.PAPERS_WAY)
     assert training.network_name("", "celeba", "multistage", "vp") == "table5_1"
     assert training.network_name("cifar10", "celeba", "unified", "vp") == "cifar10_unified"
     assert training.network_name("table7_4", "cifar10", "multistage", "vp") == "table7_4"

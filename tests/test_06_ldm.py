@@ -464,7 +464,7 @@ def test_a_unified_twin_differs_in_the_decoders_alone(ldm, training):
     assert differ == {"arch", "network", "boundaries", "cuts", "decoders"}
     how["times"] = ""  # a unified network has all times, in no stages
     assert describe("unified", "", "digits", recipe, "")["cuts"] is None
-    equal = dict(encoder=16, decoders=(16, 8, 16))
+    equal = dict(encoder=16, decoders="16,8,16")
     assert describe("multistage", "", "digits", equal, "")["decoders"] == [16, 8, 16]
     assert describe("unified", "", "digits", equal, "")["decoders"] == [16]
     own = describe("unified", "mnist_latent", "digits", recipe, "")

@@ -113,7 +113,7 @@ def test_check_works_without_torch(tmp_path):
 
 def test_train_sample_and_resume_from_the_shell(tmp_path):
     """The two commands of a scripted run, and going on where it ended."""
-    common = ["--steps", "4", "--batch", "8", "--name", "r"]
+    common = ["--steps", "4", "--batch", "8", "--name", "r", "--decay", "none"]
     first = run(script("04_train"), *common, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     run_folder = tmp_path / "runs" / "r"
