@@ -297,6 +297,7 @@ TABLES = dict(
     win=win, table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2
 )
 TABLES.update(
+    win16=win,
     scarce=table3,
     overfitting=figure2,
     table1=table1,
@@ -354,12 +355,12 @@ def draw_curves(everything, path):
     save(figure, path)
 
 
-def draw_win(everything, path):
-    """Draw the study: every seed at encoder 8 and the smaller budget, then curves.
+def draw_win(everything, path, name="win"):
+    """Draw a study: every seed at encoder 8 and the smallest budget of most arms, then curves.
 
     A panel of curves is an encoder, with Min-SNR weights or without, that was run at two budgets.
     """
-    experiment, runs = everything["win"]
+    experiment, runs = everything[name]
     arms = pairs.arms_of(runs)
     least = min((key[2] for key, rows in arms.items() if key[1] == 8 and rows), default=None)
     if least is None:
@@ -388,7 +389,7 @@ def draw_win(everything, path):
 
 # the arms of the study, in colours that arms with and without weights share
 ARMS = dict(zip("ABCDEFGH", "black gray C0 C4 C1 C2 C3 C5".split(), strict=True))
-ARMS |= dict(zip("IJKLMN", "black C0 C3 gray C1 C6".split(), strict=True))
+ARMS |= dict(zip("IJKLMNP", "black C0 C3 gray C1 C6 C5".split(), strict=True))
 
 
 def draw_stages(everything, path):

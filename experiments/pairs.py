@@ -5,7 +5,7 @@ from statistics import fmean
 import numpy as np
 from scipy import stats
 
-ONE_DECODER, WEIGHTED = "ABIL", "IJKLMN"  # arms that are unified, and that have Min-SNR weights
+ONE_DECODER, WEIGHTED = "ABIL", "IJKLMNP"  # arms that are unified, and that have Min-SNR weights
 
 
 def arms_of(runs):
@@ -122,13 +122,15 @@ def budgets_of(arms, letter, encoder):
 
 
 def best_recipe(arms, encoder=8):
-    """Choose the multistage arm with the lowest mean distance at the smallest budget."""
-    means = {}
-    for letter in "CDEFGHJKMN":
-        budgets = budgets_of(arms, letter, encoder)
-        if budgets:
-            rows = arms[letter, encoder, budgets[0]].values()
-            means[letter] = fmean(row["frechet"] for row in rows)
+    """Choose the multistage arm with the lowest mean distance at the smallest budget all have."""
+    budgets = {x: set(budgets_of(arms, x, encoder)) for x in "CDEFGHJKMNP"}
+    letters = [x for x in budgets if budgets[x]]
+    common = set.intersection(*(budgets[x] for x in letters)) if letters else ()
+    means = {
+        x: fmean(r["frechet"] for r in arms[x, encoder, min(common)].values())
+        for x in letters
+        if common
+    }
     return min(means, key=means.get) if means else None
 
 
@@ -139,7 +141,7 @@ def shares(arms, encoder=8):
     for control in ONE_DECODER if best else "":
         if (control in WEIGHTED) != (best in WEIGHTED):
             continue
-        budgets = budgets_of(arms, control, encoder)[1:]  # the larger ones
+        budgets = budgets_of(arms, control, encoder)
         for seed, row in sorted(arms[control, encoder, budgets[-1]].items() if budgets else []):
             mine = [arms[best, encoder, b] for b in budgets_of(arms, best, encoder)]
             points = [

@@ -414,26 +414,26 @@ def test_committed_arms_were_trained_alike(committed):
         assert len(recipes) == 1
 
 
-def test_arms_of_the_study_differ_in_one_thing(committed):
-    experiment, runs = committed["win"]
+@pytest.mark.parametrize(("name", "budget"), [("win", "2.88"), ("win16", "11.86")])
+def test_arms_of_the_study_differ_in_one_thing(committed, name, budget):
+    experiment, runs = committed[name]
     everywhere = ("decay", "lr", "batch", "warmup", "ema", "held_out", "nfe", "samples")
     alike = set()
     definitions = {label: seeds[0] for label, seeds in experiment["units"] if "," in label}
     for label, d in definitions.items():
         alike.add(tuple(d[key] for key in (*everywhere, "sampling_seeds", "intervals")))
-        budget = float(label.split(", ")[-1])
-        assert d["points"][-1] == budget, label
+        assert d["points"][-1] == float(label.split(", ")[-1]), label
     assert len(alike) == 1 and "linear" in next(iter(alike))
     for one, other, factor in experiment["pairs"]:
-        a, b = (definitions[f"{letter}, encoder 8, 2.88"] for letter in (one, other))
+        a, b = (definitions[f"{letter}, encoder 8, {budget}"] for letter in (one, other))
         differ = {key for key in a if a[key] != b[key]} - {"points", "keep", "of"}
         assert len(differ - {"decoders", "arch", "number"}) <= 1 + ("and" in factor), factor
     for label, records in runs:
         for record in records:
             row = record["curve"][-1]
             if label != "real digits":
-                budget = float(label.split(", ")[-1])
-                assert budget <= row["gflops"] <= budget + max(record["gflops"]), label
+                end = float(label.split(", ")[-1])
+                assert end <= row["gflops"] <= end + max(record["gflops"]), label
                 assert len(row["frechets"]) == 3
 
 
