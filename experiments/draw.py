@@ -4,9 +4,10 @@ A table is written between `<!-- name -->` and `<!-- /name -->` in the page. Eve
 a file in `results/`; a cell is the mean over seeds ± their standard deviation.
 """
 
+import functools
 import importlib
 import re
-from statistics import fmean, stdev
+from statistics import fmean, mode, stdev
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -297,6 +298,7 @@ TABLES = dict(
     win=win, table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2
 )
 TABLES.update(
+    tuned=win,
     win16=win,
     scarce=table3,
     overfitting=figure2,
@@ -356,15 +358,16 @@ def draw_curves(everything, path):
 
 
 def draw_win(everything, path, name="win"):
-    """Draw a study: every seed at encoder 8 and the smallest budget of most arms, then curves.
+    """Draw a study: every seed at encoder 8 and the budget that most arms have, then curves.
 
     A panel of curves is an encoder, with Min-SNR weights or without, that was run at two budgets.
     """
     experiment, runs = everything[name]
     arms = pairs.arms_of(runs)
-    least = min((key[2] for key, rows in arms.items() if key[1] == 8 and rows), default=None)
-    if least is None:
+    budgets = sorted(key[2] for key, rows in arms.items() if key[1] == 8 and rows)
+    if not budgets:
         return
+    budget = mode(budgets)  # the smallest of those
     panels = []
     for encoder in (8, 16, 32):
         twice = [x for x in ARMS if len(pairs.budgets_of(arms, x, encoder)) > 1]
@@ -375,12 +378,12 @@ def draw_win(everything, path, name="win"):
     ratios = [1.2] + [1] * len(panels)
     figure, axes = plt.subplots(1, 1 + len(panels), width_ratios=ratios, **how)
     ax, names = axes[0, 0], experiment["arms"]
-    there = [letter for letter in names if arms.get((letter, 8, least))]
+    there = [letter for letter in names if arms.get((letter, 8, budget))]
     for i, letter in enumerate(there):
-        draw_dots(ax, i, [row["frechet"] for row in arms[letter, 8, least].values()], ARMS[letter])
+        draw_dots(ax, i, [row["frechet"] for row in arms[letter, 8, budget].values()], ARMS[letter])
     rows = [f"{letter}: {names[letter]}" for letter in there]
     ax.set(yticks=range(len(there)), yticklabels=rows, ylim=(len(there) - 0.5, -0.5))
-    ax.set(title=f"encoder 8, {least:g} GFLOPs", xlabel=DISTANCE)
+    ax.set(title=f"encoder 8, {budget:g} GFLOPs", xlabel=DISTANCE)
     ax.grid(axis="x", color="0.9")
     for ax, (encoder, letters) in zip(axes[0, 1:], panels, strict=True):
         draw_budgets(ax, arms, encoder, letters)
@@ -552,6 +555,8 @@ def cut_lines(ax, line, color, marker, label):
 
 FIGURES = {
     "win": (draw_win, ("win",)),
+    "tuned": (functools.partial(draw_win, name="tuned"), ("tuned",)),
+    "win16": (functools.partial(draw_win, name="win16"), ("win16",)),
     "stages": (draw_stages, ("win",)),
     "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),
     "curves": (draw_curves, ("figure1d", "cifar16")),

@@ -135,15 +135,19 @@ def best_recipe(arms, encoder=8):
 
 
 def shares(arms, encoder=8):
-    """Yield rows: at which share of a control's larger budget the best recipe is as good."""
+    """Yield rows: at which share of a control's largest budget the best recipe is as good."""
     best = best_recipe(arms, encoder)
+    if best is None:
+        return
+    mine = [arms[best, encoder, budget] for budget in budgets_of(arms, best, encoder)]
     # a recipe with weights is compared with controls that have them too
-    for control in ONE_DECODER if best else "":
+    for control in ONE_DECODER:
         if (control in WEIGHTED) != (best in WEIGHTED):
             continue
         budgets = budgets_of(arms, control, encoder)
-        for seed, row in sorted(arms[control, encoder, budgets[-1]].items() if budgets else []):
-            mine = [arms[best, encoder, b] for b in budgets_of(arms, best, encoder)]
+        if not budgets or budgets[-1] <= budgets_of(arms, best, encoder)[0]:
+            continue  # it could not be less
+        for seed, row in sorted(arms[control, encoder, budgets[-1]].items()):
             points = [
                 (found[seed]["gflops"], found[seed]["frechet"]) for found in mine if seed in found
             ]
