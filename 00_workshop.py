@@ -395,12 +395,12 @@ DATASETS = {
         read=read_digits,
         judge="digits",
         network=dict(**WIDTHS, attention=(4,)),
-        recipe=dict(steps=2800, batch=64, lr=6e-3, warmup=100, flip=False)
+        recipe=dict(steps=2400, batch=64, lr=6e-3, warmup=100, flip=False)
         | dict(encoder=8, decoders="8,8,8", **FOUND),
         autoencoder=SMALL,
         latent_network=dict(**WIDTHS, attention=(4,)),
         latent_recipe=dict(code_steps=600, code_batch=64, code_lr=2e-3, **NO_JUDGES, **FOUND)
-        | dict(steps=1200, batch=64, lr=3e-3, warmup=100, encoder=16, times="uniform"),
+        | dict(steps=1200, batch=64, lr=6e-3, warmup=100, encoder=16, times="uniform"),
     ),
     "mnist": dict(
         shape=(1, 28, 28),
