@@ -410,7 +410,20 @@ def draw_stages(everything, path):
     save(figure, path)
 
 
-def draw_budgets(ax, arms, encoder, letters):
+def draw_finding(everything, path):
+    """Draw one recipe for one decoder and for three, on digits and on CIFAR-10, for the README."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for ax, name in zip(axes, ("tuned", "win16"), strict=True):
+        experiment, runs = everything[name]
+        arms = pairs.arms_of(runs)
+        letters = [x for x in "ILPJ" if len(pairs.budgets_of(arms, x, 8)) > 1]
+        if letters:
+            draw_budgets(ax, arms, 8, letters, experiment["arms"])
+        ax.set(title=experiment["shows"], ylabel=DISTANCE)
+    save(figure, path)
+
+
+def draw_budgets(ax, arms, encoder, letters, names=None):
     """Draw distance against training GFLOPs: a thin line a seed, a thick one for their mean."""
     ticks = set()
     for letter in letters:
@@ -424,7 +437,8 @@ def draw_budgets(ax, arms, encoder, letters):
         means = [
             fmean(found[seed]["frechet"] for seed in whole) if whole else None for found in rows
         ]
-        style = dict(color=ARMS[letter], lw=1.8, ms=6, marker="o", label=letter)
+        style = dict(color=ARMS[letter], lw=1.8, ms=6, marker="o")
+        style["label"] = (names or {}).get(letter, letter).split(", Min-SNR")[0]
         ax.plot(budgets, means, ls="--" if letter in pairs.ONE_DECODER else "-", **style)
     title = f"encoder {encoder}" + ", Min-SNR" * (letters[0] in pairs.WEIGHTED)
     ax.set(xscale="log", yscale="log", title=title, xlabel="training GFLOPs")
@@ -554,6 +568,7 @@ def cut_lines(ax, line, color, marker, label):
 
 
 FIGURES = {
+    "finding": (draw_finding, ("tuned", "win16")),
     "win": (draw_win, ("win",)),
     "tuned": (functools.partial(draw_win, name="tuned"), ("tuned",)),
     "win16": (functools.partial(draw_win, name="win16"), ("win16",)),
