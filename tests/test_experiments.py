@@ -414,7 +414,9 @@ def test_committed_arms_were_trained_alike(committed):
         assert len(recipes) == 1
 
 
-@pytest.mark.parametrize(("name", "budget"), [("win", "2.88"), ("tuned", "2.88"), ("win16", "7.91")])
+@pytest.mark.parametrize(
+    ("name", "budget"), [("win", "2.88"), ("tuned", "2.88"), ("win16", "7.91")]
+)
 def test_arms_of_the_study_differ_in_one_thing(committed, name, budget):
     experiment, runs = committed[name]
     everywhere = ("decay", "lr", "batch", "warmup", "ema", "held_out", "nfe", "samples")
