@@ -395,7 +395,7 @@ DATASETS = {
         read=read_digits,
         judge="digits",
         network=dict(**WIDTHS, attention=(4,)),
-        recipe=dict(steps=2400, batch=64, lr=6e-3, warmup=100, flip=False)
+        recipe=dict(steps=2700, batch=64, lr=6e-3, warmup=100, flip=False)
         | dict(encoder=8, decoders="8,8,8", **FOUND),
         autoencoder=SMALL,
         latent_network=dict(**WIDTHS, attention=(4,)),

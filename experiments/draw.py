@@ -442,7 +442,7 @@ def draw_budgets(ax, arms, encoder, letters, names=None):
         ax.plot(budgets, means, ls="--" if letter in pairs.ONE_DECODER else "-", **style)
     title = f"encoder {encoder}" + ", Min-SNR" * (letters[0] in pairs.WEIGHTED)
     ax.set(xscale="log", yscale="log", title=title, xlabel="training GFLOPs")
-    plain_ticks(ax, sorted(ticks), (0.3, 0.5, 0.7, 1, 1.5, 2, 2.5, 3, 5, 7, 10))
+    plain_ticks(ax, sorted(ticks), (0.3, 0.5, 0.7, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 10))
     ax.legend(fontsize=8)
 
 

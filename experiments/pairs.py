@@ -122,16 +122,23 @@ def budgets_of(arms, letter, encoder):
 
 
 def best_recipe(arms, encoder=8):
-    """Choose the multistage arm with the lowest mean distance at the smallest budget all have."""
-    budgets = {x: set(budgets_of(arms, x, encoder)) for x in "CDEFGHJKMNP"}
-    letters = [x for x in budgets if budgets[x]]
-    common = set.intersection(*(budgets[x] for x in letters)) if letters else ()
-    means = {
-        x: fmean(r["frechet"] for r in arms[x, encoder, min(common)].values())
-        for x in letters
-        if common
-    }
-    return min(means, key=means.get) if means else None
+    """Choose the multistage arm with the lowest mean distance at the smallest budget all have.
+
+    An arm of which seeds are missing does not count.
+    """
+    found = {key: rows for key, rows in arms.items() if key[1] == encoder and rows}
+    found = {key: rows for key, rows in found.items() if key[0] not in ONE_DECODER}
+    seeds = max(map(len, found.values()), default=0)
+    letters = {key[0] for key, rows in found.items() if len(rows) == seeds}
+    budgets = [set(budgets_of(arms, letter, encoder)) for letter in letters]
+    common = set.intersection(*budgets) if letters else None
+    if not common:
+        return None
+
+    def mean(letter):
+        return fmean(row["frechet"] for row in arms[letter, encoder, min(common)].values())
+
+    return min(sorted(letters), key=mean)
 
 
 def shares(arms, encoder=8):
