@@ -364,10 +364,10 @@ def draw_win(everything, path, name="win"):
     """
     experiment, runs = everything[name]
     arms = pairs.arms_of(runs)
-    budgets = sorted(key[2] for key, rows in arms.items() if key[1] == 8 and rows)
+    budgets = sorted((key[2] for key, rows in arms.items() if key[1] == 8 and rows), reverse=True)
     if not budgets:
         return
-    budget = mode(budgets)  # the smallest of those
+    budget = mode(budgets)  # the largest of those
     panels = []
     for encoder in (8, 16, 32):
         twice = [x for x in ARMS if len(pairs.budgets_of(arms, x, encoder)) > 1]
