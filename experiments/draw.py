@@ -367,7 +367,7 @@ def draw_win(everything, path, name="win"):
     budgets = sorted((key[2] for key, rows in arms.items() if key[1] == 8 and rows), reverse=True)
     if not budgets:
         return
-    budget = mode(budgets)  # the largest of those
+    budget = mode(budgets)  # of equals the first, which is the largest
     panels = []
     for encoder in (8, 16, 32):
         twice = [x for x in ARMS if len(pairs.budgets_of(arms, x, encoder)) > 1]
