@@ -1376,7 +1376,7 @@ if __name__ == "__main__" and not dry_run and compare:
         floor = table[f"{key} / real"]["frechet"]
         plt.axhline(floor, color="grey", linestyle=style, label=f"{key} pictures")
     plt.gca().set(xlabel="training GFLOPs (as Table 2 counts)", ylabel="Fréchet distance")
-    plt.gca().set(xlim=0, yscale="log")
+    plt.gca().set(xlim=0, ylim=0)
     plt.legend()
     workshop.show_figure(run / "curves.png")
     print("; ".join(ends.values()))

@@ -98,9 +98,31 @@ def mean_gap(row):
 
 
 def figure1d(experiment, runs):
-    """Write the distance against training compute, and Table 2's ratio."""
+    """Write the distance against training compute, Table 2's ratio, and the controls."""
     real = [r for label, records in runs if label.startswith("real") for r in records]
-    arms = [(label, records) for label, records in runs if not label.startswith("real")]
+    runs = [(label, records) for label, records in runs if not label.startswith("real")]
+    controls = [run for run in runs if run[0].endswith("mixed") and run[1]]
+    (one, first), *others = [run for run in runs if not run[0].endswith("mixed")]
+    ratios = []
+    for label, records in others:
+        for who, theirs, whose, best in (
+            (label, records, one, first),
+            (one, first, label, records),
+        ):
+            pairs = list(zip(best, theirs, strict=False))
+            cells = [told([reach(a, b, cost) for a, b in pairs]) for cost in COSTS.values()]
+            ratios.append([f"{who} as good as the best of {whose}", *cells])
+    parts = [over_budgets([(one, first), *others])]
+    parts.append(table(["share of the other's training", *COSTS], ratios))
+    if controls:
+        parts.append(over_budgets(controls))
+    if real:
+        parts.append(f"Two halves of the real pictures: {spread(each(real, 'frechet'))}.")
+    return "\n\n".join(parts)
+
+
+def over_budgets(arms):
+    """Write the iterations and the distance of some arms at every budget."""
     head, rows = ["training GFLOPs"], []
     for label, _ in arms:
         head += [f"{label}: iterations", DISTANCE]
@@ -111,20 +133,7 @@ def figure1d(experiment, runs):
             row += [spread(each(records, "step", budget), 0)]
             row += [spread(each(records, "frechet", budget))]
         rows.append(row)
-    (one, first), *others = arms
-    ratios = []
-    for label, records in others:
-        for who, theirs, whose, best in (
-            (label, records, one, first),
-            (one, first, label, records),
-        ):
-            pairs = list(zip(best, theirs, strict=False))
-            cells = [told([reach(a, b, cost) for a, b in pairs]) for cost in COSTS.values()]
-            ratios.append([f"{who} as good as the best of {whose}", *cells])
-    text = table(head, rows) + "\n\n" + table(["share of the other's training", *COSTS], ratios)
-    if real:
-        text += f"\n\nTwo halves of the real pictures: {spread(each(real, 'frechet'))}."
-    return text
+    return table(head, rows)
 
 
 COSTS = {  # of a training up to a row of its curve
@@ -294,6 +303,46 @@ def win(experiment, runs):
     return "\n\n".join([*parts, table(head, rows)])
 
 
+def rates(everything):
+    """Write what the tuned learning rate changes: arms of tuned.toml against those of win.toml."""
+    slow, fast = (pairs.arms_of(everything[name][1]) for name in ("win", "tuned"))
+    rows = []
+    for letter, name in everything["tuned"][0]["arms"].items():
+        arms = dict(slow=slow.get((letter, 8, 2.88), {}), fast=fast.get((letter, 8, 2.88), {}))
+        found = pairs.differences(arms, "fast", "slow", lambda row: row["frechet"])
+        if found:
+            means = [spread([row["frechet"] for row in rows.values()]) for rows in arms.values()]
+            rows.append([f"{letter}: {name}", len(found), *means, pairs.told(found, 2)])
+    return table(["arm", "seeds", "rate 3e-3", "rate 6e-3", "difference"], rows)
+
+
+def capacity(everything):
+    """Write J - L, three decoders against one of the same recipe, in networks of several widths."""
+    head = ["data", "encoder", "GFLOPs", "learning rate", "one decoder (L)", "three (J)", "seeds"]
+    head += ["J − L", *(f"held-out loss of stage {k}, %" for k in range(3)), "so it", "in % of L"]
+    rows = []
+    for data, experiment, arms, key in widths(everything):
+        cells = pairs.weigh(arms, ("J", *key), ("L", *key), len(experiment["settings"]["seeds"]))
+        means = [spread([r["frechet"] for r in arms[x, *key].values()]) for x in "LJ"]
+        lr = dict(experiment["units"])[f"J, encoder {key[0]}, {key[1]:g}"][0]["lr"]
+        ratios = pairs.differences(arms, ("J", *key), ("L", *key), lambda r: np.log(r["frechet"]))
+        ratios = pairs.told([100 * np.expm1(ratio) for ratio in ratios], 0)
+        rows.append([data, key[0], f"{key[1]:g}", f"{lr:g}", *means, *cells, ratios])
+    return table(head, rows)
+
+
+def widths(everything):
+    """Yield (data, experiment, arms, (encoder, budget)) of J and L, at their largest budgets."""
+    for names, data in ((("width", "tuned"), "`digits`"), (("width16", "win16"), "CIFAR-10")):
+        found = [(pairs.arms_of(everything[name][1]), everything[name][0]) for name in names]
+        largest = {}
+        for arms, experiment in found:
+            for letter, *key in sorted(key for key, rows in arms.items() if rows):
+                if letter == "J" and arms.get(("L", *key)):
+                    largest[key[0]] = data, experiment, arms, tuple(key)
+        yield from (largest[encoder] for encoder in sorted(largest))
+
+
 TABLES = dict(
     win=win, table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2
 )
@@ -308,6 +357,10 @@ TABLES.update(
     cuts=cuts,
 )
 
+# tables across experiments, and the experiments that they ask for
+ACROSS = dict(ran=(ran, ()), rates=(rates, ("win", "tuned")))
+ACROSS["capacity"] = capacity, ("width", "tuned", "width16", "win16")
+
 
 # ---- figures ---------------------------------------------------------------------------------
 
@@ -318,9 +371,8 @@ def draw_arms(everything, path):
     floor = dict(everything["table3"][1])["real digits"]
     for ax, name in zip(axes.flat, ("table3", "scarce", "table4", "table7"), strict=True):
         experiment, runs = everything[name]
-        whole = name in ("table3", "table7")  # also what the paper has no number for
-        arms = [run for run in runs if experiment["paper"].get(run[0]) or whole]
-        arms = [run for run in arms if not run[0].startswith("real")]
+        only = ("real", "the 180") + ("unified",) * (name == "table4")  # no arms, or built on
+        arms = [run for run in runs if not run[0].startswith(only)]
         for i, (_, records) in enumerate(arms):
             draw_dots(ax, i, each(records, "frechet", experiment["at"]))
         names = [label.replace("early stopping", "ES").split(" (A")[0] for label, _ in arms]
@@ -407,6 +459,28 @@ def draw_stages(everything, path):
         ax.grid(color="0.9")
     axes[0].set(ylabel=f"{DISTANCE}\nover the mean of its seed")
     plain_ticks(axes[0], y=(0.7, 0.8, 1, 1.2, 1.4))
+    save(figure, path)
+
+
+def draw_capacity(everything, path):
+    """Draw what three decoders gain over one in networks of several widths: a dot is a seed."""
+    figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    found, named = list(widths(everything)), set()
+    for data, _, arms, key in found:
+        color, shift = ("C0", 0.97) if data == "CIFAR-10" else ("C1", 1.03)
+        both = ("J", *key), ("L", *key)
+        ratios = pairs.differences(arms, *both, lambda row: np.log(row["frechet"]))
+        percent = [100 * np.expm1(ratio) for ratio in ratios]
+        label = None if data in named else data.strip("`")
+        ax.plot([key[0] * shift] * len(percent), percent, "o", color=color, alpha=0.6, label=label)
+        ax.plot(key[0] * shift, fmean(percent), "_", color=color, ms=24, mew=2)
+        named.add(data)
+    ax.axhline(0, color="gray", ls=":")
+    ax.set(xscale="log", xlabel="channels of the encoder and of every decoder")
+    ax.set(ylabel="distance of three decoders\nagainst that of one, %")
+    plain_ticks(ax, sorted({key[0] for *_, key in found}))
+    if found:
+        ax.legend(fontsize=8)
     save(figure, path)
 
 
@@ -572,6 +646,7 @@ FIGURES = {
     "win": (draw_win, ("win",)),
     "tuned": (functools.partial(draw_win, name="tuned"), ("tuned",)),
     "win16": (functools.partial(draw_win, name="win16"), ("win16",)),
+    "capacity": (draw_capacity, ("width", "tuned", "width16", "win16")),
     "stages": (draw_stages, ("win",)),
     "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),
     "curves": (draw_curves, ("figure1d", "cifar16")),
@@ -606,7 +681,9 @@ def collect(experiments, read_result):
 def page(text, everything):
     """Put the tables into a page, between its markers."""
     tables = {n: TABLES.get(n, plain)(*pair) for n, pair in everything.items()}
-    tables["ran"] = ran(everything)
+    for name, (write, asks) in ACROSS.items():
+        if all(ask in everything for ask in asks):
+            tables[name] = write(everything)
     for name, found in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda m, t=found: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.DOTALL)

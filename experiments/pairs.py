@@ -43,22 +43,29 @@ def verdict(values, seeds):
 
 def compare(experiment, arms):
     """Yield the rows of the table of pairs."""
+    seeds = len(experiment["settings"]["seeds"])
     for one, other, factor in experiment["pairs"]:
         for encoder, budget in dict.fromkeys(key[1:] for key in arms):
-            first, second = (one, encoder, budget), (other, encoder, budget)
-            found = differences(arms, first, second, lambda row: row["frechet"])
-            if not found:
-                continue
-            mean, half = interval(found)
-            cells = [factor, f"{one} − {other}", encoder, f"{budget:g}", len(found)]
-            cells += [f"{mean:+.2f} ± {half:.2f}" if len(found) > 1 else f"{mean:+.2f}"]
-            for k in "012":
-                gains = differences(
-                    arms, first, second, lambda row, k=k: np.log(row["held_out"][k])
-                )
-                mean, half = interval([100 * np.expm1(gain) for gain in gains])
-                cells.append(f"{mean:+.1f} ± {half:.1f}" if len(found) > 1 else f"{mean:+.1f}")
-            yield [*cells, verdict(found, len(experiment["settings"]["seeds"]))]
+            if cells := weigh(arms, (one, encoder, budget), (other, encoder, budget), seeds):
+                yield [factor, f"{one} − {other}", encoder, f"{budget:g}", *cells]
+
+
+def weigh(arms, first, second, seeds):
+    """Return the cells of one pair: seeds, differences of distance and losses, the verdict."""
+    found = differences(arms, first, second, lambda row: row["frechet"])
+    if not found:
+        return []
+    cells = [len(found), told(found, 2)]
+    for k in "012":
+        gains = differences(arms, first, second, lambda row, k=k: np.log(row["held_out"][k]))
+        cells.append(told([100 * np.expm1(gain) for gain in gains], 1))
+    return [*cells, verdict(found, seeds)]
+
+
+def told(values, digits):
+    """Write the mean of paired differences with its interval, which one alone has not."""
+    mean, half = interval(values)
+    return f"{mean:+.{digits}f}" + f" ± {half:.{digits}f}" * (len(values) > 1)
 
 
 def within_seeds(arms, encoder=8):
