@@ -317,7 +317,7 @@ size = 32  # side in pixels that pictures of celeba and folder are brought to [4
 arch = "multistage"  # multistage, unified or separate
 tailored = False  # give separate networks the decoder widths of the multistage one
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
-process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pfgm-128 (tails, D)
+process = "vp"  # vp or ldm (predict noise), flow (velocity), edm (preconditioned), pfgm or pfgm-128
 encoder = 0  # channels of the encoder; 0: the recipe's, or the network's [0, 4096]
 decoders = ""  # channels of the decoders such as 48,32,16; empty: the recipe's, or the network's
 stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; empty: the recipe
@@ -364,6 +364,11 @@ BadInput = workshop.BadInput
 # linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
 # $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$. **pfgm-D** is edm with heavy-tailed noise (PFGM++; Xu
 # et al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes.
+#
+# **flow** (flow matching; Liu et al. 2023, Lipman et al. 2023): the picture goes straight to the
+# noise, $x_t=(1-t)x_0+t\epsilon$, and the network predicts the velocity $v=\epsilon-x_0$. Put
+# $x_0=x_t-tv$ in: $\epsilon=x_t+(1-t)v$, so that an error of $v$ is one of the noise times $1-t$,
+# and their plain squared error of $v$ is eq. (4) with $\omega=1/(1-t)^2$.
 
 # %%
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
@@ -371,13 +376,13 @@ PLAIN = ("vp", "ldm")  # the network's output is the noise, and its time runs fr
 
 
 def kernel_of(process):
-    """Return the kernel of a process: vp, ldm, edm, pfgm (D = 1) or pfgm-<D>; else BadInput."""
+    """Return the kernel of a process: vp, ldm, flow, edm, pfgm (or pfgm-<D>); else BadInput."""
     name, _, D = process.partition("-")
-    known = {"vp": sde.VP, "ldm": sde.LDM, "edm": sde.EDM, "pfgm": sde.PFGM}
+    known = dict(vp=sde.VP, ldm=sde.LDM, flow=sde.Flow, edm=sde.EDM, pfgm=sde.PFGM)
     if process in known:
         return known[process]
     if name != "pfgm" or not D.replace(".", "", 1).isdecimal():
-        raise BadInput(f"unknown process {process!r}: take vp, ldm, edm, pfgm or such as pfgm-128")
+        raise BadInput(f"unknown process {process!r}: take {', '.join(known)} or such as pfgm-128")
     return sde.PFGM.with_D(float(D))
 
 
@@ -388,6 +393,8 @@ def predict_noise(model, x, t, process, **stage):
     """
     if process in PLAIN:
         return model(x, t, **stage)
+    if process == "flow":
+        return x + (1 - sde.per_image(t, x)) * model(x, t, **stage)
     sigma, d = sde.per_image(t, x), SIGMA_DATA
     norm = (sigma**2 + d**2).sqrt()
     return sigma / norm**2 * x - d / norm * model(x / norm, t, **stage)  # (x - D) / sigma
@@ -412,6 +419,8 @@ def noise_function(model, process, calls=None, half=True):
 
 def loss_weight(t, process):
     """Return omega(t) of Eq. 4, (B,)."""
+    if process == "flow":
+        return 1 / (1 - t) ** 2
     return torch.ones_like(t) if process in PLAIN else (t**2 + SIGMA_DATA**2) / SIGMA_DATA**2
 
 
@@ -425,7 +434,7 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # %% [markdown]
 # ### Which times?
 #
-# With vp as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ of EDM's
+# With vp and flow as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ of EDM's
 # log-normal distribution picks the stage, and the batch is drawn from its part there.
 #
 # `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
@@ -455,8 +464,9 @@ def stage_edges(model, process, cuts=None):
     Source: the authors' release; edm: Karras et al. 2022, Table 1 (log sigma ~ N(-1.2, 1.2^2)).
     """
     cuts = model.boundaries.double().cpu() if cuts is None else torch.tensor(cuts).double()
-    if process == "vp":
-        return torch.cat([torch.tensor([sde.VP.t_min]), cuts, torch.tensor([sde.VP.t_max])])
+    if process in ("vp", "flow"):
+        kernel = kernel_of(process)
+        return torch.cat([torch.tensor([kernel.t_min]), cuts, torch.tensor([kernel.t_max])])
     if process == "ldm":  # a step on the boundary belongs to the later stage
         before = ((1000 * cuts - 1e-3).ceil() - 1) / 1000
         return torch.cat([torch.zeros(1), before, torch.ones(1)]).double()
@@ -493,7 +503,7 @@ def draw_times(edges, process, k, generator):
         n = (1000 * edges).round()
         return (n[k] + 1 + (u * n.diff()[k]).floor().minimum(n.diff()[k] - 1)) / 1000
     u = edges[k] + u * (edges[k + 1] - edges[k])
-    return u if process == "vp" else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
+    return u if process in ("vp", "flow") else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
 
 
 def new_state(model, lr, seed):
@@ -687,10 +697,12 @@ def network_of(settings):
     time = unet.NETWORKS.get(settings["network"], {}).get("time", "vp")
     if settings["process"] == "ldm":
         kind.update(time="ldm")
-    elif settings["process"] != "vp":  # EDM's wrapping adds the input already
+    elif settings["process"] not in ("vp", "flow"):  # EDM's wrapping adds the input already
         kind.update(time="edm", add_input=False)
     elif time != "vp":
         raise BadInput(f"network {settings['network']!r} is made for times of {time!r}, not of vp")
+    if settings["process"] == "flow":  # where the input is the picture, a velocity is far from it
+        kind.update(add_input=False)
     return unet.build_network(settings["network"], **kind)
 
 
@@ -710,6 +722,7 @@ PAPER_NETWORKS = {
     "edm": dict(multistage="edm", unified="edm_unified", separate="edm_separate"),
     "ldm": dict(multistage="table6_4", unified="ldm_unified", separate="ldm_separate"),
 }
+PAPER_NETWORKS["flow"] = PAPER_NETWORKS["vp"]
 
 
 def network_name(network, dataset, arch, process):
@@ -727,7 +740,7 @@ def network_name(network, dataset, arch, process):
         own = "unified" if len(kind["decoders"]) == 1 else own
         if own != arch:
             raise BadInput(f"network {network!r} is {own}, not {arch}: give --arch {own}")
-    return network or PAPER_NETWORKS[process if process in PLAIN else "edm"][arch]
+    return network or PAPER_NETWORKS[process if process in PAPER_NETWORKS else "edm"][arch]
 
 
 def widths_of(network, encoder, decoders):
