@@ -340,6 +340,8 @@ workers = 4  # processes that read pictures [0, 1024]
 compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on from the checkpoint of that run
 start_from = ""  # folder of a run: every stage begins with what its network has learned by then
+classes = False  # tell the network the label of each picture, but of one in ten
+only_stage = -1  # with start_from: train the decoder of this stage alone; -1: train all [-1, 100]
 
 # %%
 workshop.settings(globals(), "04_train")
@@ -400,10 +402,12 @@ def predict_noise(model, x, t, process, **stage):
     return sigma / norm**2 * x - d / norm * model(x / norm, t, **stage)  # (x - D) / sigma
 
 
-def noise_function(model, process, calls=None, half=True):
+def noise_function(model, process, calls=None, half=True, label=None, guidance=(0.0,)):
     """Return eps(x, t) of a network for the solvers, which ask for one time at a time.
 
-    calls: a list that gets the stage of each evaluation. half: allow `half_precision`.
+    calls: a list that gets the stage of each evaluation. half: allow `half_precision`. label: (B,)
+    int64 of what is to be drawn, by a network with classes; guidance: w of all stages, or of each.
+    Source of the guided noise: Ho and Salimans 2022, Eq. 6.
     """
 
     def eps(x, t):
@@ -411,8 +415,16 @@ def noise_function(model, process, calls=None, half=True):
         if calls is not None:
             calls.append(k)
         times = torch.full(t.shape, float(t[0]), dtype=x.dtype, device=x.device)
+        w, told = guidance[k % len(guidance)], {} if label is None else dict(label=label)
+        if w and told:  # with the label and without it, in one batch
+            x, times = torch.cat([x, x]), times.repeat(2)
+            told = dict(label=torch.cat([label, torch.full_like(label, model.classes)]))
         with workshop.half_precision(x.device if half else torch.device("cpu")):
-            return predict_noise(model, x, times, process, stage=k)
+            found = predict_noise(model, x, times, process, stage=k, **told)
+        if w and told:
+            with_label, without = found.chunk(2)
+            found = (1 + w) * with_label - w * without
+        return found
 
     return eps
 
@@ -533,6 +545,7 @@ def train(
     cuts=None,
     weight="",
     decay=0,
+    labels=None,
     workers=0,
     bad=None,
 ):
@@ -541,14 +554,17 @@ def train(
     state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
     pictures or floats that are in the network's space already (the latents of step 06), or
     `PictureFiles`. times: how often each stage is drawn; cuts: the stages of a unified network's
-    times; weight: "min-snr" or none; decay: as in `training_step`.
+    times; weight: "min-snr" or none; decay: as in `training_step`. labels: (N,) int64 for a network
+    with classes, which is not told one in ten, so that it learns to do without, too.
     Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
     Raises BadInput where a loss is no longer finite (looked at every 50 steps).
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
     kernel, device, (rank, world) = kernel_of(process), generator.device, workshop.ranks()
-    pairs = list(state["ema"].parameters()), list(model.parameters())
+    pairs = zip(state["ema"].parameters(), model.parameters(), strict=True)
+    pairs = [pair for pair in pairs if pair[1].requires_grad]  # of one stage alone: the others stay
+    pairs = [list(weights) for weights in zip(*pairs, strict=True)]
     unified = len(model.decoders) == 1
     edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
@@ -572,12 +588,18 @@ def train(
         t = draw_times(there, process, k.long(), generator)
         eps = sde.fresh_noise(x0[:1].expand(batch, -1, -1, -1), generator, kernel)
         turn = torch.rand(batch, generator=generator, device=device) < 0.5
+        told = {}
+        if labels is not None:
+            label = labels[workshop.picked_in_step(len(images), batch, state["seed"], step)]
+            drop = torch.rand(batch, generator=generator, device=device) < DROPPED
+            label = torch.where(drop, model.classes, label.to(device))
+            told = dict(label=label.chunk(world)[rank])
         t, eps, turn, share = (v.chunk(world)[rank] for v in (t, eps, turn, share))
         if flip:
             x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
         stage = turns if len(turns) > 1 else turns[0]
         with workshop.half_precision(device):
-            error = weighted_error(state["forward"], x0, eps, t, process, stage=stage)
+            error = weighted_error(state["forward"], x0, eps, t, process, stage=stage, **told)
         if weight == "min-snr":
             share = share * min_snr(t, kernel)
         # the processes' gradients are averaged, their losses shall be summed
@@ -616,6 +638,7 @@ if __name__ == "__main__" and lesson:
 # to learn no more than what its stage wants differently. The trunk's steps count as the run's own.
 
 # %%
+DROPPED = 0.1  # share of the labels that a network is not told (Ho and Salimans 2022)
 STATES = ("model", "ema", "optimizer")
 VALUES = ("step", "active", "stopping", "petaflops")
 PETAFLOPS = ("petaflops", "true_petaflops")  # their names in the log
@@ -665,6 +688,8 @@ def branch_off(state, settings, content, run):
         places, model = {n: i for i, (n, _) in enumerate(theirs.named_parameters())}, state["model"]
         for name, p in model.named_parameters():
             part, k, rest = name.split(".", 2)
+            if rest == "labels.weight" and not theirs.classes:
+                continue  # a run without classes has nothing to begin with
             n, most = len(getattr(theirs, part)), len(getattr(model, part))
             if n not in (1, most):
                 raise BadInput(f"{run} has {n} {part}, which cannot become {most}: take one of one")
@@ -684,6 +709,22 @@ def branch_off(state, settings, content, run):
         state.update(step=content["step"], petaflops=list(content["petaflops"]))
 
 
+def train_one_stage(state, k, begin=True):
+    """Freeze all but the decoder of stage k: other stages' outputs then stay, bit by bit.
+
+    begin: go on from the averaged weights, which are what is drawn with, and forget the moments of
+    Adam, which are those of other weights. Raises BadInput for a stage that there is not.
+    """
+    model, n = state["model"], len(state["model"].decoders)
+    if k >= n:
+        raise BadInput(f"only_stage = {k}, but the network has the stages 0 to {n - 1}: give one")
+    if begin:
+        model.load_state_dict(state["ema"].state_dict())
+        state["optimizer"].state.clear()
+        state["active"] = [k]
+    model.requires_grad_(False).decoders[k].requires_grad_(True)
+
+
 def describe_widths(model):
     """Say in words how wide a network's encoder and decoders are."""
     widths = ", ".join(str(decoder.last.in_channels) for decoder in model.decoders)
@@ -692,7 +733,7 @@ def describe_widths(model):
 
 def network_of(settings):
     """Build the untrained network that a run's settings describe."""
-    asked = ("boundaries", "channels", "size", "encoder", "decoders")
+    asked = ("boundaries", "channels", "size", "encoder", "decoders", "classes")
     kind = {key: settings[key] for key in asked if settings.get(key) is not None}
     time = unet.NETWORKS.get(settings["network"], {}).get("time", "vp")
     if settings["process"] == "ldm":
@@ -829,7 +870,9 @@ def check_resumed(asked, old, run):
         )
 
 
-def check_settings(arch, process, stages, patience, times="", decay="", weight=""):
+def check_settings(
+    arch, process, stages, patience, times="", decay="", weight="", only_stage=-1, start_from=""
+):
     """Raise BadInput for settings that are unknown or do not go together."""
     known = dict(arch=("multistage", "unified", "separate"), stages=("", "uniform", "mixed"))
     known.update(times=("", "stages", "uniform"), decay=("", "linear", "none"))
@@ -844,6 +887,10 @@ def check_settings(arch, process, stages, patience, times="", decay="", weight="
         raise BadInput(f"process {process!r} has weights of its own: leave out --weight")
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
+    if only_stage >= 0 and not start_from:
+        raise BadInput(
+            f"only_stage = {only_stage} freezes the rest of a run: give its --start_from"
+        )
 
 
 # %% [markdown]
@@ -875,7 +922,7 @@ def estimate_training(state, settings):
         )
     edges, times = stage_edges(model, process), settings.get("times", "")
     chance = stage_chances(edges, process, active, times).tolist()
-    kinds = list(enumerate(chance))
+    kinds = [(k, share) for k, share in enumerate(chance) if share]
     if settings.get("stages") == "mixed" and len(active) > 1:  # no other is ever compiled
         mine = stages_in_turns(active, batch).chunk(world)[rank]
         kinds = [(mine[: len(active)].tolist(), 1.0)]
@@ -957,6 +1004,7 @@ def fit(
     held_out=None,
     decode=None,
     measure=None,
+    labels=None,
 ):
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
@@ -972,7 +1020,7 @@ def fit(
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
     options.update(stages=settings.get("stages", "uniform"), times=settings.get("times", ""))
     options.update(cuts=settings.get("cuts"), weight=settings.get("weight", ""))
-    options.update(workers=workers, bad=bad)
+    options.update(labels=labels, workers=workers, bad=bad)
     options.update(decay=steps if settings.get("decay") == "linear" else 0)
     begin, saved = time.perf_counter(), state["step"]
     petaflops = state.setdefault("petaflops", [0.0, 0.0])
@@ -1070,6 +1118,8 @@ def prepare_state(settings, content=None, compile=False, trunk=None):
                 f"{settings['start_from']} has come to step {state['step']}, from which steps are "
                 f"counted on: give more --steps than {settings['steps']}"
             )
+    if settings.get("only_stage"):
+        train_one_stage(state, int(settings["only_stage"]), begin=not content)
     rank, world = workshop.ranks()
     if world > 1:  # their gradients are averaged, their dropout differs
         torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
@@ -1084,7 +1134,8 @@ def prepare_state(settings, content=None, compile=False, trunk=None):
 
 # %%
 if __name__ == "__main__":
-    check_settings(arch, process, stages, patience, times, decay, weight)
+    one_stage = only_stage, start_from
+    check_settings(arch, process, stages, patience, times, decay, weight, *one_stage)
     workshop.join_processes()
     rank, world = workshop.ranks()
     with workshop.first_process_first():
@@ -1096,7 +1147,8 @@ if __name__ == "__main__":
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
     asked.update(choose_recipe(recipe, globals(), process))
-    asked.update(channels=None, size=None, cuts=None)
+    asked.update(channels=None, size=None, cuts=None, classes=None)
+    asked["only_stage"] = str(only_stage) if only_stage >= 0 else ""
     widths = encoder, decoders
     if not (encoder or decoders or network):
         widths = recipe_widths(recipe, "separate" if tailored else arch)
@@ -1124,7 +1176,12 @@ if __name__ == "__main__":
                 asked["boundaries"] = []
     if resume:
         check_resumed(asked, content["settings"], run)
-    held_out, training_set = None, pixels
+    held_out, training_set, labels = None, pixels, None
+    if classes:
+        if "shape" not in workshop.about(dataset):
+            raise BadInput(f"the pictures of {dataset} have no labels: leave out --classes")
+        labels = workshop.load_images(dataset, root)[1]
+        asked["classes"] = int(labels.max()) + 1
     if patience:
         if not torch.is_tensor(pixels):
             raise BadInput("early stopping needs the pictures in memory: give --memory more GiB")
@@ -1132,6 +1189,7 @@ if __name__ == "__main__":
             raise BadInput(f"{n} pictures are too few for early stopping: give 10 or more")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         held_out, training_set = pixels[order[: n // 10]], pixels[order[n // 10 :]]
+        labels = labels if labels is None else labels[order[n // 10 :]]
     state = prepare_state(asked, content, compile, trunk)
     if rank == 0:  # nothing is touched before everything is known to fit
         workshop.claim_folder(run, resume)
@@ -1140,7 +1198,8 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     workshop.print_once(f"the run lies in {run}")
-    finished = fit(state, training_set, asked, run, save_every, sample_every, workers, held_out)
+    every = save_every, sample_every, workers
+    finished = fit(state, training_set, asked, run, *every, held_out, labels=labels)
     workshop.unlock_folder(run)
     if world > 1:
         dist.destroy_process_group()
