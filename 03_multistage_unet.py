@@ -576,7 +576,8 @@ class PublishedAttention(Attention):
 # %% [markdown]
 # What counts as the time differs: $999\,t$ for VP, $\tfrac14\ln\sigma$ for EDM, and for latent
 # diffusion the step of its schedule, $1000\,t-1$. NCSN++ adds the filtered input at each resolution
-# (`pyramid`), DDPM++ has the middle of the U in its decoders, ADM attends there after every block.
+# (`pyramid`), DDPM++ has the middle of the U in its decoders, ADM attends there after every block. A
+# network with `classes` (step 07) adds to the time's vector one for the label.
 
 
 # %%
@@ -602,8 +603,8 @@ class PublishedEncoder(Encoder):
 
     def forward(self, x, t, label=None):
         emb = self.embed(self.embed_time(t.to(x.device)).to(x.dtype))
-        if self.labels:
-            emb = emb + self.labels(label)
+        if self.labels is not None:  # the last of its vectors stands for none
+            emb = emb + (self.labels.weight[-1] if label is None else self.labels(label))
         skips, p = [self.first(x)], x
         for layer in self.layers:
             if isinstance(layer, Pyramid):
@@ -762,8 +763,6 @@ class MultistageUNet(nn.Module):
         """
         if label is not None and not self.classes:
             raise BadInput("this network knows no classes: leave out the label, or train with them")
-        if label is None and self.classes:
-            label = torch.full(x.shape[:1], self.classes, device=x.device)
         if (
             x.dim() != 4
             or x.shape[1] != self.channels

@@ -341,6 +341,7 @@ compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on from the checkpoint of that run
 start_from = ""  # folder of a run: every stage begins with what its network has learned by then
 classes = False  # tell the network the label of each picture, but of one in ten
+hold_out = 0  # pictures, the first of an order that the seed shuffles, to leave out [0, 1000000]
 only_stage = -1  # with start_from: train the decoder of this stage alone; -1: train all [-1, 100]
 
 # %%
@@ -636,6 +637,8 @@ if __name__ == "__main__" and lesson:
 # `--start_from RUN` begins with what another run has learned. Decoders that start apart each see a
 # third of the pictures; one that has learned from all of them and is then copied to every stage has
 # to learn no more than what its stage wants differently. The trunk's steps count as the run's own.
+# With `--only_stage k` nothing goes on from there but one decoder, and with `--classes` the network is
+# told labels: both are lessons of step 07.
 
 # %%
 DROPPED = 0.1  # share of the labels that a network is not told (Ho and Salimans 2022)
@@ -1140,6 +1143,11 @@ if __name__ == "__main__":
     rank, world = workshop.ranks()
     with workshop.first_process_first():
         pixels = workshop.open_data_set(dataset, root, size, memory, workers)
+    if hold_out:
+        if not torch.is_tensor(pixels) or hold_out >= len(pixels):
+            raise BadInput(f"hold_out = {hold_out} of {len(pixels)}: leave some, in memory")
+        used = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[hold_out:]
+        pixels = pixels[used]
     recipe = workshop.about(dataset)["recipe"]
     run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
     asked = dict(dataset=dataset, arch=arch, network=network_name(network, dataset, arch, process))
@@ -1148,7 +1156,7 @@ if __name__ == "__main__":
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
     asked.update(choose_recipe(recipe, globals(), process))
     asked.update(channels=None, size=None, cuts=None, classes=None)
-    asked["only_stage"] = str(only_stage) if only_stage >= 0 else ""
+    asked.update(only_stage=str(only_stage) if only_stage >= 0 else "", hold_out=hold_out)
     widths = encoder, decoders
     if not (encoder or decoders or network):
         widths = recipe_widths(recipe, "separate" if tailored else arch)
@@ -1174,14 +1182,16 @@ if __name__ == "__main__":
                 asked.update(boundaries=[], cuts=find_boundaries(*where))
             else:
                 asked["boundaries"] = []
-    if resume:
-        check_resumed(asked, content["settings"], run)
-    held_out, training_set, labels = None, pixels, None
+    labels = None
     if classes:
         if "shape" not in workshop.about(dataset):
             raise BadInput(f"the pictures of {dataset} have no labels: leave out --classes")
         labels = workshop.load_images(dataset, root)[1]
         asked["classes"] = int(labels.max()) + 1
+        labels = labels[used] if hold_out else labels
+    if resume:
+        check_resumed(asked, content["settings"], run)
+    held_out, training_set = None, pixels
     if patience:
         if not torch.is_tensor(pixels):
             raise BadInput("early stopping needs the pictures in memory: give --memory more GiB")

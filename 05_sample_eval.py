@@ -300,8 +300,8 @@ if __name__ == "__main__":
     for solver, order in ((sde.probability_flow, 1), (ddim, 1), (heun, 2), (dpm_solver_3, 3)):
         errors = measure_errors(solver, sde.VP, budgets, end=0 if solver is heun else None)
         slope = math.log(errors[-2] / errors[-1], budgets[-1] / budgets[-2])
-        label = f"{solver.__name__}: order {order}, measured {slope:.2f}"
-        plt.loglog(budgets, errors, "o-", label=label)
+        says = f"{solver.__name__}: order {order}, measured {slope:.2f}"
+        plt.loglog(budgets, errors, "o-", label=says)
     plt.minorticks_off()
     plt.gca().set(xlabel="evaluations", ylabel="largest error", xticks=budgets, xticklabels=budgets)
     plt.legend(fontsize=8)
