@@ -576,8 +576,8 @@ class PFGM(EDM):
 class Flow:
     """Describe the straight line from picture to noise, x_t = (1 - t) x_0 + t eps, as a kernel.
 
-    Methods as in `VP`; at its ends, t = 0 and 1, log-SNR is infinite, and they are left out. Source:
-    Liu et al. 2023 (rectified flow), Eq. 1, with time running from the picture to the noise.
+    Methods as in `VP`; at its ends, t = 0 and 1, log-SNR is infinite, and they are left out.
+    Source: Liu et al. 2023 (rectified flow), Eq. 1, with time from the picture to the noise.
     """
 
     t_min, t_max = 1e-3, 1 - 1e-3

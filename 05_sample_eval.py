@@ -12,8 +12,7 @@
 # on a case with a known answer, draw digits with the network of step 04, and measure
 # them beside real ones.
 #
-# How long is a sampler? Six lines, with the best denoiser of step 01 in place of a
-# network.
+# How long is a sampler? Six lines, with the best denoiser of step 01 in place of a network.
 
 # %%
 import importlib
@@ -242,8 +241,7 @@ def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
 def heun_levels(kernel, nfe, rho):
     """List EDM's noise levels for nfe evaluations: Eq. 5 of Karras et al., and 0."""
     if nfe % 2 == 0:
-        rule = "heun takes 2n - 1 evaluations in n steps, give an odd number"
-        raise workshop.BadInput(f"nfe = {nfe}: {rule}")
+        raise workshop.BadInput(f"nfe = {nfe}: heun takes 2n - 1 evaluations, give an odd number")
     top, bottom = (float(kernel.sigma(t)) ** (1 / rho) for t in (kernel.t_max, kernel.t_min))
     ramp = torch.linspace(0, 1, (nfe + 1) // 2, dtype=torch.float64)
     return [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]
@@ -365,20 +363,19 @@ if __name__ == "__main__":
     content = workshop.read_checkpoint(run)
     model, settings, made = training.averaged_model(content), content["settings"], content["step"]
     if "scale" in settings:
-        way_out = "06_ldm.py --resume samples from it"
-        raise workshop.BadInput(f"{run} draws latents, not pictures: {way_out}")
+        raise workshop.BadInput(f"{run} draws latents: 06_ldm.py --resume samples from it")
     process, n = settings["process"], min(samples, batch, 48)
     eps, kernel = training.noise_function(model, process), training.kernel_of(process)
     dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
-    start = torch.empty(n, model.channels, model.size, model.size, device=workshop.device())
+    shape = n, model.channels, model.size, model.size
     with torch.no_grad(), workshop.enough_memory():
-        start = sde.start_noise(start, dice, kernel)
+        start = sde.start_noise(torch.empty(shape, device=workshop.device()), dice, kernel)
         states = [start, *ddim(eps, kernel, start, 15)][::-1]  # from image to noise
     states = workshop.to_pictures(torch.stack(states)).cpu()  # (16, n, C, H, W)
     times = [f"{t:.2g}" for t in reversed(sde.log_snr_times(kernel, 15).tolist())]
     title = f"{name} after {made:,} steps: 15 steps of DDIM from right (noise) to left; on top, t"
-    strip = states[:, :3].transpose(0, 1).flatten(0, 1)  # (3 * 16, C, H, W)
-    workshop.show_images([strip], [title], run / "strip.png", labels=times)
+    strip = [states[:, :3].transpose(0, 1).flatten(0, 1)]  # of (3 * 16, C, H, W)
+    workshop.show_images(strip, [title], run / "strip.png", labels=times)
 
 # %% [markdown]
 # Read it from right to left. For half of the steps nothing is seen but noise, then the
@@ -408,8 +405,7 @@ def frechet_distance(a, b):
 
 
 if __name__ == "__main__" and workshop.ranks()[0] == 0:  # the first process measures
-    size = settings.get("size") or 32
-    pixels, labels = workshop.load_images(settings["dataset"], root, size)
+    pixels, labels = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
     half, other = (pixels[order[: 2 * n]].float() / 255).tensor_split(2)
     quarters = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # noqa: E731
@@ -809,7 +805,7 @@ def read_guidance(text):
 
 
 def check_labels(model, label, guidance, n):
-    """Bring labels to a tensor (n,), or None. Raises BadInput where the network cannot draw them."""
+    """Bring labels to a tensor (n,), or None; BadInput where the network cannot draw them."""
     known, stages = getattr(model, "classes", 0), len(model.decoders)
     if len(guidance) not in (1, stages):
         raise BadInput(f"guidance {list(guidance)} must be one number, or {stages}: one a stage")
@@ -849,8 +845,8 @@ def sample(
     numbers of its own, so the set does not depend on how it is divided into batches, calls or
     processes (but for rounding, and for the step lengths of predictor-corrector and rk45, which
     look at the whole batch). calls: a list that gets, for each evaluation of the network, its
-    stage. sampler, grid: as in `solver_of`. label: of all pictures, or (n,) of each; guidance: as in
-    `noise_function`. Raises BadInput as `check_labels` and `solver_of` do, and for an impossible
+    stage. sampler, grid: as in `solver_of`. label: of all pictures, or (n,) of each; guidance: as
+    in `noise_function`. Raises BadInput as `check_labels` and `solver_of` do, and for an impossible
     number of evaluations.
     """
     solver = solver_of(sampler, grid)
@@ -1304,8 +1300,8 @@ def compare_solvers(
 ):
     """Measure the distance of len(real) samples for each solver and budget: a list of rows.
 
-    A row: sampler, evaluations, distance, seconds. What a solver cannot do is taken one lower. told:
-    label and guidance, as in `sample`.
+    A row: sampler, evaluations, distance, seconds. What a solver cannot do is taken one lower.
+    told: label and guidance, as in `sample`.
     """
     rows = []
     for name in SAMPLERS:
