@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from test_05_sampling import ORDERS
 
 
 def network(unet, **more):
@@ -49,10 +50,12 @@ def test_in_vp_s_clock_euler_is_another_formula(sde, evaluation):
     assert gaps[0] > 1e-3 and gaps[1] < 0.7 * gaps[0]  # the same only in the limit
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm-solver-2", "dpm-solver-3", "dpm-solver++-2m"])
+@pytest.mark.parametrize("name", [name for name in ORDERS if name != "heun"])  # it ends at t = 0
 def test_solvers_keep_their_orders_in_flow_s_clock(sde, evaluation, name):
-    errors = evaluation.solver_errors(name, sde.Flow, [40, 80, 160])
-    assert math.log2(errors[1] / errors[2]) == pytest.approx(evaluation.ORDER[name], abs=0.35)
+    """But DEIS: its first step is of order 1, which counts as soon as that step is no trifle."""
+    errors = evaluation.solver_errors(name, sde.Flow, [160, 320])
+    expected = 2 if name in ("deis-2", "deis-3") else ORDERS[name]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(expected, abs=0.35)
 
 
 def test_a_shift_multiplies_sigma_and_moves_steps_across_a_cut(sde, beyond):
