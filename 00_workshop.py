@@ -874,6 +874,11 @@ def step_generator(seed, step):
     return torch.Generator().manual_seed(2_000_003 * seed + step)
 
 
+def picked_in_step(n, batch, seed, step):
+    """Pick which of n pictures a step sees, in all processes: (batch,) int64."""
+    return torch.randint(n, (batch,), generator=step_generator(seed, 2 * step))
+
+
 def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
     """Yield the uint8 pictures (b, C, H, W) of each step of the range `steps`.
 
@@ -884,8 +889,7 @@ def pictures_of_steps(images, batch, seed, steps, workers=0, bad=None):
 
     def picks():
         for step in steps:
-            i = torch.randint(len(images), (batch,), generator=step_generator(seed, 2 * step))
-            yield i.chunk(world)[rank]
+            yield picked_in_step(len(images), batch, seed, step).chunk(world)[rank]
 
     if torch.is_tensor(images):
         for i in picks():

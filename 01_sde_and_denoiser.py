@@ -459,6 +459,7 @@ if __name__ == "__main__":
 # | `DDPM`, `LDM` | as VP, $B$ a table | as VP | step/1000 | Ho et al. 2020; latent diffusion |
 # | `VE` | 1 | $\sigma$ itself | $[0.01,50]$ | Song et al. 2021 |
 # | `EDM`, `PFGM` | 1 | $\sigma$ itself | $[0.002,80]$ | Karras et al. 2022; Xu et al. 2023 |
+# | `Flow` | $1-t$ | $t/(1-t)$ | $[10^{-3},1-10^{-3}]$ | flow matching: Lipman et al. 2023, Liu et al. 2023 |
 #
 # Sub-VP shrinks the picture as VP does, with less noise. **VE** (variance exploding) leaves it as
 # it is. Song et al. let $\sigma$ grow geometrically with a time in [0, 1]; the paper (footnote 4)
@@ -572,7 +573,23 @@ class PFGM(EDM):
         return type(f"PFGM{D:g}", (cls,), {"D": float(D)})
 
 
-EVERY_KERNEL = (VP, SubVP, DDPM, LDM, VE, EDM)
+class Flow:
+    """Describe the straight line from picture to noise, x_t = (1 - t) x_0 + t eps, as a kernel.
+
+    Methods as in `VP`; at its ends, t = 0 and 1, log-SNR is infinite, and they are left out.
+    Source: Liu et al. 2023 (rectified flow), Eq. 1, with time from the picture to the noise.
+    """
+
+    t_min, t_max = 1e-3, 1 - 1e-3
+    s = classmethod(lambda cls, t: 1 - as_time(t))
+    sigma = classmethod(lambda cls, t: as_time(t) / (1 - as_time(t)))
+    f = classmethod(lambda cls, t: -1 / (1 - as_time(t)))
+    g = classmethod(lambda cls, t: torch.sqrt(2 * as_time(t) / (1 - as_time(t))))
+    log_snr = classmethod(lambda cls, t: -2 * torch.logit(as_time(t)))
+    time = classmethod(lambda cls, log_snr: torch.sigmoid(-as_time(log_snr) / 2))
+
+
+EVERY_KERNEL = (VP, SubVP, DDPM, LDM, VE, EDM, Flow)
 
 if __name__ == "__main__":
     for kernel in EVERY_KERNEL:

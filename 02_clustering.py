@@ -335,7 +335,7 @@ def plain_similarity_matrix(images, samples, eta=2 / 256, seed=0, function=sde.o
 # %% [markdown]
 # A minimum of summed *similarities* would put unlike times together: a slip of sign. So sum
 # $1-\mathcal S$. No commercial solver is needed, which the release uses: clusters are contiguous,
-# and the dynamic program above finds the optimum.
+# and the dynamic program above, which is Go et al.'s, finds the optimum.
 
 
 # %%

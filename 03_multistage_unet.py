@@ -576,7 +576,8 @@ class PublishedAttention(Attention):
 # %% [markdown]
 # What counts as the time differs: $999\,t$ for VP, $\tfrac14\ln\sigma$ for EDM, and for latent
 # diffusion the step of its schedule, $1000\,t-1$. NCSN++ adds the filtered input at each resolution
-# (`pyramid`), DDPM++ has the middle of the U in its decoders, ADM attends there after every block.
+# (`pyramid`), DDPM++ has the middle of the U in its decoders, ADM attends there after every block. A
+# network with `classes` (step 07) adds to the time's vector one for the label.
 
 
 # %%
@@ -585,7 +586,7 @@ class PublishedEncoder(Encoder):
 
     def __init__(self, channels, width, size, mults, blocks, attention, make, time, pyramid):
         super().__init__(channels, width, size, mults, blocks, attention, make)
-        self.time, layers, p = time, nn.ModuleList(), channels
+        self.time, self.labels, layers, p = time, None, nn.ModuleList(), channels
         for i, (layer, c) in enumerate(zip(self.layers, self.skip_widths[1:], strict=True)):
             layers.append(layer)
             if pyramid and i % (blocks + 1) == blocks:  # where the resolution was halved
@@ -600,8 +601,10 @@ class PublishedEncoder(Encoder):
         angle = (1000 * t - 1)[:, None] * torch.exp(-math.log(10_000) * i / (width // 2))
         return torch.cat([angle.cos(), angle.sin()], 1)
 
-    def forward(self, x, t):
+    def forward(self, x, t, label=None):
         emb = self.embed(self.embed_time(t.to(x.device)).to(x.dtype))
+        if self.labels is not None:  # the last of its vectors stands for none
+            emb = emb + (self.labels.weight[-1] if label is None else self.labels(label))
         skips, p = [self.first(x)], x
         for layer in self.layers:
             if isinstance(layer, Pyramid):
@@ -654,7 +657,8 @@ class MultistageUNet(nn.Module):
     whose sums are then scaled by 1/sqrt(2); None: convolutions do, nothing is scaled. pyramid: add
     the filtered input at each resolution. heads: channels of an attention head; None: one head.
     attended: the decoders' blocks with attention, "last", "every" or "none", one for all or one
-    each. middle: the part that has the middle of the U, "encoder" or "decoder".
+    each. middle: the part that has the middle of the U, "encoder" or "decoder". classes: number of
+    labels that it can be told, 0 to classes - 1; one more stands for none.
     Raises BadInput for contradictory settings. Source: paper, Section 3.1 and Figure 1(c).
     """
 
@@ -678,9 +682,11 @@ class MultistageUNet(nn.Module):
         heads=None,
         attended="last",
         middle="encoder",
+        classes=0,
     ):
         super().__init__()
         self.channels, self.size, self.multiple = channels, size, 2 ** (len(mults) - 1)
+        self.classes = classes
         self.add_input, self.latest = add_input, math.inf if time == "edm" else 1.0
         cuts = [float(tau) for tau in boundaries]
         if len(decoders) != len(cuts) + 1:
@@ -723,6 +729,9 @@ class MultistageUNet(nn.Module):
         self.register_buffer("boundaries", torch.tensor(cuts), persistent=False)
         self.cuts = cuts  # the same as plain numbers, which can be compared with times anywhere
         self.apply(initialize_part)
+        for part in self.encoders if classes else ():  # last: without them all is as it was
+            part.labels = nn.Embedding(classes + 1, 4 * encoder)
+            nn.init.zeros_(part.labels.weight)
 
     def stage(self, t):
         """Tell which stage each time belongs to: (B,) int64; a boundary opens the later stage.
@@ -741,16 +750,19 @@ class MultistageUNet(nn.Module):
         t = t[~((t >= 0) & (t <= self.latest))][0]
         raise BadInput(f"t = {float(t):g} lies outside the timeline [0, {self.latest:g}]")
 
-    def branch(self, x, t, k):
+    def branch(self, x, t, k, label=None):
         """Run the plain U-Net that stage k amounts to, whatever the times: (B, C, H, W)."""
-        return self._finish(x, self.decoders[k](*self._encoder(k)(x, t)))
+        return self._finish(x, self.decoders[k](*self._encoder(k)(x, t, label)))
 
-    def forward(self, x, t, stage=None):
+    def forward(self, x, t, stage=None, label=None):
         """Predict the noise in x (B, C, H, W) at times t (B,); the batch may mix stages.
 
         stage: saves looking at t, for which a GPU has to be waited for, where the caller knows it:
         the stage of all of them, or a list of stages, each once, that the batch takes in turns.
+        label: (B,) int64 of a network with classes; None: no picture has one.
         """
+        if label is not None and not self.classes:
+            raise BadInput("this network knows no classes: leave out the label, or train with them")
         if (
             x.dim() != 4
             or x.shape[1] != self.channels
@@ -761,13 +773,14 @@ class MultistageUNet(nn.Module):
                 f"with H and W divisible by {self.multiple}"
             )
         if isinstance(stage, int) or len(self.decoders) == 1:
-            return self.branch(x, t, stage if isinstance(stage, int) else 0)
+            return self.branch(x, t, stage if isinstance(stage, int) else 0, label)
         places = self._places(t) if stage is None else places_in_turns(stage, len(x), x.device)
         if len(places) == 1:
-            return self.branch(x, t, *places)
-        shared, parts = self.encoders[0](x, t) if len(self.encoders) == 1 else None, []
+            return self.branch(x, t, *places, label)
+        shared, parts = self.encoders[0](x, t, label) if len(self.encoders) == 1 else None, []
         for k, i in places.items():
-            features = select_entries(shared, i) if shared else self.encoders[k](x[i], t[i])
+            own = label if label is None else label[i]
+            features = select_entries(shared, i) if shared else self.encoders[k](x[i], t[i], own)
             parts.append(self.decoders[k](*features))
         order = torch.cat(list(places.values())).argsort()
         return self._finish(x, torch.cat(parts)[order])  # in the order of x

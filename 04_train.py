@@ -317,7 +317,7 @@ size = 32  # side in pixels that pictures of celeba and folder are brought to [4
 arch = "multistage"  # multistage, unified or separate
 tailored = False  # give separate networks the decoder widths of the multistage one
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
-process = "vp"  # vp or ldm (noise prediction), edm (preconditioned), pfgm or pfgm-128 (tails, D)
+process = "vp"  # vp or ldm (predict noise), flow (velocity), edm (preconditioned), pfgm or pfgm-128
 encoder = 0  # channels of the encoder; 0: the recipe's, or the network's [0, 4096]
 decoders = ""  # channels of the decoders such as 48,32,16; empty: the recipe's, or the network's
 stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; empty: the recipe
@@ -340,6 +340,9 @@ workers = 4  # processes that read pictures [0, 1024]
 compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on from the checkpoint of that run
 start_from = ""  # folder of a run: every stage begins with what its network has learned by then
+classes = False  # tell the network the label of each picture, but of one in ten
+hold_out = 0  # pictures, the first of an order that the seed shuffles, to leave out [0, 1000000]
+only_stage = -1  # with start_from: train the decoder of this stage alone; -1: train all [-1, 100]
 
 # %%
 workshop.settings(globals(), "04_train")
@@ -364,6 +367,11 @@ BadInput = workshop.BadInput
 # linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
 # $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$. **pfgm-D** is edm with heavy-tailed noise (PFGM++; Xu
 # et al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes.
+#
+# **flow** (flow matching; Liu et al. 2023, Lipman et al. 2023): the picture goes straight to the
+# noise, $x_t=(1-t)x_0+t\epsilon$, and the network predicts the velocity $v=\epsilon-x_0$. Put
+# $x_0=x_t-tv$ in: $\epsilon=x_t+(1-t)v$, so that an error of $v$ is one of the noise times $1-t$,
+# and their plain squared error of $v$ is eq. (4) with $\omega=1/(1-t)^2$.
 
 # %%
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
@@ -371,13 +379,13 @@ PLAIN = ("vp", "ldm")  # the network's output is the noise, and its time runs fr
 
 
 def kernel_of(process):
-    """Return the kernel of a process: vp, ldm, edm, pfgm (D = 1) or pfgm-<D>; else BadInput."""
+    """Return the kernel of a process: vp, ldm, flow, edm, pfgm (or pfgm-<D>); else BadInput."""
     name, _, D = process.partition("-")
-    known = {"vp": sde.VP, "ldm": sde.LDM, "edm": sde.EDM, "pfgm": sde.PFGM}
+    known = dict(vp=sde.VP, ldm=sde.LDM, flow=sde.Flow, edm=sde.EDM, pfgm=sde.PFGM)
     if process in known:
         return known[process]
     if name != "pfgm" or not D.replace(".", "", 1).isdecimal():
-        raise BadInput(f"unknown process {process!r}: take vp, ldm, edm, pfgm or such as pfgm-128")
+        raise BadInput(f"unknown process {process!r}: take {', '.join(known)} or such as pfgm-128")
     return sde.PFGM.with_D(float(D))
 
 
@@ -388,15 +396,19 @@ def predict_noise(model, x, t, process, **stage):
     """
     if process in PLAIN:
         return model(x, t, **stage)
+    if process == "flow":
+        return x + (1 - sde.per_image(t, x)) * model(x, t, **stage)
     sigma, d = sde.per_image(t, x), SIGMA_DATA
     norm = (sigma**2 + d**2).sqrt()
     return sigma / norm**2 * x - d / norm * model(x / norm, t, **stage)  # (x - D) / sigma
 
 
-def noise_function(model, process, calls=None, half=True):
+def noise_function(model, process, calls=None, half=True, label=None, guidance=(0.0,)):
     """Return eps(x, t) of a network for the solvers, which ask for one time at a time.
 
-    calls: a list that gets the stage of each evaluation. half: allow `half_precision`.
+    calls: a list that gets the stage of each evaluation. half: allow `half_precision`. label: (B,)
+    int64 of what is to be drawn, by a network with classes; guidance: w of all stages, or of each.
+    Source of the guided noise: Ho and Salimans 2022, Eq. 6.
     """
 
     def eps(x, t):
@@ -404,14 +416,24 @@ def noise_function(model, process, calls=None, half=True):
         if calls is not None:
             calls.append(k)
         times = torch.full(t.shape, float(t[0]), dtype=x.dtype, device=x.device)
+        w, told = guidance[k % len(guidance)], {} if label is None else dict(label=label)
+        if w and told:  # with the label and without it, in one batch
+            x, times = torch.cat([x, x]), times.repeat(2)
+            told = dict(label=torch.cat([label, torch.full_like(label, model.classes)]))
         with workshop.half_precision(x.device if half else torch.device("cpu")):
-            return predict_noise(model, x, times, process, stage=k)
+            found = predict_noise(model, x, times, process, stage=k, **told)
+        if w and told:
+            with_label, without = found.chunk(2)
+            found = (1 + w) * with_label - w * without
+        return found
 
     return eps
 
 
 def loss_weight(t, process):
     """Return omega(t) of Eq. 4, (B,)."""
+    if process == "flow":
+        return 1 / (1 - t) ** 2
     return torch.ones_like(t) if process in PLAIN else (t**2 + SIGMA_DATA**2) / SIGMA_DATA**2
 
 
@@ -425,7 +447,7 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # %% [markdown]
 # ### Which times?
 #
-# With vp as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ of EDM's
+# With vp and flow as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ of EDM's
 # log-normal distribution picks the stage, and the batch is drawn from its part there.
 #
 # `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
@@ -455,8 +477,9 @@ def stage_edges(model, process, cuts=None):
     Source: the authors' release; edm: Karras et al. 2022, Table 1 (log sigma ~ N(-1.2, 1.2^2)).
     """
     cuts = model.boundaries.double().cpu() if cuts is None else torch.tensor(cuts).double()
-    if process == "vp":
-        return torch.cat([torch.tensor([sde.VP.t_min]), cuts, torch.tensor([sde.VP.t_max])])
+    if process in ("vp", "flow"):
+        kernel = kernel_of(process)
+        return torch.cat([torch.tensor([kernel.t_min]), cuts, torch.tensor([kernel.t_max])])
     if process == "ldm":  # a step on the boundary belongs to the later stage
         before = ((1000 * cuts - 1e-3).ceil() - 1) / 1000
         return torch.cat([torch.zeros(1), before, torch.ones(1)]).double()
@@ -493,7 +516,7 @@ def draw_times(edges, process, k, generator):
         n = (1000 * edges).round()
         return (n[k] + 1 + (u * n.diff()[k]).floor().minimum(n.diff()[k] - 1)) / 1000
     u = edges[k] + u * (edges[k + 1] - edges[k])
-    return u if process == "vp" else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
+    return u if process in ("vp", "flow") else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
 
 
 def new_state(model, lr, seed):
@@ -523,6 +546,7 @@ def train(
     cuts=None,
     weight="",
     decay=0,
+    labels=None,
     workers=0,
     bad=None,
 ):
@@ -531,14 +555,17 @@ def train(
     state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
     pictures or floats that are in the network's space already (the latents of step 06), or
     `PictureFiles`. times: how often each stage is drawn; cuts: the stages of a unified network's
-    times; weight: "min-snr" or none; decay: as in `training_step`.
+    times; weight: "min-snr" or none; decay: as in `training_step`. labels: (N,) int64 for a network
+    with classes, which is not told one in ten, so that it learns to do without, too.
     Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
     Raises BadInput where a loss is no longer finite (looked at every 50 steps).
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
     kernel, device, (rank, world) = kernel_of(process), generator.device, workshop.ranks()
-    pairs = list(state["ema"].parameters()), list(model.parameters())
+    pairs = zip(state["ema"].parameters(), model.parameters(), strict=True)
+    pairs = [pair for pair in pairs if pair[1].requires_grad]  # of one stage alone: the others stay
+    pairs = [list(weights) for weights in zip(*pairs, strict=True)]
     unified = len(model.decoders) == 1
     edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
@@ -562,12 +589,18 @@ def train(
         t = draw_times(there, process, k.long(), generator)
         eps = sde.fresh_noise(x0[:1].expand(batch, -1, -1, -1), generator, kernel)
         turn = torch.rand(batch, generator=generator, device=device) < 0.5
+        told = {}
+        if labels is not None:
+            label = labels[workshop.picked_in_step(len(images), batch, state["seed"], step)]
+            drop = torch.rand(batch, generator=generator, device=device) < DROPPED
+            label = torch.where(drop, model.classes, label.to(device))
+            told = dict(label=label.chunk(world)[rank])
         t, eps, turn, share = (v.chunk(world)[rank] for v in (t, eps, turn, share))
         if flip:
             x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
         stage = turns if len(turns) > 1 else turns[0]
         with workshop.half_precision(device):
-            error = weighted_error(state["forward"], x0, eps, t, process, stage=stage)
+            error = weighted_error(state["forward"], x0, eps, t, process, stage=stage, **told)
         if weight == "min-snr":
             share = share * min_snr(t, kernel)
         # the processes' gradients are averaged, their losses shall be summed
@@ -604,8 +637,11 @@ if __name__ == "__main__" and lesson:
 # `--start_from RUN` begins with what another run has learned. Decoders that start apart each see a
 # third of the pictures; one that has learned from all of them and is then copied to every stage has
 # to learn no more than what its stage wants differently. The trunk's steps count as the run's own.
+# With `--only_stage k` nothing goes on from there but one decoder, and with `--classes` the network is
+# told labels: both are lessons of step 07.
 
 # %%
+DROPPED = 0.1  # share of the labels that a network is not told (Ho and Salimans 2022)
 STATES = ("model", "ema", "optimizer")
 VALUES = ("step", "active", "stopping", "petaflops")
 PETAFLOPS = ("petaflops", "true_petaflops")  # their names in the log
@@ -655,6 +691,8 @@ def branch_off(state, settings, content, run):
         places, model = {n: i for i, (n, _) in enumerate(theirs.named_parameters())}, state["model"]
         for name, p in model.named_parameters():
             part, k, rest = name.split(".", 2)
+            if rest == "labels.weight" and not theirs.classes:
+                continue  # a run without classes has nothing to begin with
             n, most = len(getattr(theirs, part)), len(getattr(model, part))
             if n not in (1, most):
                 raise BadInput(f"{run} has {n} {part}, which cannot become {most}: take one of one")
@@ -674,6 +712,22 @@ def branch_off(state, settings, content, run):
         state.update(step=content["step"], petaflops=list(content["petaflops"]))
 
 
+def train_one_stage(state, k, begin=True):
+    """Freeze all but the decoder of stage k: other stages' outputs then stay, bit by bit.
+
+    begin: go on from the averaged weights, which are what is drawn with, and forget the moments of
+    Adam, which are those of other weights. Raises BadInput for a stage that there is not.
+    """
+    model, n = state["model"], len(state["model"].decoders)
+    if k >= n:
+        raise BadInput(f"only_stage = {k}, but the network has the stages 0 to {n - 1}: give one")
+    if begin:
+        model.load_state_dict(state["ema"].state_dict())
+        state["optimizer"].state.clear()
+        state["active"] = [k]
+    model.requires_grad_(False).decoders[k].requires_grad_(True)
+
+
 def describe_widths(model):
     """Say in words how wide a network's encoder and decoders are."""
     widths = ", ".join(str(decoder.last.in_channels) for decoder in model.decoders)
@@ -682,15 +736,17 @@ def describe_widths(model):
 
 def network_of(settings):
     """Build the untrained network that a run's settings describe."""
-    asked = ("boundaries", "channels", "size", "encoder", "decoders")
+    asked = ("boundaries", "channels", "size", "encoder", "decoders", "classes")
     kind = {key: settings[key] for key in asked if settings.get(key) is not None}
     time = unet.NETWORKS.get(settings["network"], {}).get("time", "vp")
     if settings["process"] == "ldm":
         kind.update(time="ldm")
-    elif settings["process"] != "vp":  # EDM's wrapping adds the input already
+    elif settings["process"] not in ("vp", "flow"):  # EDM's wrapping adds the input already
         kind.update(time="edm", add_input=False)
     elif time != "vp":
         raise BadInput(f"network {settings['network']!r} is made for times of {time!r}, not of vp")
+    if settings["process"] == "flow":  # where the input is the picture, a velocity is far from it
+        kind.update(add_input=False)
     return unet.build_network(settings["network"], **kind)
 
 
@@ -710,6 +766,7 @@ PAPER_NETWORKS = {
     "edm": dict(multistage="edm", unified="edm_unified", separate="edm_separate"),
     "ldm": dict(multistage="table6_4", unified="ldm_unified", separate="ldm_separate"),
 }
+PAPER_NETWORKS["flow"] = PAPER_NETWORKS["vp"]
 
 
 def network_name(network, dataset, arch, process):
@@ -727,7 +784,7 @@ def network_name(network, dataset, arch, process):
         own = "unified" if len(kind["decoders"]) == 1 else own
         if own != arch:
             raise BadInput(f"network {network!r} is {own}, not {arch}: give --arch {own}")
-    return network or PAPER_NETWORKS[process if process in PLAIN else "edm"][arch]
+    return network or PAPER_NETWORKS[process if process in PAPER_NETWORKS else "edm"][arch]
 
 
 def widths_of(network, encoder, decoders):
@@ -816,7 +873,9 @@ def check_resumed(asked, old, run):
         )
 
 
-def check_settings(arch, process, stages, patience, times="", decay="", weight=""):
+def check_settings(
+    arch, process, stages, patience, times="", decay="", weight="", only_stage=-1, start_from=""
+):
     """Raise BadInput for settings that are unknown or do not go together."""
     known = dict(arch=("multistage", "unified", "separate"), stages=("", "uniform", "mixed"))
     known.update(times=("", "stages", "uniform"), decay=("", "linear", "none"))
@@ -831,6 +890,10 @@ def check_settings(arch, process, stages, patience, times="", decay="", weight="
         raise BadInput(f"process {process!r} has weights of its own: leave out --weight")
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
+    if only_stage >= 0 and not start_from:
+        raise BadInput(
+            f"only_stage = {only_stage} freezes the rest of a run: give its --start_from"
+        )
 
 
 # %% [markdown]
@@ -862,7 +925,7 @@ def estimate_training(state, settings):
         )
     edges, times = stage_edges(model, process), settings.get("times", "")
     chance = stage_chances(edges, process, active, times).tolist()
-    kinds = list(enumerate(chance))
+    kinds = [(k, share) for k, share in enumerate(chance) if share]
     if settings.get("stages") == "mixed" and len(active) > 1:  # no other is ever compiled
         mine = stages_in_turns(active, batch).chunk(world)[rank]
         kinds = [(mine[: len(active)].tolist(), 1.0)]
@@ -944,6 +1007,7 @@ def fit(
     held_out=None,
     decode=None,
     measure=None,
+    labels=None,
 ):
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
@@ -959,7 +1023,7 @@ def fit(
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
     options.update(stages=settings.get("stages", "uniform"), times=settings.get("times", ""))
     options.update(cuts=settings.get("cuts"), weight=settings.get("weight", ""))
-    options.update(workers=workers, bad=bad)
+    options.update(labels=labels, workers=workers, bad=bad)
     options.update(decay=steps if settings.get("decay") == "linear" else 0)
     begin, saved = time.perf_counter(), state["step"]
     petaflops = state.setdefault("petaflops", [0.0, 0.0])
@@ -1057,6 +1121,8 @@ def prepare_state(settings, content=None, compile=False, trunk=None):
                 f"{settings['start_from']} has come to step {state['step']}, from which steps are "
                 f"counted on: give more --steps than {settings['steps']}"
             )
+    if settings.get("only_stage"):
+        train_one_stage(state, int(settings["only_stage"]), begin=not content)
     rank, world = workshop.ranks()
     if world > 1:  # their gradients are averaged, their dropout differs
         torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
@@ -1071,11 +1137,17 @@ def prepare_state(settings, content=None, compile=False, trunk=None):
 
 # %%
 if __name__ == "__main__":
-    check_settings(arch, process, stages, patience, times, decay, weight)
+    one_stage = only_stage, start_from
+    check_settings(arch, process, stages, patience, times, decay, weight, *one_stage)
     workshop.join_processes()
     rank, world = workshop.ranks()
     with workshop.first_process_first():
         pixels = workshop.open_data_set(dataset, root, size, memory, workers)
+    if hold_out:
+        if not torch.is_tensor(pixels) or hold_out >= len(pixels):
+            raise BadInput(f"hold_out = {hold_out} of {len(pixels)}: leave some, in memory")
+        used = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[hold_out:]
+        pixels = pixels[used]
     recipe = workshop.about(dataset)["recipe"]
     run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
     asked = dict(dataset=dataset, arch=arch, network=network_name(network, dataset, arch, process))
@@ -1083,7 +1155,8 @@ if __name__ == "__main__":
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
     asked.update(choose_recipe(recipe, globals(), process))
-    asked.update(channels=None, size=None, cuts=None)
+    asked.update(channels=None, size=None, cuts=None, classes=None)
+    asked.update(only_stage=str(only_stage) if only_stage >= 0 else "", hold_out=hold_out)
     widths = encoder, decoders
     if not (encoder or decoders or network):
         widths = recipe_widths(recipe, "separate" if tailored else arch)
@@ -1109,6 +1182,13 @@ if __name__ == "__main__":
                 asked.update(boundaries=[], cuts=find_boundaries(*where))
             else:
                 asked["boundaries"] = []
+    labels = None
+    if classes:
+        if "shape" not in workshop.about(dataset):
+            raise BadInput(f"the pictures of {dataset} have no labels: leave out --classes")
+        labels = workshop.load_images(dataset, root)[1]
+        asked["classes"] = int(labels.max()) + 1
+        labels = labels[used] if hold_out else labels
     if resume:
         check_resumed(asked, content["settings"], run)
     held_out, training_set = None, pixels
@@ -1119,6 +1199,7 @@ if __name__ == "__main__":
             raise BadInput(f"{n} pictures are too few for early stopping: give 10 or more")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         held_out, training_set = pixels[order[: n // 10]], pixels[order[n // 10 :]]
+        labels = labels if labels is None else labels[order[n // 10 :]]
     state = prepare_state(asked, content, compile, trunk)
     if rank == 0:  # nothing is touched before everything is known to fit
         workshop.claim_folder(run, resume)
@@ -1127,7 +1208,8 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     workshop.print_once(f"the run lies in {run}")
-    finished = fit(state, training_set, asked, run, save_every, sample_every, workers, held_out)
+    every = save_every, sample_every, workers
+    finished = fit(state, training_set, asked, run, *every, held_out, labels=labels)
     workshop.unlock_folder(run)
     if world > 1:
         dist.destroy_process_group()

@@ -12,8 +12,7 @@
 # on a case with a known answer, draw digits with the network of step 04, and measure
 # them beside real ones.
 #
-# How long is a sampler? Six lines, with the best denoiser of step 01 in place of a
-# network.
+# How long is a sampler? Six lines, with the best denoiser of step 01 in place of a network.
 
 # %%
 import importlib
@@ -50,6 +49,8 @@ features = ""  # TorchScript file, uint8 (B, C, H, W) to features (B, d), in pla
 compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
 compare = False  # also measure every kind of solver at 5 to 50 evaluations (minutes)
 model_for_stage = ""  # runs that serve single stages: an example stands at `Hybrid` below
+label = -1  # draw this class alone, of a run with classes, and compare with it; -1: all [-1, 1000]
+guidance = "0"  # how far beyond the label's noise to go: w of all stages, or of each: 1,2,4
 
 # %%
 workshop.settings(globals(), "05_sample_eval")
@@ -240,8 +241,7 @@ def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
 def heun_levels(kernel, nfe, rho):
     """List EDM's noise levels for nfe evaluations: Eq. 5 of Karras et al., and 0."""
     if nfe % 2 == 0:
-        rule = "heun takes 2n - 1 evaluations in n steps, give an odd number"
-        raise workshop.BadInput(f"nfe = {nfe}: {rule}")
+        raise workshop.BadInput(f"nfe = {nfe}: heun takes 2n - 1 evaluations, give an odd number")
     top, bottom = (float(kernel.sigma(t)) ** (1 / rho) for t in (kernel.t_max, kernel.t_min))
     ramp = torch.linspace(0, 1, (nfe + 1) // 2, dtype=torch.float64)
     return [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]
@@ -298,8 +298,8 @@ if __name__ == "__main__":
     for solver, order in ((sde.probability_flow, 1), (ddim, 1), (heun, 2), (dpm_solver_3, 3)):
         errors = measure_errors(solver, sde.VP, budgets, end=0 if solver is heun else None)
         slope = math.log(errors[-2] / errors[-1], budgets[-1] / budgets[-2])
-        label = f"{solver.__name__}: order {order}, measured {slope:.2f}"
-        plt.loglog(budgets, errors, "o-", label=label)
+        says = f"{solver.__name__}: order {order}, measured {slope:.2f}"
+        plt.loglog(budgets, errors, "o-", label=says)
     plt.minorticks_off()
     plt.gca().set(xlabel="evaluations", ylabel="largest error", xticks=budgets, xticklabels=budgets)
     plt.legend(fontsize=8)
@@ -363,20 +363,19 @@ if __name__ == "__main__":
     content = workshop.read_checkpoint(run)
     model, settings, made = training.averaged_model(content), content["settings"], content["step"]
     if "scale" in settings:
-        way_out = "06_ldm.py --resume samples from it"
-        raise workshop.BadInput(f"{run} draws latents, not pictures: {way_out}")
+        raise workshop.BadInput(f"{run} draws latents: 06_ldm.py --resume samples from it")
     process, n = settings["process"], min(samples, batch, 48)
     eps, kernel = training.noise_function(model, process), training.kernel_of(process)
     dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
-    start = torch.empty(n, model.channels, model.size, model.size, device=workshop.device())
+    shape = n, model.channels, model.size, model.size
     with torch.no_grad(), workshop.enough_memory():
-        start = sde.start_noise(start, dice, kernel)
+        start = sde.start_noise(torch.empty(shape, device=workshop.device()), dice, kernel)
         states = [start, *ddim(eps, kernel, start, 15)][::-1]  # from image to noise
     states = workshop.to_pictures(torch.stack(states)).cpu()  # (16, n, C, H, W)
     times = [f"{t:.2g}" for t in reversed(sde.log_snr_times(kernel, 15).tolist())]
     title = f"{name} after {made:,} steps: 15 steps of DDIM from right (noise) to left; on top, t"
-    strip = states[:, :3].transpose(0, 1).flatten(0, 1)  # (3 * 16, C, H, W)
-    workshop.show_images([strip], [title], run / "strip.png", labels=times)
+    strip = [states[:, :3].transpose(0, 1).flatten(0, 1)]  # of (3 * 16, C, H, W)
+    workshop.show_images(strip, [title], run / "strip.png", labels=times)
 
 # %% [markdown]
 # Read it from right to left. For half of the steps nothing is seen but noise, then the
@@ -406,8 +405,7 @@ def frechet_distance(a, b):
 
 
 if __name__ == "__main__" and workshop.ranks()[0] == 0:  # the first process measures
-    size = settings.get("size") or 32
-    pixels, labels = workshop.load_images(settings["dataset"], root, size)
+    pixels, labels = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
     half, other = (pixels[order[: 2 * n]].float() / 255).tensor_split(2)
     quarters = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # noqa: E731
@@ -798,6 +796,32 @@ def times_asked(sampler, kernel, nfe, grid=""):
     return times
 
 
+def read_guidance(text):
+    """Read w, or one for each stage, comma-separated: tuple of floats; BadInput for other text."""
+    try:
+        return tuple(float(w) for w in str(text).strip("[]() ").split(","))
+    except ValueError:
+        raise BadInput(f"guidance {text!r} must be a number, or one a stage: 1,2,4") from None
+
+
+def check_labels(model, label, guidance, n):
+    """Bring labels to a tensor (n,), or None; BadInput where the network cannot draw them."""
+    known, stages = getattr(model, "classes", 0), len(model.decoders)
+    if len(guidance) not in (1, stages):
+        raise BadInput(f"guidance {list(guidance)} must be one number, or {stages}: one a stage")
+    if label is None and any(guidance):
+        raise BadInput(f"guidance {list(guidance)} leads to a label: give one")
+    if label is None:
+        return None
+    if not known:
+        raise BadInput("the network knows no labels: train one with --classes, or give no label")
+    label = torch.as_tensor(label).expand(n)
+    if not ((label >= 0) & (label < known)).all():
+        bad = int(label[(label < 0) | (label >= known)][0])
+        raise BadInput(f"label {bad} is none of the network's, which are 0 to {known - 1}")
+    return label
+
+
 @torch.no_grad()
 @workshop.enough_memory()
 def sample(
@@ -812,6 +836,8 @@ def sample(
     progress=False,
     first=0,
     grid="",
+    label=None,
+    guidance=(0.0,),
 ):
     """Draw pictures first to first + n - 1 of the endless set that a seed names.
 
@@ -819,17 +845,21 @@ def sample(
     numbers of its own, so the set does not depend on how it is divided into batches, calls or
     processes (but for rounding, and for the step lengths of predictor-corrector and rk45, which
     look at the whole batch). calls: a list that gets, for each evaluation of the network, its
-    stage. sampler, grid: as in `solver_of`. Raises BadInput as that does, and for an impossible
+    stage. sampler, grid: as in `solver_of`. label: of all pictures, or (n,) of each; guidance: as
+    in `noise_function`. Raises BadInput as `check_labels` and `solver_of` do, and for an impossible
     number of evaluations.
     """
     solver = solver_of(sampler, grid)
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
-    # rounding to bfloat16 would look like an error of the step to a solver that adapts it
-    eps, done = training.noise_function(model, process, calls, half=sampler != "rk45"), []
-    parts = torch.arange(first, first + n).split(batch)
+    label = check_labels(model, label, guidance, n)
+    parts, done = torch.arange(first, first + n).split(batch), []
     for part in tqdm(parts, "sampling", disable=not progress, leave=False):
+        own = label if label is None else label[part - first].to(where)
+        # rounding to bfloat16 would look like an error of the step to a solver that adapts it
+        half = sampler != "rk45"
+        eps = training.noise_function(model, process, calls, half, own, guidance)
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
         x_T = torch.empty(len(part), model.channels, model.size, model.size, device=where)
         *_, x = solver(eps, kernel, sde.start_noise(x_T, dice, kernel), nfe, dice)
@@ -903,14 +933,15 @@ class Hybrid(nn.Module):
         super().__init__()
         self.model, self.others = model, nn.ModuleDict({str(k): m for k, m in others.items()})
         self.channels, self.size, self.decoders = model.channels, model.size, model.decoders
+        self.classes = model.classes if all(m.classes for m in others.values()) else 0
 
     def stage(self, t):
         return self.model.stage(t)
 
-    def forward(self, x, t, stage):
+    def forward(self, x, t, stage, **told):
         if str(stage) in self.others:
-            return self.others[str(stage)](x, t)
-        return self.model(x, t, stage=stage)
+            return self.others[str(stage)](x, t, **told)
+        return self.model(x, t, stage=stage, **told)
 
 
 def build_hybrid(model, process, text):
@@ -958,16 +989,23 @@ if __name__ == "__main__":
         folder = folder.with_name(f"{folder.name}-{served}")
     if reference and model.channels != 3:
         raise BadInput(f"reference {reference} is in colour, {name} draws grey: leave it out")
+    told = dict(label=None if label < 0 else label, guidance=read_guidance(guidance))
+    check_labels(model, **told, n=1)
+    if label >= 0:
+        folder = folder.with_name(f"{folder.name}-label{label}-guidance{guidance}")
+        theirs = workshop.load_images(settings["dataset"], root)[1] == label
+        samples = min(samples, int(theirs.sum()) // 2)
     rank, world = workshop.ranks()
     if rank == 0:  # what is compared with later must be there before hours go into drawing
-        known = workshop.list_picture_files("folder", reference) if reference else pixels
+        alike = pixels if label < 0 else pixels[theirs]
+        known = workshop.list_picture_files("folder", reference) if reference else alike
         check_number(samples, known)
     count, share = stage_shares(model, process, sampler, nfe, grid)
     if compile:
         model.compile()
     begin = time.perf_counter()
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, progress=True)
-    drawn = draw_set(model, process, folder, samples, **how).float() / 255
+    drawn = draw_set(model, process, folder, samples, **how, **told).float() / 255
     seconds = time.perf_counter() - begin
     if world > 1:
         dist.destroy_process_group()
@@ -976,7 +1014,8 @@ if __name__ == "__main__":
     speed = samples / seconds
     print(f"{samples} pictures in {seconds:.1f} s on {workshop.device()}: {speed:.0f}/s")
     costs = stage_gflops(model)
-    gflops = sum(part * costs[k] for k, part in share.items())
+    both = [1 + bool(w and label >= 0) for w in told["guidance"]]  # with the label and without it
+    gflops = sum(part * costs[k] * both[k % len(both)] for k, part in share.items())
     print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
     print(f"equivalent GFLOPs (paper's count): {gflops:.4g}")
     title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
@@ -1228,11 +1267,11 @@ def print_metrics(table, title, distance="Fréchet distance ↓"):
 # %%
 if __name__ == "__main__":
     extractor, named = pick_extractor(settings["dataset"], pixels, labels, features)
-    real = read_reference(reference, model.size) if reference else pixels
+    real = read_reference(reference, model.size) if reference else alike
     half, other_half = real_halves(real, samples)
     pairs = {"samples / real": drawn, "real / real": other_half}
     table = {key: evaluate(images, half, extractor, weights) for key, images in pairs.items()}
-    against = f"a random half of {reference or settings['dataset']}"
+    against = f"a random half of {reference or settings['dataset']}" + f", {label}" * (label >= 0)
     title = f"{samples} pictures a set against {against}, {named};"
     title += f"\n{sampler}, {count} evaluations, averaged weights, seed {seed}"
     print_metrics(table, title, distance_name(extractor, samples))
@@ -1244,6 +1283,7 @@ if __name__ == "__main__":
         assert math.isclose(frechet_distance(*sets), theirs, rel_tol=1e-3)
     record = dict(run=str(run), step=made, sampler=sampler, nfe=count, equivalent_gflops=gflops)
     record.update(grid=grid or "own", seed=seed, weights="averaged", features=named)
+    record.update(label=label, guidance=guidance)
     workshop.write_json({**record, "against": against, **table}, run / "metrics.json")
     print(f"grid: {run / 'samples.png'}\nmetrics: {run / 'metrics.json'}")
 
@@ -1256,11 +1296,12 @@ if __name__ == "__main__":
 
 # %%
 def compare_solvers(
-    model, process, real, extractor, seed=1, batch=300, budgets=(5, 10, 20, 50), weights=""
+    model, process, real, extractor, seed=1, batch=300, budgets=(5, 10, 20, 50), weights="", **told
 ):
     """Measure the distance of len(real) samples for each solver and budget: a list of rows.
 
     A row: sampler, evaluations, distance, seconds. What a solver cannot do is taken one lower.
+    told: label and guidance, as in `sample`.
     """
     rows = []
     for name in SAMPLERS:
@@ -1268,7 +1309,7 @@ def compare_solvers(
             odd = {"2n": 0, "2n - 1": 1}.get(NFE_RULE[name], nfe % 2)
             nfe -= nfe % 2 != odd
             begin, calls = time.perf_counter(), []
-            x = sample(model, process, len(real), name, nfe, seed, batch, calls)
+            x = sample(model, process, len(real), name, nfe, seed, batch, calls, **told)
             seconds = time.perf_counter() - begin
             distance = evaluate(workshop.to_pictures(x), real, extractor, weights)["frechet"]
             rows.append((name, len(calls) // -(-len(real) // batch), distance, seconds))
@@ -1278,7 +1319,8 @@ def compare_solvers(
 
 if __name__ == "__main__" and compare:
     print(f"{'sampler':20s}  NFE   distance     time")
-    rows = compare_solvers(model, process, half, extractor, seed, batch, weights=weights)
+    how = dict(weights=weights, **told)
+    rows = compare_solvers(model, process, half, extractor, seed, batch, **how)
     plt.figure(figsize=(8, 4))
     for i, kind in enumerate(SAMPLERS):
         nfes, distances = zip(*(row[1:3] for row in rows if row[0] == kind), strict=True)

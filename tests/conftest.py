@@ -75,6 +75,11 @@ def ldm():
 
 
 @pytest.fixture(scope="session")
+def beyond():
+    return step(7)
+
+
+@pytest.fixture(scope="session")
 def digits(workshop, sde):
     """The digits as floats in [0, 1], (1797, 1, 8, 8)."""
     return workshop.load_images("digits")[0].float() / 255

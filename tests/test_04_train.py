@@ -46,6 +46,18 @@ def test_vp_times_fill_each_stage_evenly(unet, training):
         assert t.mean().item() == pytest.approx((edges[k] + length / 2).item(), abs=0.01)
 
 
+def test_flow_times_are_uniform_over_its_timeline(unet, training):
+    model = tiny(unet, boundaries=[0.3, 0.6])
+    edges, generator = training.stage_edges(model, "flow"), torch.Generator().manual_seed(0)
+    assert edges.tolist() == pytest.approx([0.001, 0.3, 0.6, 0.999])
+    chance = training.stage_chances(edges, "flow", [0, 1, 2])
+    k = torch.multinomial(chance, 40_000, replacement=True, generator=generator)
+    t = training.draw_times(edges, "flow", k, generator)
+    assert torch.equal(model.stage(t), k)
+    counts = torch.histc(t, 10, 0, 1)
+    assert ((counts - 4000) ** 2 / 4000).sum() < 27.9  # chi^2 with 9 degrees: 0.001
+
+
 def test_edm_times_follow_the_log_normal(unet, training):
     model = tiny(unet, boundaries=[0.3, 1.2], time="edm")
     edges, generator = training.stage_edges(model, "edm"), torch.Generator().manual_seed(0)
@@ -59,12 +71,13 @@ def test_edm_times_follow_the_log_normal(unet, training):
     assert t.log().std().item() == pytest.approx(1.2, abs=0.02)
 
 
-@pytest.mark.parametrize("process", ["vp", "edm"])
+@pytest.mark.parametrize("process", ["vp", "flow", "edm"])
 def test_mixed_and_uniform_batches_have_the_same_expected_gradient(unet, training, pixels, process):
     """Both are unbiased for the objective they state: their gradients agree on average."""
 
     def gradients(stages, count=600):
-        model = unet.randomize(tiny(unet, boundaries=[0.3, 0.6], time=process))
+        time = "edm" if process == "edm" else "vp"
+        model = unet.randomize(tiny(unet, boundaries=[0.3, 0.6], time=time))
         state = training.new_state(model, 0.0, seed=int(stages == "mixed"))
         weight, seen = model.encoders[0].first.weight, []
         loop = training.train(
@@ -101,9 +114,19 @@ def test_edm_noise_and_weight_are_those_of_its_paper(training):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("process", ["vp", "edm", "pfgm-64"])
+def test_the_loss_of_flow_matching_is_that_of_its_velocity(sde, training):
+    """Eq. 4 with predicted noise and its weight, against |F - (eps - x0)|^2 written out."""
+    t, x0, eps = torch.tensor([0.01, 0.3, 0.9, 0.99]), *torch.randn(2, 4, 1, 8, 8)
+    network = lambda x, t, **stage: torch.tanh(2 * x) + 0.1  # noqa: E731
+    xt = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * eps
+    theirs = ((network(xt, t) - (eps - x0)) ** 2).flatten(1).mean(1)
+    ours = training.weighted_error(network, x0, eps, t, "flow")
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("process", ["vp", "flow", "edm", "pfgm-64"])
 def test_training_lowers_the_loss(unet, training, pixels, process):
-    time = "vp" if process == "vp" else "edm"
+    time = "vp" if process in ("vp", "flow") else "edm"
     model = tiny(unet, encoder=16, decoders=(16,), boundaries=(), time=time)
     state = training.new_state(model, 3e-3, seed=0)
     loop = training.train(state, pixels, 80, process, 32, 10)
@@ -403,7 +426,7 @@ def test_settings_that_cannot_work(workshop, sde, training, change, sentence):
 def test_every_recipe_has_a_network(workshop, sde, unet, training):
     for dataset, known in workshop.DATASETS.items():
         for arch in ("multistage", "unified", "separate"):
-            for process in ("vp", "edm", "pfgm-64"):
+            for process in ("vp", "flow", "edm", "pfgm-64"):
                 assert training.network_name("", dataset, arch, process) in unet.NETWORKS
         needed, more = {"steps", "batch", "lr", "warmup", "flip"}, {"encoder", "decoders"}
         assert needed <= set(known["recipe"]) <= needed | more | set(training.PAPERS_WAY)

@@ -59,7 +59,7 @@ def test_noise_levels_are_plain_numbers(sde, evaluation):
 def test_the_line_behind_all_solvers(sde, evaluation):
     """dz/dsigma = eps, from f, g, s and sigma of the kernels and the ODE of step 01."""
     x, e, h = 0.7, -1.3, 1e-5
-    for kernel in (sde.VP, sde.SubVP, sde.DDPM, sde.VE):
+    for kernel in (sde.VP, sde.SubVP, sde.DDPM, sde.VE, sde.Flow):
         t = 0.40042
         s, sigma = kernel.s(t), kernel.sigma(t)
         dx = kernel.f(t) * x + kernel.g(t) ** 2 / (2 * s * sigma) * e

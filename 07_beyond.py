@@ -1,0 +1,437 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation: {extension: .py, format_name: percent}
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
+# ---
+
+# %% [markdown]
+# # 07 · Beyond the paper: another clock, labels, holes, and one stage alone
+#
+# The paper ends with what it leaves open: conditional models and inverse problems. Meanwhile its
+# idea, another network for another level of noise, has come to models of billions of weights, and
+# their users ask: are the parts trained together? Which part of training does each get? Why is the
+# timeline cut at one place in training and at another in sampling? **You will** answer that with
+# code.
+
+# %%
+import importlib
+import os
+
+if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+    os.chdir("..")  # a notebook that was opened where it lies
+workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+
+import torch
+import torch.nn.functional as F
+
+sde = importlib.import_module("01_sde_and_denoiser")
+clustering = importlib.import_module("02_clustering")
+training = importlib.import_module("04_train")
+evaluation = importlib.import_module("05_sample_eval")
+
+# %% tags=["parameters"]
+dataset = "digits"  # digits or mnist
+root = "data"  # where the data set lies or is downloaded to
+out = "runs"  # the folder that holds the runs
+steps = 0  # steps of the network with labels; 0: the recipe of the data set [0, 1000000000]
+samples = 450  # pictures of a set that is measured [20, 1000000]
+seeds = 3  # seeds of sampling, over which a number has its spread [2, 100]
+seed = 0  # seed of every other random number [0, 4294967295]
+
+# %%
+workshop.settings(globals(), "07_beyond")
+figures = Path("figures") if out == "runs" else Path(out) / "figures"
+if __name__ == "__main__" and workshop.about(dataset).get("judge") != "digits":
+    raise workshop.BadInput(f"this lesson is about digits, not {dataset}: take digits or mnist")
+
+# %%
+if __name__ == "__main__":
+    for kernel, t in ((sde.VP, 0.631), (sde.Flow, 0.875), (sde.Flow, 0.9)):
+        print(f"{kernel.__name__:4s} at t = {t}: sigma {float(kernel.sigma(t)):.2f}")
+
+# %% [markdown]
+# Three cuts between networks, in two clocks: the paper's $t_2$, and those of Wan2.2 (text to video,
+# and from a picture), which has one network of 14 billion weights above its cut and one below. The
+# levels of noise are nearly the same, though they were found in different ways and for data of
+# other scales.
+#
+# ## The clock of flow matching
+#
+# Many models of today call time what goes straight from the picture to the noise,
+# $x_t=(1-t)\,x_0+t\,\epsilon$, and predict the velocity $v=\epsilon-x_0$. That is eq. (1) with
+# $s_t=1-t$ and $\sigma_t=t/(1-t)$: `Flow`, below the line of step 01. `04_train.py --process flow`
+# trains so, and every solver of step 05 works as it is. Nothing new is solved, either. Euler's step
+# of the velocity, $x'=x+(t'-t)\,v$, keeps $x_0$ and $\epsilon$ still, and so does DDIM. In this
+# clock the two are one formula, for steps of any length:
+
+# %%
+if __name__ == "__main__":
+    eps, x = evaluation.mixture_noise(sde.Flow), torch.randn(9, 1, 1, 1, dtype=torch.float64)
+    *_, by_ddim = evaluation.ddim(eps, sde.Flow, x, 10, grid="time")
+    for t, t_next in pairwise(evaluation.time_grid(sde.Flow, 10, "time")):
+        e = eps(x, t.expand(len(x)))
+        x0 = (x - t * e) / (1 - t)
+        x = x + (t_next - t) * (e - x0)  # Euler on v
+    print(f"ten steps of Euler on v are off ten steps of DDIM by {(x - by_ddim).abs().max():.0e}")
+    assert torch.allclose(x, by_ddim)
+
+# %% [markdown]
+# What a clock does change is how many steps fall where. These models *shift* it further, $t\to
+# s\,t/(1+(s-1)\,t)$, which multiplies $\sigma$ by $s$: more steps at much noise. A cut is a level
+# of noise and stays where it is, but the steps on both sides of it do not. Wan2.2 takes 40 steps,
+# uniform before a shift of 12 (text to video, cut 0.875) or of 5 (from a picture, cut 0.9):
+
+
+# %%
+def shift_time(t, s):
+    """Shift times of `Flow` towards the noise, such that sigma becomes s sigma."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def steps_at_noise(cut, s, n):
+    """Count which of n steps, uniform from t = 1 down before the shift, begin at cut or above."""
+    return int((shift_time(1 - torch.arange(n).double() / n, s) >= cut).sum())
+
+
+if __name__ == "__main__":
+    for cut, s in ((0.875, 12), (0.9, 5)):
+        n = steps_at_noise(cut, s, 40)
+        print(f"cut {cut}, shift {s}: {1 - cut:.1%} of the times, {n} of 40 steps,", end=" ")
+        print(f"{40 - n} below; a cut at {cut} before the shift is one at {shift_time(cut, s):.3f}")
+
+# %% [markdown]
+# So the part at the noise has an eighth of the time, or a tenth, and 26 steps, or 15. Whoever
+# trains such a part needs the cut as a *noise level*. As a share of the steps, or of the time
+# before the shift, it is another cut; several trainers of such models had to mend just that.
+#
+# **Does Algorithm 1 find the same cuts in this clock?** Similarity depends on the noise level
+# alone. But the algorithm averages it *over time*, and each clock weighs the noise levels in its
+# own way:
+
+# %%
+if __name__ == "__main__":
+    workshop.join_processes()
+    pixels, labels = workshop.load_images(dataset, root)
+    for kernel in (sde.VP, sde.Flow):
+        curves = clustering.similarity_curves(pixels[:5000].float() / 255, kernel, seed=seed)
+        cuts = clustering.read_cuts(curves)
+        errors = clustering.standard_errors(curves, cuts)
+        said = [f"{cut:.3f} ± {error:.3f}" for cut, error in zip(cuts, errors, strict=True)]
+        as_vp = [f"{t:.3f}" for t in sde.match_snr(cuts, kernel, sde.VP)]
+        print(f"{kernel.__name__:4s} {', '.join(said)}; in VP's clock {', '.join(as_vp)}")
+
+# %% [markdown]
+# No: they are many standard errors apart. The paper's cuts belong to VP's clock. One may carry them
+# to another clock by their SNR (`match_snr`); to find them anew there is another definition.
+#
+# ## Asking for a digit
+#
+# To be told a label a network needs a vector for each, added to that of the time, and one more for
+# "none" (step 03); in training every tenth picture is "none" (`--classes`). Such a network knows
+# the noise of a seven, and that of any picture. What tells the two apart can be exaggerated
+# (*classifier-free guidance*; Ho and Salimans 2022):
+#
+# $$\hat\epsilon=(1+w)\,\epsilon_\theta(x_t,t,c)-w\,\epsilon_\theta(x_t,t,\varnothing)$$
+#
+# Train one by the recipe of step 04, if it is not there, without 90 pictures that are left for
+# later:
+
+# %%
+if __name__ == "__main__":
+    run, name = Path(out) / f"{dataset}-labels", f"{dataset}-labels"
+    if not (run / "checkpoint.pt").exists():
+        said = dict(dataset=dataset, root=root, out=out, name=name, steps=steps, seed=seed)
+        said = [text for key, value in said.items() for text in (f"--{key}", str(value))]
+        command = [sys.executable, training.__file__, "--classes", "--hold_out", "90", *said]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL)
+        if done.returncode:  # it has said why
+            sys.exit(done.returncode)
+    model = training.averaged_model(workshop.read_checkpoint(run))
+    grids, each = [], torch.arange(10).repeat_interleave(12)
+    for w in (0.0, 1.0):
+        drawn = evaluation.sample(model, "vp", 120, seed=seed, label=each, guidance=(w,))
+        grids.append(workshop.to_pictures(drawn).unflatten(0, (10, 12)))
+    grids = torch.cat([grids[0], torch.ones_like(grids[0][:, :1]), grids[1]], 1).flatten(0, 1)
+    title = "a row a digit, from the same noise: left w = 0, right w = 1"
+    workshop.show_images([grids], [title], figures / "07_labels.png", columns=25)
+
+# %% [markdown]
+# Each row is the digit that was asked for, but for a few slips on the left, and from the same noise
+# comes the same hand. On the right the slips are gone, and so is much of the variety.
+#
+# **Where does guidance act?** The weight may differ from stage to stage (`05_sample_eval.py --label
+# 7 --guidance 0,1,0`). Let it act in one stage at a time, and ask twice: which share of the
+# pictures does a classifier of real digits take for what was asked, and how far are they from real
+# ones? (Mean and standard deviation over the seeds of sampling; the network is one.)
+
+
+# %%
+def tell(values, digits=2):
+    """Write numbers as mean ± standard deviation."""
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    classifier, accuracy = evaluation.train_classifier(pixels, labels)
+    read = lambda x: classifier(x).argmax(1).detach()  # noqa: E731
+    extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
+    half, other = evaluation.real_halves(pixels, samples)
+    floor = evaluation.evaluate(other, half, extractor)["frechet"]
+    print(f"the classifier is right on {accuracy:.1%} of real digits; real / real: {floor:.2f}")
+    asked, places = torch.arange(samples) % 10, ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    for w in ((0, 0, 0), *(tuple(w * on for on in place) for w in (1, 3) for place in places)):
+        shares, distances = [], []
+        for s in range(seeds):
+            drawn = evaluation.sample(model, "vp", samples, seed=s, label=asked, guidance=w)
+            drawn = workshop.to_pictures(drawn)
+            shares.append(float((read(drawn) == asked).float().mean()))
+            distances.append(evaluation.evaluate(drawn, half, extractor)["frechet"])
+        print(f"w in stages 0, 1, 2: {w}; as asked {tell(shares)}; distance {tell(distances)}")
+
+# %% [markdown]
+# Without guidance 95 of 100 are as asked. Guidance corrects the rest **at the noise**: with $w$ = 1
+# in stage 2 alone 99 are. There the digit is chosen, before any of it is seen. **At the image** it
+# corrects a few at no cost in distance (with 3 at little), as that stage has nothing left to
+# choose. **In the middle** alone it harms: it pushes away from pictures that are half decided, and
+# with 3 only half are still what was asked. With all three, the prices add up. Who wants the label
+# and a small distance guides gently at the noise, or at the image, and the three weights are worth
+# having.
+#
+# ## Repairing pictures
+#
+# An inverse problem asks for a picture $x_0$ of which only $y=A(x_0)+\tau n$ is known, with noise
+# $n$: a hole in it, half its resolution, much noise. How well can it be done at all? If only the
+# pictures $y_i$ of a finite set were possible, Bayes would say that it is picture $i$ with the
+# probability $\mathrm{softmax}_i(-\|y-A(y_i)\|^2/2\tau^2)$, and one could draw from that:
+
+
+# %%
+def shrink(x):
+    return F.avg_pool2d(x, 2)
+
+
+def cut_hole(x):
+    """Make the middle grey, half as high and as wide as the picture (B, C, H, W)."""
+    h, w = x.shape[2] // 4, x.shape[3] // 4
+    return x * F.pad(torch.zeros_like(x[:, :, h:-h, w:-w]), (w, w, h, h), value=1)
+
+
+PROBLEMS = {"a hole": (cut_hole, 0.05), "half the resolution": (shrink, 0.05)}
+PROBLEMS["much noise"] = ((lambda x: x), 0.5)
+
+
+def put_back(x, y, problem):
+    """Bring predicted pictures x to agree with what is known, y."""
+    if problem == "half the resolution":
+        return x + F.interpolate(y - shrink(x), scale_factor=2)
+    return x - cut_hole(x) + cut_hole(y) if problem == "a hole" else x
+
+
+# %%
+def psnr(x, truth):
+    """Measure the peak signal-to-noise ratio of pictures in [-1, 1], decibels, on average."""
+    error = (x.clamp(-1, 1) - truth).square().flatten(1).mean(1)
+    return float((10 * torch.log10(4 / error)).mean())
+
+
+def draw_exactly(y, A, tau, images, generator):
+    """Draw a picture for each y (B, …) from the posterior over images (N, C, H, W)."""
+    square = ((y[:, None] - A(images)[None]) ** 2).flatten(2).sum(2)
+    weight = torch.softmax(-square.double() / (2 * tau**2), 1)  # Bayes
+    return images[torch.multinomial(weight, 1, generator=generator)[:, 0]]
+
+
+if __name__ == "__main__":
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))  # as step 04
+    truth, known = (workshop.to_network_space(pixels[i]) for i in (order[:90], order[90:2090]))
+    dice, rows, titles = torch.Generator().manual_seed(seed), [truth[:16]], ["held out"]
+    for problem, (A, tau) in PROBLEMS.items():
+        y = A(truth) + tau * torch.randn(A(truth).shape, generator=dice)
+        rows += [F.interpolate(y, truth.shape[2:])[:16], draw_exactly(y, A, tau, known, dice)[:16]]
+        titles += [f"{problem}: what is known", "drawn exactly, from the training pictures"]
+    rows = [workshop.to_pictures(row) for row in rows]
+    workshop.show_images(rows, titles, figures / "07_exact.png")
+
+# %% [markdown]
+# That is the whole answer for a finite set, without a step of diffusion. Among 1,700 digits there
+# is nearly always one that fits what is known far better than all others, so that the answer hardly
+# varies, and it is as good as the set is rich.
+#
+# A network is not limited to a set. It is led to pictures that fit, step by step from the noise.
+# What would lead it exactly is the gradient of $\log p(y\mid x_t)$, an average over all pictures
+# that $x_t$ may come from, which nobody has. Both ways put the one predicted picture $\hat x_0$ in
+# their place:
+#
+# * **Replacement** (RePaint; Lugmayr et al. 2022): in the predicted $\hat x_0$ put what is known in
+#   its place. Where noise is all that is wrong, start from $y$, at the time that has as much.
+# * **Posterior guidance** (DPS; Chung et al. 2023): after each step go down the gradient of
+#   $\|y-A(\hat x_0(x))\|$. Its length $\zeta$ is 1 here, the first that was tried.
+#
+# The step is DDPM's (`posterior_step` of step 05), and the gradient goes through the
+# network.
+
+
+# %%
+def repair(eps, y, shape, problem, way, generator, stages=(0, 1, 2), cuts=(), n=60, zeta=1.0):
+    """Draw pictures of a shape that fit y by n steps of DDPM; way: "replace" or "guide".
+
+    eps: (x, t) -> noise, differentiable. Only steps in `stages`, cut at `cuts`, are led.
+    """
+    (A, tau), times = PROBLEMS[problem], sde.log_snr_times(sde.VP, n)
+    if y.shape != (known := A(torch.zeros(shape)).shape):
+        said = f"{problem} of {tuple(shape)} is {tuple(known)}"
+        raise workshop.BadInput(f"what is known is {tuple(y.shape)}, but {said}: bring it to that")
+    x = torch.randn(shape, generator=generator)
+    if way == "replace" and problem == "much noise":
+        times = times[sde.VP.sigma(times) <= tau]
+        x = sde.VP.s(times[0]) * y
+    for t, t_next in pairwise(times):
+        led, x = sum(float(t) >= cut for cut in cuts) in stages, x.float().requires_grad_()
+        x0 = x / sde.VP.s(t) - sde.VP.sigma(t) * eps(x, t.expand(len(x)).float())
+        told = put_back(x0, y, problem) if led and way == "replace" else x0
+        keep = (sde.VP.sigma(t_next) / sde.VP.sigma(t)) ** 2
+        noise = sde.VP.sigma(t_next) * (1 - keep).sqrt() * torch.randn(shape, generator=generator)
+        new = sde.VP.s(t_next) * (keep * x / sde.VP.s(t) + (1 - keep) * told + noise)  # DDPM
+        if led and way == "guide":
+            off = (y - A(x0)).flatten(1).norm(dim=1).sum()
+            new = new - zeta * torch.autograd.grad(off, x)[0]  # DPS
+        x = new.detach()
+    return x
+
+
+# %% [markdown]
+# In decibels of the mean square error: PSNR = $10\log_{10}(4/\text{error})$ for pixels in [-1, 1].
+# The lines *points* are the same two ways with the optimal denoiser of the set (step 01) in place
+# of the network: what they lack to *exact* is the fault of the way, not of a network. Without a
+# network: the mean digit in the hole, bicubic interpolation, the noisy picture as it is.
+
+
+# %%
+if __name__ == "__main__":
+    network, (t1, t2) = training.noise_function(model.cpu(), "vp"), model.cuts
+    points = lambda x, t: sde.plain_optimal_denoiser(x, t, sde.VP, known)  # noqa: E731
+    ways = {"replacement": (network, "replace"), "DPS": (network, "guide")}
+    ways.update({f"DPS in stage {k} only": (network, "guide", (k,)) for k in range(3)})
+    ways.update({"points, replacement": (points, "replace"), "points, DPS": (points, "guide")})
+    few, average, rows = truth[:48], known.mean(0, keepdim=True), {"the truth": truth[:16]}
+    for problem, (A, tau) in PROBLEMS.items():
+        found = {}
+        for s in range(seeds):
+            dice = torch.Generator().manual_seed(s)
+            y = A(few) + tau * torch.randn(A(few).shape, generator=dice)
+            plain = F.interpolate(y, few.shape[2:], mode="bicubic")  # of as many pixels: y itself
+            plain = put_back(average, y, problem) if problem == "a hole" else plain
+            results = {"without a network": plain, "exact": draw_exactly(y, A, tau, known, dice)}
+            for way, (eps, how, *stages) in ways.items():
+                results[way] = repair(eps, y, few.shape, problem, how, dice, *stages, cuts=(t1, t2))
+            found = {way: [*found.get(way, []), psnr(x, few)] for way, x in results.items()}
+        rows.update({f"{problem}: {way}": results[way][:16] for way in ("replacement", "DPS")})
+        said = [f"{way:22s} {tell(values, 1)}" for way, values in found.items()]
+        print(problem, *said, sep="\n  ")
+    drawn = [workshop.to_pictures(x) for x in rows.values()]
+    workshop.show_images(drawn, list(rows), figures / "07_repaired.png")
+
+# %% [markdown]
+# With a hole or at half resolution DPS is ahead of replacement, and of what needs no network. Led
+# in one stage alone it is worse: led at the noise only, the picture has forgotten it by the end; at
+# the image only, the digit has been chosen before, by chance. Of a hole the middle makes most,
+# where digits are decided. Noise is best repaired by starting from $y$. Led all the way, to the
+# last step, a picture fits $y$ with all its noise; led in the middle only it does not, and is
+# better by two decibels.
+#
+# And the yardstick? Where a hole is to be filled, DPS on points should draw what *exact* draws. It
+# lies two decibels below, at half resolution more than three: **that is the error of leading by a
+# predicted picture**, with no network to blame. Replacement that starts from $y$ has no leading in
+# it, and loses nothing. The network can be ahead of *exact*, because it is not limited to the
+# training pictures.
+#
+# ## One stage alone
+#
+# Users train one part and ask what becomes of the others. Here the encoder is shared, so it has to
+# be frozen: then one decoder learns, and what the others say stays as it is, bit by bit
+# (`04_train.py --only_stage 0 --start_from RUN`). Let one decoder see nothing but sevens, and draw
+# from the same noise:
+
+
+# %%
+def train_alone(run, k, images, n=300, lr=1e-3):
+    """Let the decoder of stage k of a run go on alone, on some pictures: the averaged network."""
+    content = workshop.read_checkpoint(run)
+    asked = {**content["settings"], "only_stage": str(k), "start_from": str(run), "lr": lr}
+    state = training.prepare_state({**asked, "steps": content["step"] + n}, trunk=content)
+    for _ in training.train(state, images, content["step"] + n, weight=asked["weight"]):
+        pass
+    return state["ema"].eval()
+
+
+if __name__ == "__main__":
+    rows, sevens = {}, pixels[order[90:]][labels[order[90:]] == 7].to(workshop.device())
+    x, t = torch.randn(3, 1, *pixels.shape[2:]), torch.tensor([t1 / 2, (t1 + t2) / 2, 0.9])
+    for k in (None, 0, 1, 2):
+        other, shares = model if k is None else train_alone(run, k, sevens).cpu(), []
+        same = [
+            torch.equal(other(x[j : j + 1], t[j : j + 1]), model(x[j : j + 1], t[j : j + 1]))
+            for j in range(3)
+        ]
+        for s in range(seeds):
+            drawn = workshop.to_pictures(evaluation.sample(other, "vp", samples, seed=s))
+            shares.append(float((read(drawn) == 7).float().mean()))
+        rows["before" if k is None else f"stage {k} saw sevens only"] = drawn[:16]
+        print(f"{list(rows)[-1]:24s} sevens: {tell(shares)}; stages that are the same bits: {same}")
+        assert k is None or same == [j != k for j in range(3)]
+    workshop.show_images(list(rows.values()), list(rows), figures / "07_alone.png")
+
+# %% [markdown]
+# The stage at the image saw nothing but sevens and draws as many as before: what it gets is a digit
+# by then, of which it can only draw the strokes anew (first and second row: the same digits). Each
+# of the other two triples their number, and no more, for the stage beside it still knows all ten.
+# **What a stage has learned shows as far as its part of the timeline decides it.** Whoever wants
+# other strokes trains the stage at the image alone, cheaply and without harm; whoever wants other
+# objects cannot.
+#
+# ## Who shares what
+#
+# This paper's way is one of many. What differs is what all times have in common, in how many parts
+# the rest comes, what cuts the timeline between them, and whether they learn together.
+#
+# Rows from abstracts and, where there is any, official code; a star marks what others say of a
+# work. (Wan2.2's cuts: pull request 12074 of diffusers; its shifts: musubi-tuner, docs/wan.md.)
+#
+# | work, arXiv | shared by all times | parts | cut by | trained |
+# |---|---|---|---|---|
+# | eDiff-I, 2211.01324 | an ancestor | 3* | noise | one, then split and apart |
+# | ERNIE-ViLG 2.0, 2210.15257 | the text encoder* | 10* | time | not opened |
+# | P2, 2204.00227 | all; a weight of the loss | 1 | – | together |
+# | ANT, 2306.00354 | all; groups of losses | 5 | SNR, gradients (see step 02) | together |
+# | MEME, 2306.04990 | nothing*; each its architecture | some | time, softly | not opened |
+# | OMS-DPM, 2306.08860 | nothing; a pool of networks | any | a search | they are given |
+# | **this paper**, 2312.09181 | **the encoder** | 3 | the optimal denoiser | together |
+# | SDXL's refiner, 2307.01952 | the latent space | 2 | the last fifth* | as a network of its own |
+# | DTR, 2310.07138 | all; a mask of channels a time | – | time | together |
+# | T-Stitch, 2402.14167 | the latent space | 2 | a share of the steps | they are given |
+# | Switch-DiT, 2403.09176 | one expert a block | 3 a block | a learned gate | together |
+# | DeMe, 2410.06664 | begins and ends as one | 4 | time | apart, then merged |
+# | Remix-DiT, 2412.05628 | 4 sets of weights, mixed | 8, 20 | equal times | together, from one |
+# | TimeStep Master, 2503.07416 | all; low-rank changes | 8* | equal times | apart, then a gate |
+# | Wan2.2, its code | text encoder, latent space | 2 | $t$ = 0.875, 0.9 | not published |
+#
+# So, to the questions of the beginning. **Together or apart?** Both exist. What shares nothing can
+# be trained apart; decoders that share an encoder can, once it stands still. **Which part of
+# training does each get?** What the draw of times gives it (`--times`). That is no property of the
+# cut, and it matters as much as the parts do (RESULTS.md). **Why two cuts?** There is one, a level
+# of noise. Clocks and shifts only count the times, or the steps, on both sides of it.
+#
+# ### Exercises
+#
+# 1. Which share of 30 steps is above a cut at $t$ = 0.9 with a shift of 3?
+#    <details><summary>Solution</summary>`steps_at_noise(0.9, 3, 30) / 30`</details>
+# 2. Put the held-out pictures into `known`. What becomes of *exact*, and why?
+#    <details><summary>Solution</summary>`known = torch.cat([known, truth])`: it is the truth itself
+#    nearly always, for no other picture fits as well.</details>
