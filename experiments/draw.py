@@ -178,7 +178,7 @@ def table4(experiment, runs):
         if not experiment["paper"].get(label) and label == "unified":
             continue  # only built on
         if not records:
-            rows.append([label, *["–"] * 8])
+            rows += [[label, *["–"] * 8]] * ("unfinished" not in experiment)
             continue
         first = records[0]
         cuts = [
@@ -291,7 +291,7 @@ def win(experiment, runs):
     head += [f"held-out loss, stage {k}" for k in range(3)]
     rows = []
     for label, records in runs:
-        if not records or "," not in label:
+        if not records or ", encoder " not in label:
             continue
         ends = [record["curve"][-1] for record in records]
         cells = [label, ", ".join(map(str, records[0]["decoders"]))]
@@ -372,7 +372,7 @@ def draw_arms(everything, path):
     for ax, name in zip(axes.flat, ("table3", "scarce", "table4", "table7"), strict=True):
         experiment, runs = everything[name]
         only = ("real", "the 180") + ("unified",) * (name == "table4")  # no arms, or built on
-        arms = [run for run in runs if not run[0].startswith(only)]
+        arms = [run for run in runs if not run[0].startswith(only) and run[1]]
         for i, (_, records) in enumerate(arms):
             draw_dots(ax, i, each(records, "frechet", experiment["at"]))
         names = [label.replace("early stopping", "ES").split(" (A")[0] for label, _ in arms]
@@ -478,6 +478,7 @@ def draw_capacity(everything, path):
     ax.axhline(0, color="gray", ls=":")
     ax.set(xscale="log", xlabel="channels of the encoder and of every decoder")
     ax.set(ylabel="distance of three decoders\nagainst that of one, %")
+    ax.margins(x=0.15)
     plain_ticks(ax, sorted({key[0] for *_, key in found}))
     if found:
         ax.legend(fontsize=8)

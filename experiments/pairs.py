@@ -12,7 +12,7 @@ def arms_of(runs):
     """Sort runs by what their labels say: {(letter, encoder, budget): {seed: last row}}."""
     found = {}
     for label, records in runs:
-        if "," not in label:
+        if ", encoder " not in label:
             continue
         letter, encoder, budget = label.split(", ")
         key = letter, int(encoder.removeprefix("encoder ")), float(budget)

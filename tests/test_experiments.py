@@ -378,7 +378,7 @@ def test_the_page_has_the_numbers_of_the_committed_results(committed):
     import draw
 
     text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    for name in [*committed, "ran"]:
+    for name in [*committed, "ran", "rates", "capacity"]:
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
     assert draw.page(text, committed) == text
     assert draw.page(text.replace("±", "+"), committed) != text.replace("±", "+")
