@@ -83,10 +83,10 @@ if __name__ == "__main__":
     assert torch.allclose(x, by_ddim)
 
 # %% [markdown]
-# What a clock does change is how many steps fall where. These models *shift* it further, $t\to
-# s\,t/(1+(s-1)\,t)$, which multiplies $\sigma$ by $s$: more steps at much noise. A cut is a level
-# of noise and stays where it is, but the steps on both sides of it do not. Wan2.2 takes 40 steps,
-# uniform before a shift of 12 (text to video, cut 0.875) or of 5 (from a picture, cut 0.9):
+# What a clock does change is how many steps fall where. These models *shift* it further,
+# $t\to s\,t/(1+(s-1)\,t)$, which multiplies $\sigma$ by $s$: more steps at much noise. A cut is a
+# level of noise and stays where it is, but the steps on both sides of it do not. Wan2.2 takes 40
+# steps, uniform before a shift of 12 (text to video, cut 0.875) or of 5 (from a picture, cut 0.9):
 
 
 # %%
@@ -153,7 +153,10 @@ if __name__ == "__main__":
         done = subprocess.run(command, stdout=subprocess.DEVNULL)
         if done.returncode:  # it has said why
             sys.exit(done.returncode)
-    model = training.averaged_model(workshop.read_checkpoint(run))
+    content = workshop.read_checkpoint(run)
+    if [content["settings"].get(key) for key in ("hold_out", "seed")] != [90, seed]:
+        raise workshop.BadInput(f"{run} was trained otherwise: move it away, then it is made anew")
+    model = training.averaged_model(content)
     grids, each = [], torch.arange(10).repeat_interleave(12)
     for w in (0.0, 1.0):
         drawn = evaluation.sample(model, "vp", 120, seed=seed, label=each, guidance=(w,))
@@ -166,10 +169,10 @@ if __name__ == "__main__":
 # Each row is the digit that was asked for, but for a few slips on the left, and from the same noise
 # comes the same hand. On the right the slips are gone, and so is much of the variety.
 #
-# **Where does guidance act?** The weight may differ from stage to stage (`05_sample_eval.py --label
-# 7 --guidance 0,1,0`). Let it act in one stage at a time, and ask twice: which share of the
-# pictures does a classifier of real digits take for what was asked, and how far are they from real
-# ones? (Mean and standard deviation over the seeds of sampling; the network is one.)
+# **Where does guidance act?** The weight may differ from stage to stage (step 05 has
+# `--guidance 0,1,0`). Let it act in one stage at a time, and ask twice: which share of the pictures
+# does a classifier of real digits take for what was asked, and how far are they from real ones?
+# (Mean and standard deviation over the seeds of sampling; the network is one.)
 
 
 # %%
@@ -199,10 +202,9 @@ if __name__ == "__main__":
 # Without guidance 95 of 100 are as asked. Guidance corrects the rest **at the noise**: with $w$ = 1
 # in stage 2 alone 99 are. There the digit is chosen, before any of it is seen. **At the image** it
 # corrects a few at no cost in distance (with 3 at little), as that stage has nothing left to
-# choose. **In the middle** alone it harms: it pushes away from pictures that are half decided, and
-# with 3 only half are still what was asked. With all three, the prices add up. Who wants the label
-# and a small distance guides gently at the noise, or at the image, and the three weights are worth
-# having.
+# choose. **In the middle** alone it harms: with 3 only half are still what was asked, where nobody
+# had guided them before. With all three, the prices add up. Who wants the label and a small
+# distance guides gently at the noise, or at the image: a weight for each stage is worth having.
 #
 # ## Repairing pictures
 #
