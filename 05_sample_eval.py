@@ -854,11 +854,10 @@ def sample(
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
     label = check_labels(model, label, guidance, n)
+    half = sampler != "rk45"  # rounding would look like an error of the step to one that adapts it
     parts, done = torch.arange(first, first + n).split(batch), []
     for part in tqdm(parts, "sampling", disable=not progress, leave=False):
         own = label if label is None else label[part - first].to(where)
-        # rounding to bfloat16 would look like an error of the step to a solver that adapts it
-        half = sampler != "rk45"
         eps = training.noise_function(model, process, calls, half, own, guidance)
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
         x_T = torch.empty(len(part), model.channels, model.size, model.size, device=where)

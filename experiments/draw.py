@@ -178,7 +178,8 @@ def table4(experiment, runs):
         if not experiment["paper"].get(label) and label == "unified":
             continue  # only built on
         if not records:
-            rows += [[label, *["–"] * 8]] * ("unfinished" not in experiment)
+            if "unfinished" not in experiment:
+                rows.append([label, *["–"] * 8])
             continue
         first = records[0]
         cuts = [
