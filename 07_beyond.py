@@ -96,7 +96,7 @@ def shift_time(t, s):
 
 
 def steps_at_noise(cut, s, n):
-    """Count the steps of n, uniform from t = 1 down before the shift, that begin at or above cut."""
+    """Count the steps of n, uniform in t before the shift, that begin at or above cut."""
     return int((shift_time(1 - torch.arange(n).double() / n, s) >= cut).sum())
 
 
