@@ -436,16 +436,16 @@ if __name__ == "__main__":
 #
 # 1. Sample with the kernel `EDM` (below) in place of `VP`. What must change?
 #    <details><summary>Solution</summary>The start: noise at `EDM.t_max` has standard deviation
-#    $s\sigma$ = 80, so `start * 80`; then pass `EDM` to the denoiser and to the solver. The samples
-#    are training pictures again.</details>
-# 2. Keep only 10 images as the data set. At what $t$ does $\hat y_t$ stop returning the very
-#    picture, and why later than with 1,797? <details><summary>Solution</summary>At 0.13, not 0.05.
-#    Fewer, more distant candidates need more noise to be confused: the posterior concentrates as
-#    long as $\sigma_t^2\log N$ is small against the squared distance between pictures.</details>
+#    $s\sigma$ = 80, so `start * EDM.t_max`; then pass `EDM` to the denoiser and to the solver. The
+#    samples are training pictures again. (From `start` itself all end in one and the same.)</details>
+# 2. Keep only 10 images as the data set. At what $t$ is $\hat y_t$ no longer nearest to the very
+#    picture in one case of a hundred, and why not as early as with all 1,797?
+#    <details><summary>Solution</summary>Near 0.13, not 0.05. Fewer, more distant candidates need
+#    more noise to be confused: the posterior concentrates as long as $\sigma_t^2\log N$ is small
+#    against the squared distance between pictures.</details>
 # 3. Redo the derivation for a network that predicts $x_0$ in place of $\epsilon$. What is its
 #    optimum? <details><summary>Solution</summary>Step 2 becomes $\|x_\theta-y_i\|^2$ with the same
-#    weights, so the optimum is $\hat y_t$ itself: the two predictions are one affine map
-#    apart.</details>
+#    weights, so its optimum is $\hat y_t$: the predictions are one affine map apart.</details>
 
 # %% [markdown]
 # ## Below this line: faster, safer, as published

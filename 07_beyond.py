@@ -436,4 +436,4 @@ if __name__ == "__main__":
 #    <details><summary>Solution</summary>`steps_at_noise(0.9, 3, 30) / 30`</details>
 # 2. Put the held-out pictures into `known`. What becomes of *exact*, and why?
 #    <details><summary>Solution</summary>`known = torch.cat([known, truth])`: it is the truth itself
-#    nearly always, for no other picture fits as well.</details>
+#    in some nine cases of ten, for hardly another picture fits as well.</details>

@@ -350,6 +350,7 @@ TABLES = dict(
 TABLES.update(
     tuned=win,
     win16=win,
+    mnist16=win,
     scarce=table3,
     overfitting=figure2,
     table1=table1,
@@ -487,9 +488,9 @@ def draw_capacity(everything, path):
 
 
 def draw_finding(everything, path):
-    """Draw one recipe for one decoder and for three, on digits and on CIFAR-10, for the README."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for ax, name in zip(axes, ("tuned", "win16"), strict=True):
+    """Draw one recipe for one decoder and for three, on three data sets, for the README."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for ax, name in zip(axes, ("tuned", "mnist16", "win16"), strict=True):
         experiment, runs = everything[name]
         arms = pairs.arms_of(runs)
         letters = [x for x in "ILPJ" if len(pairs.budgets_of(arms, x, 8)) > 1]
@@ -644,10 +645,11 @@ def cut_lines(ax, line, color, marker, label):
 
 
 FIGURES = {
-    "finding": (draw_finding, ("tuned", "win16")),
+    "finding": (draw_finding, ("tuned", "mnist16", "win16")),
     "win": (draw_win, ("win",)),
     "tuned": (functools.partial(draw_win, name="tuned"), ("tuned",)),
     "win16": (functools.partial(draw_win, name="win16"), ("win16",)),
+    "mnist16": (functools.partial(draw_win, name="mnist16"), ("mnist16",)),
     "capacity": (draw_capacity, ("width", "tuned", "width16", "win16")),
     "stages": (draw_stages, ("win",)),
     "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),

@@ -2,10 +2,8 @@
 
 import json
 import math
-import re
 import socket
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,31 +82,6 @@ def test_ddim_is_its_line(sde, evaluation):
         step = sde.VP.sigma(t_next) - sde.VP.sigma(t)
         z = z + step * eps(sde.VP.s(t) * z, t)
         torch.testing.assert_close(state, sde.VP.s(t_next) * z, rtol=1e-12, atol=1e-12)
-
-
-def test_the_exercises_solutions_run_and_say_the_truth(sde, evaluation):
-    """The snippets of the exercises: the distance falls like 1 / n, the midpoint has order 2."""
-    text = (Path(evaluation.__file__)).read_text(encoding="utf-8")
-    text = re.sub(
-        r"\n#\s+", " ", text[text.index("### Exercises") : text.index("## Below this line")]
-    )
-    code = {part.split(" ")[0]: part for part in re.findall(r"`([^`]+)`", text)}
-    torch.manual_seed(0)
-    runs = [eval(code["[frechet_distance(torch.randn(n,"], vars(evaluation)) for _ in range(5)]
-    few, more, many = np.mean(runs, 0)
-    assert 5 < few / more < 20 and 5 < more / many < 20
-
-    def midpoint(eps, kernel, x, nfe):
-        z, sigmas = evaluation.levels(kernel, x, nfe // 2)
-        names = {"noise_at": evaluation.noise_at, "eps": eps, "kernel": kernel, "z": z}
-        for names["sigma"], names["sigma_next"] in pairwise(sigmas):
-            names["e"] = evaluation.noise_at(eps, kernel, names["z"], names["sigma"])
-            for line in ("middle", "z_middle", "z"):
-                exec(code[line], names)
-        yield evaluation.unscale(kernel, names["z"], sigmas[-1])
-
-    errors = evaluation.measure_errors(midpoint, sde.VP, [80, 160])
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.2)
 
 
 recorded = [pytest.param(r, id=r["key"]) for r in json.loads(str(np.load(GOLDEN)["meta"]))]

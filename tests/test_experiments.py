@@ -415,7 +415,8 @@ def test_committed_arms_were_trained_alike(committed):
 
 
 @pytest.mark.parametrize(
-    ("name", "budget"), [("win", "2.88"), ("tuned", "2.88"), ("win16", "7.91")]
+    ("name", "budget"),
+    [("win", "2.88"), ("tuned", "2.88"), ("win16", "7.91"), ("mnist16", "7.76")],
 )
 def test_arms_of_the_study_differ_in_one_thing(committed, name, budget):
     experiment, runs = committed[name]
