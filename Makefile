@@ -1,10 +1,10 @@
 # make demo: see it work (3 to 15 minutes on 2 cores after the install). make test: check that it does.
-# make site: README, RESULTS.md and the executed notebooks as pages in site/.
+# make site: README, RESULTS.md and the executed notebooks as pages. make student: notebooks with gaps.
 # make -j3 experiments: run what RESULTS.md lacks, seeds side by side; FLAGS="--only table3" for one.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint notebooks experiments site clean
+.PHONY: demo test lint notebooks experiments site student clean
 
 demo: .venv/ready
 	$(BIN)/python notebooks/execute.py
@@ -24,6 +24,9 @@ site: .venv/ready
 	$(BIN)/python -m pip install -q -r docs/requirements.txt -c constraints.txt
 	$(BIN)/python docs/build.py
 
+student: .venv/ready
+	$(BIN)/python docs/student.py
+
 experiments: seed-0 seed-1 seed-2 seed-3 seed-4
 
 seed-%: .venv/ready
@@ -37,4 +40,4 @@ seed-%: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs/demo figures site
+	rm -rf .venv runs/demo figures site student

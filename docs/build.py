@@ -35,7 +35,8 @@ def relink(text):
     """Turn links to scripts and folders of the project into links to pages."""
     text = re.sub(r"\]\((?:\.\./)?(0\d_\w+)\.py\)", r"](\1.ipynb)", text)
     text = re.sub(r"\[([^][]+)\]\(notebooks\)", r"\1", text)  # the steps are listed at the side
-    return re.sub(r"\]\((?:\.\./)?README\.md", "](index.md", text)
+    text = re.sub(r"\]\((?:\.\./|docs/)?(\w+)\.md", r"](\1.md", text)
+    return text.replace("](README.md", "](index.md")
 
 
 def index_of_equations(text, where):
