@@ -45,7 +45,7 @@ batch = 300  # pictures drawn at a time [1, 1000000]
 seed = 1  # seed of the start noise [0, 4294967295]
 reference = ""  # a folder of pictures to compare with; empty: the run's data set
 weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
-features = ""  # TorchScript file, uint8 (B, C, H, W) to features (B, d), in place of Inception
+features = ""  # in place of Inception's: dinov2-vit-b-14, clip-vit-b-32, … or a TorchScript file
 compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
 compare = False  # also measure every kind of solver at 5 to 50 evaluations (minutes)
 model_for_stage = ""  # runs that serve single stages: an example stands at `Hybrid` below
@@ -1119,7 +1119,8 @@ def own_features(path, pictures):
     except Exception as error:  # torch.jit fails in many ways
         raise BadInput(
             f"{path} is no TorchScript file ({workshop.shorten(error)}): write one with "
-            "torch.jit.script(network).save(file)"
+            "torch.jit.script(network).save(file), or name features that torch-fidelity has, such as "
+            "dinov2-vit-b-14"
         ) from error
 
     def body(x, wanted=None):
@@ -1149,7 +1150,16 @@ def own_features(path, pictures):
 
 
 def pick_extractor(dataset, images, labels, features=""):
-    """Choose features for a data set: (name for torch-fidelity, name for the reader)."""
+    """Choose features for a data set: (name for torch-fidelity, name for the reader).
+
+    features: a name that torch-fidelity knows, or a TorchScript file as in `own_features`.
+    """
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    if features in FEATURE_EXTRACTORS_REGISTRY and features not in OWN:
+        if images.shape[1] != 3:
+            raise BadInput(f"{features} takes colour pictures, and {dataset}'s are grey")
+        return features, f"features of {features}"
     if features:
         return own_features(features, images[:4]), f"features of {Path(features).name}"
     if workshop.about(dataset).get("judge") != "digits":
@@ -1201,13 +1211,18 @@ def evaluate(images, reference, extractor, weights=""):
     how.update(isc=inception, fid=True, kid=True, prc=True, kid_subset_size=min(n // 2, 1000))
     how.update(feature_extractor=extractor, feature_extractor_weights_path=weights or None)
     try:
-        with workshop.limit_downloads():  # Inception's weights may have to be downloaded
+        with workshop.limit_downloads():  # the extractor's weights may have to be downloaded
             found = torch_fidelity.calculate_metrics(
                 input1=Pictures(to_bytes(images)), input2=Pictures(to_bytes(reference)), **how
             )
     except Exception as error:  # torch, torch-fidelity and the download each fail in their own way
-        if not inception or workshop.is_out_of_memory(error):
+        if extractor in OWN or workshop.is_out_of_memory(error):
             raise
+        if not inception:
+            raise BadInput(
+                f"{extractor} cannot be had ({workshop.shorten(error)}): fetch it once with a network, "
+                f"which leaves it in {torch.hub.get_dir()}, or give a TorchScript file as --features"
+            ) from error
         raise BadInput(
             f"Inception's weights cannot be had ({workshop.shorten(error)}): give their file with "
             f"--weights, put it into {torch.hub.get_dir()}/checkpoints (in place of a torn one), "

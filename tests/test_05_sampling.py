@@ -437,6 +437,13 @@ def test_missing_inception_weights_are_one_sentence(workshop, sde, evaluation, m
         "inception-v3-compat",
         "Inception features",
     )
+    name, said = evaluation.pick_extractor("cifar10", pictures, None, "dinov2-vit-b-14")
+    assert (name, said) == ("dinov2-vit-b-14", "features of dinov2-vit-b-14")
+    with pytest.raises(workshop.BadInput, match=r"dinov2-vit-b-14 cannot be had \(no network\)"):
+        evaluation.evaluate(pictures, pictures, name)
+    with pytest.raises(workshop.BadInput, match="clip-rn50 takes colour pictures, and digits's"):
+        evaluation.pick_extractor("digits", pictures[:, :1], None, "clip-rn50")
+    assert evaluation.distance_name(name, 50_000) == "Fréchet distance ↓"
     assert evaluation.distance_name("inception-v3-compat", 50_000) == "FID ↓"
     assert evaluation.distance_name("inception-v3-compat", 5_000) == "FID-5k ↓"
     assert evaluation.distance_name("own-3", 50_000) == "Fréchet distance ↓"
