@@ -10,6 +10,7 @@ whole scripts of earlier steps, so that no week depends on the one before.
 import argparse
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import jupytext
@@ -283,7 +284,7 @@ def opened(source, gap, lines=None):
     own = gap["lines"].strip("\n")
     if lines is None:
         indent = own[: len(own) - len(own.lstrip())]
-        raises = f'raise NotImplementedError("{gap["says"]}")'
+        raises = f'raise NotImplementedError("{gap["says"]}")  # in place of this line'
         lines = gap.get("gap", indent + "{raises}").format(raises=raises)
     return source.replace(own, lines.strip("\n"))
 
@@ -296,7 +297,8 @@ def with_gaps(step, chosen=None, answers=None):
             continue
         (i,) = [i for i, c in enumerate(notebook.cells) if gap["lines"].strip("\n") in c.source]
         cell = notebook.cells[i]
-        check = nbformat.v4.new_code_cell(f"# check: {name}\n{gap['check'].strip()}")
+        body = textwrap.indent(gap["check"].strip(), "    ")  # leaves the lesson's names alone
+        check = nbformat.v4.new_code_cell(f"# check: {name}\ndef check():\n{body}\n\n\ncheck()")
         notebook.cells.insert(i + 1, check)
         function, main, use = cell.source.partition('\n\n\nif __name__ == "__main__"')
         if main and gap["lines"].strip("\n") in function:  # checked before it is used
