@@ -26,6 +26,11 @@ NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, fals
 SPINS = "1000"  # turns of an idle thread before it sleeps; OpenMP's own default is 300,000
 
 
+def is_lesson():
+    """Tell whether a step shows its lesson: in a notebook, and as a script without a flag."""
+    return NOTEBOOK or (len(sys.argv) == 1 and "RANK" not in os.environ)
+
+
 def let_idle_threads_sleep():
     """Let idle threads of processes that load torch from now on sleep soon, unless the user chose.
 

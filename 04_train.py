@@ -31,7 +31,7 @@ import torch
 
 sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
-lesson = workshop.NOTEBOOK or (len(sys.argv) == 1 and "RANK" not in os.environ)
+lesson = workshop.is_lesson()
 
 # %% [markdown]
 # ## What the network is asked

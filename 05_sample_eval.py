@@ -45,9 +45,7 @@ batch = 300  # pictures drawn at a time [1, 1000000]
 seed = 1  # seed of the start noise [0, 4294967295]
 reference = ""  # a folder of pictures to compare with; empty: the run's data set
 weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
-features = (
-    ""  # in place of Inception's: efficientnet-lite0, dinov2-vit-b-14, … or a TorchScript file
-)
+features = ""  # besides Inception's: efficientnet-lite0, dinov2-vit-b-14, … or a TorchScript file
 compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
 compare = False  # also measure every kind of solver at 5 to 50 evaluations (minutes)
 model_for_stage = ""  # runs that serve single stages: an example stands at `Hybrid` below
@@ -59,7 +57,7 @@ workshop.settings(globals(), "05_sample_eval")
 figures = Path("figures") if out == "runs" else Path(out) / "figures"
 
 # %%
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     digits = workshop.to_network_space(workshop.load_images("digits")[0])
     sigmas = sde.VP.sigma(sde.log_snr_times(sde.VP, 20)).tolist()  # 21 noise levels, downwards
     z = sigmas[0] * torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -142,7 +140,7 @@ def noise_at(eps, kernel, z, sigma):
     return eps(kernel.s(t) * z, torch.full((len(z),), t, dtype=z.dtype))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     print("noise levels of 8 steps:", *(f"{v:.3g}" for v in levels(sde.VP, torch.ones(1), 8)[1]))
 
 # %%
@@ -208,7 +206,7 @@ def measure_errors(solver, kernel, budgets, end=None):
     return [(found - exact).abs().max().item() for found in ends]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     errors = measure_errors(ddim, sde.VP, [10, 20, 40, 80])
     print("DDIM, 10, 20, 40, 80 evaluations:", *(f"{e:.4f}" for e in errors))
 
@@ -249,7 +247,7 @@ def heun_levels(kernel, nfe, rho):
     return [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     errors = measure_errors(heun, sde.VP, [19, 39, 79, 159], end=0)
     print("Heun, 19, 39, 79, 159 evaluations:", *(f"{e:.4f}" for e in errors))
 
@@ -295,7 +293,7 @@ def dpm_solver_3(eps, kernel, x, nfe, generator=None):
 
 
 # %%
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     budgets = [15, 33, 63, 129, 255]  # divisible by 3, and odd for Heun
     for solver, order in ((sde.probability_flow, 1), (ddim, 1), (heun, 2), (dpm_solver_3, 3)):
         errors = measure_errors(solver, sde.VP, budgets, end=0 if solver is heun else None)
@@ -340,7 +338,7 @@ def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
         yield unscale(kernel, z, sigma_next)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     dice = torch.Generator().manual_seed(seed)
     start = torch.randn(20_000, 1, 1, 1, generator=dice)
     *_, x = ancestral(mixture_noise(sde.VP), sde.VP, start, 200, dice, grid="log-snr")
@@ -367,6 +365,8 @@ if __name__ == "__main__":
     if "scale" in settings:
         raise workshop.BadInput(f"{run} draws latents: 06_ldm.py --resume samples from it")
     process, n = settings["process"], min(samples, batch, 48)
+
+if __name__ == "__main__" and workshop.is_lesson():
     eps, kernel = training.noise_function(model, process), training.kernel_of(process)
     dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
     shape = n, model.channels, model.size, model.size
@@ -406,8 +406,8 @@ def frechet_distance(a, b):
     return float(((m1 - m2) ** 2).sum() + C1.trace() + C2.trace() - 2 * root.sum())  # Frechet
 
 
-if __name__ == "__main__" and workshop.ranks()[0] == 0:  # the first process measures
-    pixels, labels = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
+if __name__ == "__main__" and workshop.is_lesson():
+    pixels, _ = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
     half, other = (pixels[order[: 2 * n]].float() / 255).tensor_split(2)
     quarters = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # noqa: E731
@@ -502,7 +502,7 @@ def exchange_noise(e, sigma, sigma_next, eta, generator):
     return ((sigma_next**2 - v) ** 0.5 - sigma_next) * e + v**0.5 * sde.fresh_noise(e, generator)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     x_T, found = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1), []
     for solver in (partial(ddim, eta=1.0, grid="time"), ancestral):
         dice = torch.Generator().manual_seed(seed)
@@ -675,7 +675,7 @@ def dpm_solver(
         yield unscale(kernel, z, sigma_next)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     *_, plain = dpm_solver_3(mixture_noise(sde.VP), sde.VP, x_T, 15)
     *_, general = dpm_solver(mixture_noise(sde.VP), sde.VP, x_T, 15, orders=[3] * 5)
     torch.testing.assert_close(general, plain, rtol=1e-12, atol=1e-12)
@@ -756,7 +756,7 @@ def solver_errors(name, kernel, steps):
     return measure_errors(SAMPLERS[name], kernel, budgets, end)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and workshop.is_lesson():
     for kind, order in ORDER.items():
         errors = solver_errors(kind, sde.VP, [80, 160])
         slope = math.log2(errors[0] / errors[1])
@@ -868,7 +868,7 @@ def sample(
     return torch.cat(done)
 
 
-if __name__ == "__main__" and workshop.device().type == "cpu":
+if __name__ == "__main__" and workshop.is_lesson() and workshop.device().type == "cpu":
     again = workshop.to_pictures(sample(model, process, 3, "ddim", 15, seed))
     torch.testing.assert_close(again, states[0, :3], rtol=0, atol=1e-3)
     print("`sample` draws the pictures of the strip")
@@ -998,6 +998,8 @@ if __name__ == "__main__":
         samples = min(samples, int(theirs.sum()) // 2)
     rank, world = workshop.ranks()
     if rank == 0:  # what is compared with later must be there before hours go into drawing
+        size = settings.get("size") or 32
+        pixels, labels = workshop.load_images(settings["dataset"], root, size)
         alike = pixels if label < 0 else pixels[theirs]
         known = workshop.list_picture_files("folder", reference) if reference else alike
         check_number(samples, known)

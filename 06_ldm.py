@@ -37,7 +37,7 @@ sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
 evaluation = importlib.import_module("05_sample_eval")
-lesson = workshop.NOTEBOOK or (len(sys.argv) == 1 and "RANK" not in os.environ)
+lesson = workshop.is_lesson()
 
 # %% [markdown]
 # ## The crudest squeeze
