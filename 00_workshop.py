@@ -1012,13 +1012,29 @@ def write_checkpoint(content, folder):
             os.replace(path, path.with_name("checkpoint.previous.pt"))
 
 
+def read_pretrained(path):
+    """Read a file of pretrained/export.py as a checkpoint without its training state."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = {key: json.loads(value) for key, value in file.metadata().items()}
+            return {**about, "ema": {key: file.get_tensor(key) for key in file.keys()}}
+    except Exception as error:
+        raise BadInput(f"{path} is damaged ({shorten(error)}): restore it from git") from error
+
+
 def read_checkpoint(folder):
     """Read `folder`/checkpoint.pt onto the CPU, or the one before it where it is torn.
 
+    A folder like runs/pretrained/NAME without one stands for weights that come with the project.
     Raises BadInput where there is none that can be read.
     """
     paths = [Path(folder) / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+    kept = Path(__file__).parent / "pretrained" / f"{Path(folder).name}.safetensors"
     if not any(os.path.isfile(path) for path in paths):
+        if Path(folder).parent.name == "pretrained" and kept.is_file():
+            return read_pretrained(kept)
         raise BadInput(f"there is no checkpoint {paths[0]}: train one with 04_train.py")
     for path in paths:
         try:

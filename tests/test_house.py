@@ -67,7 +67,7 @@ LIMITS = {
 }
 # What the files have below the line is capability, not lesson: they may shrink, and grow only with
 # what is worth a new line here.
-LENGTHS = dict(zip(STEPS, (1190, 820, 895, 1320, 1265, 1400, 1390, 450), strict=True))
+LENGTHS = dict(zip(STEPS, (1210, 820, 895, 1320, 1265, 1400, 1390, 450), strict=True))
 
 
 @pytest.mark.parametrize("step", LESSONS)

@@ -1,0 +1,50 @@
+"""Keep what a run has learned as one small file beside this script, for step 05 to draw with.
+
+    python pretrained/export.py runs/digits-multistage
+    python 05_sample_eval.py --name pretrained/digits-multistage
+
+The file holds the averaged weights, the run's settings, its steps, and when and in how many minutes
+it was trained.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+workshop = importlib.import_module("00_workshop")
+training = importlib.import_module("04_train")
+
+
+def export(run, name=""):
+    """Write the averaged weights of a run; returns the file's path."""
+    content = workshop.read_checkpoint(run)
+    model = training.averaged_model(content).cpu()
+    rows = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, rows) if "images_per_s" in row]
+    seconds, before = 0.0, 0
+    for row in rows:
+        seconds += (row["step"] - before) * content["settings"]["batch"] / row["images_per_s"]
+        before = row["step"]
+    about = dict(settings=content["settings"], step=content["step"])
+    about |= dict(date=time.strftime("%Y-%m-%d"), minutes=round(seconds / 60, 1))
+    path = HERE / f"{name or Path(run).name}.safetensors"
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with workshop.replacing(path) as aside:
+        save_file(weights, aside, {key: json.dumps(value) for key, value in about.items()})
+    return path
+
+
+if __name__ == "__main__":
+    sys.excepthook = workshop.report_bad_input
+    parser = argparse.ArgumentParser("export.py", description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--name", default="", help="name of the file; empty: that of the run")
+    asked = parser.parse_args()
+    print(export(asked.run, asked.name))
