@@ -98,12 +98,20 @@ def mean_gap(row):
 
 
 def figure1d(experiment, runs):
-    """Write the distance against training compute, Table 2's ratio, and the controls."""
+    """Write the distance against training compute, and Table 2's ratio."""
     real = [r for label, records in runs if label.startswith("real") for r in records]
     runs = [(label, records) for label, records in runs if not label.startswith("real")]
-    controls = [run for run in runs if run[0].endswith("mixed") and run[1]]
-    (one, first), *others = [run for run in runs if not run[0].endswith("mixed")]
-    ratios = []
+    (one, first), *others = runs
+    head, rows, ratios = ["training GFLOPs"], [], []
+    for label, _ in runs:
+        head += [f"{label}: iterations", DISTANCE]
+    points = max((r["definition"]["points"] for _, found in runs for r in found), default=[])
+    for budget in points:
+        row = [f"{budget:.2f}"]
+        for _, records in runs:
+            row += [spread(each(records, "step", budget), 0)]
+            row += [spread(each(records, "frechet", budget))]
+        rows.append(row)
     for label, records in others:
         for who, theirs, whose, best in (
             (label, records, one, first),
@@ -112,28 +120,10 @@ def figure1d(experiment, runs):
             pairs = list(zip(best, theirs, strict=False))
             cells = [told([reach(a, b, cost) for a, b in pairs]) for cost in COSTS.values()]
             ratios.append([f"{who} as good as the best of {whose}", *cells])
-    parts = [over_budgets([(one, first), *others])]
-    parts.append(table(["share of the other's training", *COSTS], ratios))
-    if controls:
-        parts.append(over_budgets(controls))
+    parts = [table(head, rows), table(["share of the other's training", *COSTS], ratios)]
     if real:
         parts.append(f"Two halves of the real pictures: {spread(each(real, 'frechet'))}.")
     return "\n\n".join(parts)
-
-
-def over_budgets(arms):
-    """Write the iterations and the distance of some arms at every budget."""
-    head, rows = ["training GFLOPs"], []
-    for label, _ in arms:
-        head += [f"{label}: iterations", DISTANCE]
-    points = max((r["definition"]["points"] for _, found in arms for r in found), default=[])
-    for budget in points:
-        row = [f"{budget:.2f}"]
-        for _, records in arms:
-            row += [spread(each(records, "step", budget), 0)]
-            row += [spread(each(records, "frechet", budget))]
-        rows.append(row)
-    return table(head, rows)
 
 
 COSTS = {  # of a training up to a row of its curve
@@ -334,7 +324,8 @@ def capacity(everything):
 
 def widths(everything):
     """Yield (data, experiment, arms, (encoder, budget)) of J and L, at their largest budgets."""
-    for names, data in ((("width", "tuned"), "`digits`"), (("width16", "win16"), "CIFAR-10")):
+    sets = {"`digits`": ("width", "tuned"), "MNIST": ("mnist16",), "CIFAR-10": ("width16", "win16")}
+    for data, names in sets.items():
         found = [(pairs.arms_of(everything[name][1]), everything[name][0]) for name in names]
         largest = {}
         for arms, experiment in found:
@@ -361,7 +352,7 @@ TABLES.update(
 
 # tables across experiments, and the experiments that they ask for
 ACROSS = dict(ran=(ran, ()), rates=(rates, ("win", "tuned")))
-ACROSS["capacity"] = capacity, ("width", "tuned", "width16", "win16")
+ACROSS["capacity"] = capacity, ("width", "tuned", "mnist16", "width16", "win16")
 
 
 # ---- figures ---------------------------------------------------------------------------------
@@ -469,7 +460,7 @@ def draw_capacity(everything, path):
     figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     found, named = list(widths(everything)), set()
     for data, _, arms, key in found:
-        color, shift = ("C0", 0.97) if data == "CIFAR-10" else ("C1", 1.03)
+        color, shift = {"CIFAR-10": ("C0", 0.95), "MNIST": ("C2", 1.05)}.get(data, ("C1", 1.0))
         both = ("J", *key), ("L", *key)
         ratios = pairs.differences(arms, *both, lambda row: np.log(row["frechet"]))
         percent = [100 * np.expm1(ratio) for ratio in ratios]
@@ -650,7 +641,7 @@ FIGURES = {
     "tuned": (functools.partial(draw_win, name="tuned"), ("tuned",)),
     "win16": (functools.partial(draw_win, name="win16"), ("win16",)),
     "mnist16": (functools.partial(draw_win, name="mnist16"), ("mnist16",)),
-    "capacity": (draw_capacity, ("width", "tuned", "width16", "win16")),
+    "capacity": (draw_capacity, ("width", "tuned", "mnist16", "width16", "win16")),
     "stages": (draw_stages, ("win",)),
     "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),
     "curves": (draw_curves, ("figure1d", "cifar16")),
