@@ -1384,7 +1384,7 @@ if __name__ == "__main__" and not dry_run and compare:
 # %% [markdown]
 # One seed says little, so here is what more of them say (RESULTS.md). In pixels, with 8 channels and
 # one recipe for both, three decoders beat one on CIFAR-10 at 16×16, by 0.46 ± 0.21 of 3.82 (three
-# seeds, 95% interval), and are level with it on `digits`, −0.00 ± 0.08 of 1.45 (five seeds), if
-# the one decoder has the times of the stages too. In latents one decoder is ahead
-# in all runs that were made: 0.89 ± 0.11 against 1.25 ± 0.11 with the release's recipe (three
+# seeds, 95% interval), are level with it on `digits`, −0.00 ± 0.08 of 1.45 (five seeds), if the one
+# decoder has the times of the stages too, and a little behind on MNIST. In latents one decoder is
+# ahead in all runs that were made: 0.89 ± 0.11 against 1.25 ± 0.11 with the release's recipe (three
 # seeds, mean and deviation), and in this one. The paper's claim is about far longer runs.
