@@ -5,7 +5,7 @@
     python experiments/run.py --seeds 0        # one seed of each; --seeds 1,2 in a second shell
     python experiments/run.py --draw           # run nothing, draw tables and figures anew
 
-An experiment that asks for data, or is `unfinished`, runs only where it is named.
+An experiment that asks for data runs only where it is named.
 
 A file holds `[settings]` for all of its runs and a `[[runs]]` for each; their keys are the names of
 step 04's parameters and those of OWN below. A run with one seed is a unit of work. Its result lies
@@ -158,9 +158,6 @@ def work_off(experiments, named=(), seeds=()):
         asks = experiment.get("asks", "")
         if todo and asks and name not in named:
             print(f"{name}: left out, it asks for {asks}; run it with --only {name}")
-            continue
-        if todo and "unfinished" in experiment and name not in named:
-            print(f"{name}: left out, {experiment['unfinished']}; go on with --only {name}")
             continue
         for i, (_, label, d) in enumerate(sorted(todo, key=lambda unit: unit[0]), start=1):
             if work.read_result(d) is not None:  # another unit needed it and has run it by now
