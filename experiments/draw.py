@@ -168,8 +168,7 @@ def table4(experiment, runs):
         if not experiment["paper"].get(label) and label == "unified":
             continue  # only built on
         if not records:
-            if "unfinished" not in experiment:
-                rows.append([label, *["–"] * 8])
+            rows.append([label, *["–"] * 8])
             continue
         first = records[0]
         cuts = [
@@ -360,7 +359,7 @@ ACROSS["capacity"] = capacity, ("width", "tuned", "mnist16", "width16", "win16")
 
 def draw_arms(everything, path):
     """Draw every seed of Tables 3, 4 and 7 as a dot, and what real pictures get."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 5), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6), layout="constrained")
     floor = dict(everything["table3"][1])["real digits"]
     for ax, name in zip(axes.flat, ("table3", "scarce", "table4", "table7"), strict=True):
         experiment, runs = everything[name]
@@ -369,6 +368,7 @@ def draw_arms(everything, path):
         for i, (_, records) in enumerate(arms):
             draw_dots(ax, i, each(records, "frechet", experiment["at"]))
         names = [label.replace("early stopping", "ES").split(" (A")[0] for label, _ in arms]
+        names = [name.replace("times uniform, mixed", "dealt alike") for name in names]
         if name == "table7":
             names = [f"stages: {name}" for name in names]
         real = dict(runs).get("the 180 pictures themselves", floor)
