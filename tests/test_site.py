@@ -87,12 +87,12 @@ class Browser:
         self.process = subprocess.Popen([BROWSER, *flags], stderr=subprocess.DEVNULL)
         port = folder / "DevToolsActivePort"
         for _ in range(600):
-            if port.is_file() and port.read_text().count("\n"):
+            if port.is_file() and port.read_text(encoding="utf-8").count("\n"):
                 break
             time.sleep(0.1)
-        self.port, self.count = int(port.read_text().split()[0]), 0
+        self.port, self.count = int(port.read_text(encoding="utf-8").split()[0]), 0
 
-    async def open(self):
+    async def connect(self):
         from tornado import httpclient, websocket
 
         where = f"http://127.0.0.1:{self.port}/json"
@@ -170,7 +170,7 @@ def test_every_page_in_a_browser(site, tmp_path):
     async def look():
         browser = Browser(tmp_path)
         try:
-            await browser.open()
+            await browser.connect()
             found = {}
             for path in sorted(site.glob("*.html")):
                 for width in (390, 1280):
