@@ -65,8 +65,8 @@ def write_pages(source):
     end = texts["index.md"].index("\n## ", begin)
     found = index_of_equations(texts["index.md"][begin:end], where)
     texts["equations.md"] = found.replace("### ", "# ", 1)
-    pages = ["[Where is equation 7?](equations.md) leads from each equation to its line.\n"]
-    texts["index.md"] = texts["index.md"][:begin] + pages[0] + texts["index.md"][end:]
+    link = "[Where is equation 7?](equations.md) leads from each equation to its line.\n"
+    texts["index.md"] = texts["index.md"][:begin] + link + texts["index.md"][end:]
     more = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
     texts.update(
         {name: relink((ROOT / "docs" / name).read_text(encoding="utf-8")) for name in more}
