@@ -209,24 +209,58 @@ def answer(model, x, t, direction, half=False):
     return out.detach().float().cpu(), torch.cat(gradients).cpu()
 
 
+class Stage(torch.nn.Module):
+    """One stage of a network as the plain U-Net that it is, in bfloat16 by itself."""
+
+    def __init__(self, model, k):
+        super().__init__()
+        self.encoder, self.decoder = model.encoders[0], model.decoders[k]
+
+    def forward(self, x, t):
+        # kept casts of the weights would be part of no graph
+        half = dict(enabled=DEVICE.type == "cuda", cache_enabled=False)
+        with torch.autocast(DEVICE.type, torch.bfloat16, **half):
+            return self.decoder(*self.encoder(x, t))
+
+
+def replayed(model, k, batch):
+    """Record what stage k launches, forward and backward, once: a `forward` that replays it."""
+    x, t = torch.randn(batch, 3, model.size, model.size), torch.rand(batch)
+    stage = Stage(model, k).to(DEVICE).train()
+    if DEVICE.type == "cuda":
+        stage = torch.cuda.make_graphed_callables(stage, (x.to(DEVICE), t.to(DEVICE)))
+    return lambda x, t, **_: stage(x.contiguous(), t)
+
+
 def training_speed(args):
-    """Time step 04's loop on each stage of table5_1 in three forms; profile the first stage."""
+    """Time step 04's loop on each stage of table5_1, as it is and as replayed CUDA graphs."""
+    yield from time_forms(args, ("as_it_is", "replayed"), (0, 1, 2))
+
+
+def compiled_speed(args):
+    """Time step 04's loop with `--compile` on the last stage, whose compilation takes minutes."""
+    yield from time_forms(args, ("compiled",), (2,))
+
+
+def time_forms(args, forms, stages):
+    """Time training steps of table5_1: its own stages in forms, and how busy the card is."""
     batch, n, changes = (4, 1, TINY) if args.quick else (128, 10, {})
     costs, peak = unet.cost("table5_1", **changes), product_rate(args)
     yield dict(batch=batch, bfloat16_tflops=peak / 1e12)
-    images, model = (
-        pictures(args, 1000)[0].to(DEVICE),
-        unet.build_network("table5_1", **changes).to(DEVICE),
-    )
-    for form in ("channels_last", "compiled", "nchw"):
-        model = model.to(memory_format=torch.contiguous_format if form == "nchw" else LAST)
-        state, found = training.new_state(model, 2e-4, seed=0), {}
-        if form == "compiled":
-            state["forward"] = torch.compile(model, backend="eager" if args.quick else "inductor")
-        run = lambda n, state=state: train_steps(state, images, n, batch)  # noqa: E731
-        for k in range(len(model.decoders)):
-            state["active"] = [k]
+    images = pictures(args, 1000)[0].to(DEVICE)
+    for form in forms:
+        found = {}
+        for k in stages:
+            torch.manual_seed(0)
+            model = unet.build_network("table5_1", **changes).to(DEVICE, memory_format=LAST)
+            state = training.new_state(model, 2e-4, seed=0) | dict(active=[k])
+            run = lambda n, state=state: train_steps(state, images, n, batch)  # noqa: E731
             try:
+                if form == "compiled":
+                    backend = "eager" if args.quick else "inductor"
+                    state["forward"] = torch.compile(model, backend=backend)
+                elif form == "replayed":
+                    state["forward"] = replayed(model, k, batch)
                 row = found[f"stage_{k}"] = dict(warm_up_s=seconds(lambda run=run: run(3)))
                 spent, row["peak_gib"] = measured(lambda run=run: run(n))
             except Exception as error:  # out of memory, or no compiler: the other forms go on
@@ -236,17 +270,17 @@ def training_speed(args):
                 yield {form: found}
             rate = 3e9 * costs[k]["true_gflops"] * batch * n / spent  # backward counts twice
             row.update(pictures_per_s=batch * n / spent, tflops=rate / 1e12, share=rate / peak)
+            row.update(profile(lambda run=run: run(1), spent / n))
             yield {form: found}
-        del state, run
-        torch.cuda.empty_cache()
-    state = training.new_state(model, 2e-4, seed=0) | dict(active=[0])
-    run = lambda n: train_steps(state, images, n, batch)  # noqa: E731
-    run(1)
-    yield {"profile_nchw_stage_0": profile(lambda: run(2), seconds(lambda: run(2)))}
+            del model, state, run
+            torch.cuda.empty_cache()
 
 
 def profile(work, alone):
-    """List what the card spends its time on in `work`, and how much of `alone` seconds it works."""
+    """List what the card spends its time on in `work`, and how much of `alone` seconds it works.
+
+    launches: how many kernels the host has to start, one by one.
+    """
     card, kinds = torch.cuda.is_initialized(), torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[kinds.CUDA if card else kinds.CPU]) as found:
         work()
@@ -257,9 +291,10 @@ def profile(work, alone):
     # an annotation spans kernels that have rows of their own
     rows = [e for e in rows if not getattr(e, "is_user_annotation", False)]
     total = sum(map(time_of, rows)) or 1
-    rows = sorted(rows, key=time_of, reverse=True)[:15]
+    launches, rows = sum(e.count for e in rows), sorted(rows, key=time_of, reverse=True)[:8]
     kernels = [[e.key[:70], time_of(e) / total, e.count] for e in rows]
-    return dict(busy=total / 1e6 / alone if card else None, kernels=kernels)
+    busy, launches = (total / 1e6 / alone, launches) if card else (None, None)
+    return dict(busy=busy, launches=launches, kernels=kernels)
 
 
 def posterior_mean(args):
@@ -316,10 +351,10 @@ def sampling_speed(args):
 
 
 def train_run(args):
-    """Run step 04 from the shell on 15,000 picture files: its speed, start and end included."""
+    """Run step 04 from the shell on 5,000 picture files: its speed, start and end included."""
     from PIL import Image
 
-    n, steps, flags = 15_000, 150, []  # the recipe: table5_1, 128 pictures a step
+    n, steps, flags = 5000, 100, []  # the recipe: table5_1, 128 pictures a step
     if args.quick:
         n, steps, flags = 40, 6, ["--network", "digits", "--size", 8, "--batch", 8]
     pixels, source = pictures(args, n)
@@ -342,6 +377,7 @@ def resume(args):
     """Kill step 04 in the middle and resume it; then carry its checkpoint to the CPU and back."""
     steps, every = (60, 4) if args.quick else (120, 10)
     flags = ["--boundaries", "0.1,0.44", "--save_every", every, "--sample_every", 10**6]
+    flags += ["--decay", "none"]  # a learning rate that falls to zero at an end could not go on
     with tempfile.TemporaryDirectory() as folder:
         run, process = Path(folder, "runs", "r"), step_04(folder, *flags, "--steps", steps)
         while process.poll() is None and not (run / "checkpoint.previous.pt").exists():
@@ -424,17 +460,18 @@ def demo(args):
         raise RuntimeError(f"notebooks/execute.py ended with {process.returncode}: {lines[-1:]}")
 
 
-PARTS = {  # name: (function, seconds it may take); the demo takes what the others leave
+PARTS = {  # name: (function, seconds it may take); the last two take what the others leave
     "machine": (machine, 30),
     "agree_networks": (agree_networks, 75),
-    "training_speed": (training_speed, 180),
+    "training_speed": (training_speed, 110),
     "posterior_mean": (posterior_mean, 35),
     "sampling_speed": (sampling_speed, 75),
-    "train_run": (train_run, 75),
+    "train_run": (train_run, 95),
     "resume": (resume, 95),
     "agree_samplers": (agree_samplers, 60),
     "algorithm_1": (algorithm_1, 25),
     "autoencoder": (autoencoder, 30),
+    "compiled_speed": (compiled_speed, 300),
     "demo": (demo, 600),
 }
 
