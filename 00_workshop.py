@@ -246,6 +246,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -324,11 +325,16 @@ def show_figure(path):
 
 def tile_images(images, columns=16, scale=0):
     """Arrange images (N, C, H, W), floats in [0, 1], as one spaced and enlarged (C, H', W')."""
-    from torchvision.utils import make_grid
-
-    scale = scale or max(1, 48 // images.shape[-1])
+    scale, columns = scale or max(1, 48 // images.shape[-1]), min(columns, len(images))
     big = images.clamp(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    return make_grid(big, nrow=columns, padding=6, pad_value=1.0)
+    big = big.expand(-1, max(3, big.shape[1]), -1, -1)  # grey is a colour
+    big = torch.cat([big, big.new_ones(-len(big) % columns, *big.shape[1:])])
+    # as torchvision's make_grid, which takes seconds to import
+    big = F.pad(big, (6, 0, 6, 0), value=1.0).unflatten(
+        0, (-1, columns)
+    )  # (rows, columns, C, h, w)
+    big = big.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return F.pad(big, (0, 6, 0, 6), value=1.0)
 
 
 def show_images(rows, titles, path, columns=16, labels=None):

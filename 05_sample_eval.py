@@ -454,7 +454,6 @@ if __name__ == "__main__" and workshop.is_lesson():
 # and the measures as published.
 
 # %%
-import copy
 import inspect
 import sys
 import time
@@ -885,7 +884,7 @@ def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, 
 
     decode: brings what the network draws to pictures in [0, 1].
     """
-    (rank, world), folder, parts = workshop.ranks(), Path(folder), []
+    (rank, world), folder = workshop.ranks(), Path(folder)
     shape = decode(torch.zeros(1, model.channels, model.size, model.size)).shape[1:]
     for j, first in enumerate(range(0, n, shard)):
         path, size = folder / f"{first:07}.npy", min(shard, n - first)
@@ -896,9 +895,8 @@ def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, 
                 np.save(file, to_bytes(x).numpy())
     if world > 1:
         dist.barrier()
-    for first in range(0, n, shard):
-        parts.append(torch.from_numpy(np.load(folder / f"{first:07}.npy")[: n - first]))
-    return torch.cat(parts)
+    parts = [np.load(folder / f"{first:07}.npy")[: n - first] for first in range(0, n, shard)]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def stage_shares(model, process, sampler, nfe, grid=""):
@@ -969,17 +967,15 @@ def build_hybrid(model, process, text):
     return Hybrid(model, others), "-".join(names)
 
 
+@torch.no_grad()
 def stage_gflops(model):
     """List the GFLOPs (paper's count) of one evaluation in each stage, whoever serves it."""
-    if not isinstance(model, Hybrid):
-        costs = unet.cost_of(copy.deepcopy(model).to("meta"))
-        return [costs[k]["gflops"] for k in range(len(model.decoders))]
-    found, cuts = stage_gflops(model.model), model.model.boundaries
-    for k, other in model.others.items():
-        # a time in stage k: the other network is a unified one, or is cut at the same times
-        t = 0.999 * cuts[int(k)] if int(k) < len(cuts) else 1.001 * cuts[-1]
-        found[int(k)] = stage_gflops(other)[int(other.stage(t[None]))]
-    return found
+    x = torch.zeros(1, model.channels, model.size, model.size, device=workshop.device())
+    cuts = getattr(model, "model", model).cuts
+    # a time in each stage: another network that serves one is a unified one, or has the same cuts
+    times = [0.999 * cut for cut in cuts] + [1.001 * max(cuts, default=0.5)]
+    runs = [partial(model, x, x.new_full((1,), t), stage=k) for k, t in enumerate(times)]
+    return [unet.macs_as_published(run, model) / 1e9 for run in runs]
 
 
 # %%
@@ -998,28 +994,26 @@ if __name__ == "__main__":
         samples = min(samples, int(theirs.sum()) // 2)
     rank, world = workshop.ranks()
     if rank == 0:  # what is compared with later must be there before hours go into drawing
-        size = settings.get("size") or 32
-        pixels, labels = workshop.load_images(settings["dataset"], root, size)
+        pixels, labels = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
         alike = pixels if label < 0 else pixels[theirs]
         known = workshop.list_picture_files("folder", reference) if reference else alike
         check_number(samples, known)
     count, share = stage_shares(model, process, sampler, nfe, grid)
+    costs = stage_gflops(model)
     if compile:
         model.compile()
     begin = time.perf_counter()
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, progress=True)
     drawn = draw_set(model, process, folder, samples, **how, **told).float() / 255
-    seconds = time.perf_counter() - begin
+    took = time.perf_counter() - begin
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         sys.exit()  # the first process measures
-    speed = samples / seconds
-    print(f"{samples} pictures in {seconds:.1f} s on {workshop.device()}: {speed:.0f}/s")
-    costs = stage_gflops(model)
+    print(f"{samples} pictures in {took:.1f} s on {workshop.device()}: {samples / took:.0f}/s")
+    print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
     both = [1 + bool(w and label >= 0) for w in told["guidance"]]  # with the label and without it
     gflops = sum(part * costs[k] * both[k % len(both)] for k, part in share.items())
-    print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
     print(f"equivalent GFLOPs (paper's count): {gflops:.4g}")
     title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
     workshop.show_images([drawn[:96]], [title], run / "samples.png")
@@ -1066,6 +1060,16 @@ class DigitClassifier(nn.Module):
 
     def forward(self, x):
         return self.head(F.relu(self.body(x)))
+
+
+def load_classifier(dataset, images, labels):
+    """Take the classifier of a data set that comes with the project, or train one, as there."""
+    path = Path(workshop.__file__).parent / "pretrained" / f"{dataset}-classifier.safetensors"
+    if not path.is_file():
+        return train_classifier(images, labels)
+    kept, classifier = workshop.read_pretrained(path), DigitClassifier()
+    classifier.load_state_dict(kept["ema"])
+    return classifier.eval(), kept["accuracy"]
 
 
 def train_classifier(images, labels, steps=400, seed=0):
@@ -1180,14 +1184,9 @@ def enlarge(x):
 
 def efficientnet_features():
     """Register the 1,280 features of that classifier before its decision: their name."""
-    net = load_efficientnet()
-
-    @torch.no_grad()
-    def body(x):
-        return net.to(x.device).extract_features(enlarge(x)).mean((2, 3))
-
-    known = "EfficientNetLite0" in OWN
-    return "EfficientNetLite0" if known else register_features(body, 1280, "EfficientNetLite0")
+    net, name = load_efficientnet(), "EfficientNetLite0"
+    body = torch.no_grad()(lambda x: net.to(x.device).extract_features(enlarge(x)).mean((2, 3)))
+    return name if name in OWN else register_features(body, 1280, name)
 
 
 def pick_extractor(dataset, images, labels, features=""):
@@ -1198,17 +1197,16 @@ def pick_extractor(dataset, images, labels, features=""):
     """
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    named = features == "efficientnet-lite0" or features in FEATURE_EXTRACTORS_REGISTRY
-    if named and images.shape[1] != 3:
-        raise BadInput(f"{features} takes colour pictures, and {dataset}'s are grey")
-    if named:
+    if features == "efficientnet-lite0" or features in FEATURE_EXTRACTORS_REGISTRY:
+        if images.shape[1] != 3:
+            raise BadInput(f"{features} takes colour pictures, and {dataset}'s are grey")
         name = efficientnet_features() if features == "efficientnet-lite0" else features
         return name, f"features of {name}"
     if features:
         return own_features(features, images[:4]), f"features of {Path(features).name}"
     if workshop.about(dataset).get("judge") != "digits":
         return "inception-v3-compat", "Inception features"
-    classifier, accuracy = train_classifier(images, labels)
+    classifier, accuracy = load_classifier(dataset, images, labels)
     # it stays on the CPU, wherever torch-fidelity wants its features
     body = lambda x: classifier.body(x.cpu().float() / 255).to(x.device)  # noqa: E731
     named = f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
@@ -1391,8 +1389,8 @@ if __name__ == "__main__" and compare:
         else:
             plt.loglog(nfes, distances, marker="o", ms=4, **style)
     plt.axhline(table["real / real"]["frechet"], color="gray", ls=":", label="real / real")
-    plt.gca().set(xlabel="evaluations", ylabel="Fréchet distance")
     plt.minorticks_off()
+    plt.gca().set(xlabel="evaluations", ylabel="Fréchet distance")
     plt.xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncol=2)
     workshop.show_figure(run / "solvers.png")

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STEPS
+from torchvision.utils import make_grid
 
 SHOWN = {"describe_environment"}  # by the workshop's own demonstration
 HALVES = {"write_checkpoint"}  # step 04 writes what the steps read with read_checkpoint
@@ -480,6 +481,11 @@ def test_pictures_are_tiled_with_space_between(workshop):
     grid = workshop.tile_images(torch.zeros(5, 1, 8, 8), columns=3)
     assert grid.shape == (3, 2 * 48 + 3 * 6, 3 * 48 + 4 * 6)
     assert grid[0, 0, 0] == 1 and grid[0, 7, 7] == 0
+    for n, channels, columns in ((40, 3, 16), (2, 1, 16), (17, 1, 4)):  # as torchvision has it
+        x = torch.rand(n, channels, 8, 8)
+        big = x.repeat_interleave(6, -1).repeat_interleave(6, -2)
+        theirs = make_grid(big, nrow=columns, padding=6, pad_value=1.0)
+        assert torch.equal(workshop.tile_images(x, columns), theirs)
 
 
 def test_environment_names_what_is_missing(workshop, monkeypatch, tmp_path):

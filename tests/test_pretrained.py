@@ -27,6 +27,22 @@ def test_the_weights_draw_what_the_readme_says(tmp_path):
     assert (tmp_path / name / "samples.png").is_file()
 
 
+def test_the_kept_classifier_is_the_one_that_would_be_trained(workshop, evaluation):
+    pixels, labels = workshop.load_images("digits")
+    kept, said = evaluation.load_classifier("digits", pixels, labels)
+    trained, accuracy = evaluation.train_classifier(pixels, labels)
+    some = pixels.float() / 255
+    with torch.no_grad():
+        both = kept.body(some), trained.body(some)
+        right = (kept(some).argmax(1) == labels).float().mean()
+    # another machine rounds otherwise, and training makes that larger
+    distance = evaluation.frechet_distance(*both)
+    halves = evaluation.frechet_distance(both[0][::2], both[0][1::2])
+    assert distance < 0.5 * halves and abs(said - accuracy) < 0.01 and right > 0.99
+    other = evaluation.load_classifier("nothing", pixels[:200], labels[:200])[0]
+    assert not torch.equal(other.head.weight, kept.head.weight)
+
+
 def test_a_run_is_kept_and_read_back(workshop, unet, training, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "short"
     flags = ["--steps", "3", "--out", tmp_path / "runs", "--name", "short"]
