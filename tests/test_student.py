@@ -1,6 +1,7 @@
 """The student's version: a gap says what is to be written, and its check tells right from wrong."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 
@@ -61,24 +62,38 @@ def test_checks_tell_right_from_wrong(step, place, monkeypatch):
     assert seen == {name for name, gap in student.GAPS.items() if gap["step"] == step}
 
 
-def test_the_students_notebooks_stop_at_their_gaps(place):
-    """Through papermill: at each gap with its sentence, and past it once it is filled."""
+@pytest.fixture(scope="module")
+def handout(place):
+    """What students get, in a folder where step 05 finds its run."""
     out = place / "handout"
     asked = [sys.executable, ROOT / "docs" / "student.py", "--out", out]
     subprocess.run(asked, check=True, capture_output=True)
     assert {path.stem for path in out.glob("*.ipynb")} == set(WITH_GAPS)
-    step = STEPS[1]
-    first, second = (name for name, gap in student.GAPS.items() if gap["step"] == step)
-    for stops_at, filled in ((first, ()), (second, (first,))):
-        answers = {name: student.GAPS[name]["lines"] for name in filled}
-        draft = place / "draft.ipynb"
-        student.jupytext.write(student.with_gaps(step, answers=answers), draft)
-        with pytest.raises(papermill.PapermillExecutionError) as caught:
-            papermill.execute_notebook(
-                draft, draft, kernel_name="python3", cwd=out, progress_bar=False
-            )
-        assert caught.value.ename == "NotImplementedError"
-        assert student.GAPS[stops_at]["says"] in str(caught.value)
+    shutil.copytree(place / "runs", out / "runs")
+    return out
+
+
+def execute(notebook, folder):
+    draft = folder / "draft.ipynb"
+    student.jupytext.write(notebook, draft)
+    papermill.execute_notebook(draft, draft, kernel_name="python3", cwd=folder, progress_bar=False)
+
+
+@pytest.mark.parametrize("step", WITH_GAPS)
+def test_notebooks_stop_at_a_gap_and_run_once_it_is_filled(step, handout):
+    """Through papermill: to the last gap with those before it filled, then past it."""
+    gaps = [name for name, gap in student.GAPS.items() if gap["step"] == step]
+    answers = {name: student.GAPS[name]["lines"] for name in gaps}
+    last = answers.pop(gaps[-1])
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        execute(student.with_gaps(step, answers=answers), handout)
+    assert caught.value.ename == "NotImplementedError"
+    assert student.GAPS[gaps[-1]]["says"] in str(caught.value)
+    filled = student.with_gaps(step, answers={**answers, gaps[-1]: last})
+    cells = filled.cells
+    end = max(i for i, c in enumerate(cells) if c.source.startswith("# check: "))
+    filled.cells = cells[: end + 1]
+    execute(filled, handout)
 
 
 def test_the_handout_has_no_solution_and_every_wrong_answer_is_told_to_teachers():
