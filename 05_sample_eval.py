@@ -1062,6 +1062,7 @@ class DigitClassifier(nn.Module):
         return self.head(F.relu(self.body(x)))
 
 
+@cache  # of the very same tensors
 def load_classifier(dataset, images, labels):
     """Take the classifier of a data set that comes with the project, or train one, as there."""
     path = Path(workshop.__file__).parent / "pretrained" / f"{dataset}-classifier.safetensors"

@@ -182,7 +182,7 @@ def tell(values, digits=2):
 
 
 if __name__ == "__main__":
-    classifier, accuracy = evaluation.train_classifier(pixels, labels)
+    classifier, accuracy = evaluation.load_classifier(dataset, pixels, labels)
     read = lambda x: classifier(x).argmax(1).detach()  # noqa: E731
     extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
     half, other = evaluation.real_halves(pixels, samples)
