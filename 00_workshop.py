@@ -329,10 +329,8 @@ def tile_images(images, columns=16, scale=0):
     big = images.clamp(0, 1).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     big = big.expand(-1, max(3, big.shape[1]), -1, -1)  # grey is a colour
     big = torch.cat([big, big.new_ones(-len(big) % columns, *big.shape[1:])])
-    # as torchvision's make_grid, which takes seconds to import
-    big = F.pad(big, (6, 0, 6, 0), value=1.0).unflatten(
-        0, (-1, columns)
-    )  # (rows, columns, C, h, w)
+    # what torchvision's make_grid does, which takes seconds to import; (rows, columns, C, h, w):
+    big = F.pad(big, (6, 0, 6, 0), value=1.0).unflatten(0, (-1, columns))
     big = big.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     return F.pad(big, (0, 6, 0, 6), value=1.0)
 

@@ -1390,8 +1390,8 @@ if __name__ == "__main__" and compare:
         else:
             plt.loglog(nfes, distances, marker="o", ms=4, **style)
     plt.axhline(table["real / real"]["frechet"], color="gray", ls=":", label="real / real")
-    plt.minorticks_off()
     plt.gca().set(xlabel="evaluations", ylabel="Fréchet distance")
+    plt.minorticks_off()
     plt.xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
     plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncol=2)
     workshop.show_figure(run / "solvers.png")

@@ -67,4 +67,6 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     if not (asked.run or asked.classifier):
         parser.error("give the folder of a run, or --classifier digits")
-    print(export_classifier("digits") if asked.classifier else export(asked.run, asked.name))
+    print(
+        export_classifier(asked.classifier) if asked.classifier else export(asked.run, asked.name)
+    )
