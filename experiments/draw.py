@@ -321,6 +321,34 @@ def capacity(everything):
     return table(head, rows)
 
 
+def rulers(experiment, runs):
+    """Write the pairs of a study whose pictures were compared in two kinds of features."""
+    arms = pairs.arms_of(runs)
+    seeds = len(experiment["settings"]["seeds"])
+    again = f" in {experiment['settings']['ruler']}"
+    kinds = {"FD-ResNet56": ("frechet", 2), "FD-EfficientNetLite0": (f"frechet{again}", 3)}
+    kinds |= {"KID, ResNet56": ("kid", 3), "KID, EfficientNetLite0": (f"kid{again}", 4)}
+    head, rows = ["factor", "pair", "seeds"], []
+    for name in kinds:
+        head += [f"difference in {name}", *["so it"] * name.startswith("FD")]
+    for one, other, factor in experiment["pairs"]:
+        for key in dict.fromkeys(key[1:] for key in arms):
+            cells = []
+            for name, (metric, digits) in kinds.items():
+                of = lambda row, metric=metric: row[metric]  # noqa: E731
+                found = pairs.differences(arms, (one, *key), (other, *key), of)
+                if found:
+                    cells += [pairs.told(found, digits)]
+                    cells += [pairs.verdict(found, seeds)] * name.startswith("FD")
+            if cells:
+                rows.append([factor, f"{one} − {other}", len(found), *cells])
+    parts, rows = [table(head, rows)], []
+    for label, records in runs:
+        cells = [spread(each(records, metric), digits) for metric, digits in kinds.values()]
+        rows.append([label, len(records), *cells])
+    return "\n\n".join([*parts, table(["arm", "seeds", *kinds], rows)])
+
+
 def widths(everything):
     """Yield (data, experiment, arms, (encoder, budget)) of J and L, at their largest budgets."""
     sets = {"`digits`": ("width", "tuned"), "MNIST": ("mnist16",), "CIFAR-10": ("width16", "win16")}
@@ -341,6 +369,7 @@ TABLES.update(
     tuned=win,
     win16=win,
     mnist16=win,
+    ruler16=rulers,
     scarce=table3,
     overfitting=figure2,
     table1=table1,

@@ -52,6 +52,7 @@ OWN = dict(
     branch=0,  # the point of `of` that a training goes on from; 0: it starts from scratch
     intervals=False,  # held-out losses of the three stages of Algorithm 1, whatever the network has
     sampling_seeds=0,  # sets that are drawn, whose metrics are averaged; 0: one
+    ruler="",  # features, as in step 05, in which the sets are compared once more
     keep=False,  # keep the weights at the start and at every point, for runs that build on this one
     sampler="dpm-solver-3",
     nfe=20,

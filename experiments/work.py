@@ -96,24 +96,39 @@ def pictures(dataset, size=0):
 
 
 @functools.cache
-def yardstick(dataset, size, samples):
+def yardstick(dataset, size, samples, ruler=""):
     """Choose features and two random halves of the real pictures: (extractor, half, other)."""
     pixels, labels = pictures(dataset, size)
-    if dataset == "cifar10":
+    if dataset == "cifar10" and not ruler:
         extractor = features.resnet56(paths["features"])
     else:
-        extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
+        extractor, _ = evaluation.pick_extractor(dataset, pixels, labels, ruler)
     return extractor, *evaluation.real_halves(pixels, samples)
 
 
+def yardsticks(definition):
+    """Choose what a definition is measured with: {end of the metrics' names: (features, half)}."""
+    d, data = definition, [definition[key] for key in ("dataset", "size", "samples")]
+    ends = {"": "", f" in {d['ruler']}": d["ruler"]} if d["ruler"] else {"": ""}
+    return {end: yardstick(*data, ruler)[:2] for end, ruler in ends.items()}
+
+
+def compare(images, definition):
+    """Compare pictures with real ones: step 05's metrics, in all features asked for."""
+    found = {}
+    for end, (extractor, half) in yardsticks(definition).items():
+        row = evaluation.evaluate(images, half, extractor)
+        found |= {key + end: value for key, value in row.items()}
+    return found
+
+
 def measure(model, definition):
-    """Draw pictures and compare them with real ones: step 05's metrics."""
+    """Draw pictures and compare them with real ones."""
     d, found = definition, []
-    extractor, half, _ = yardstick(d["dataset"], d["size"], d["samples"])
     for seed in range(SAMPLING_SEED, SAMPLING_SEED + (d["sampling_seeds"] or 1)):
         with torch.random.fork_rng():  # training must not notice that it is looked at
             x = evaluation.sample(model, d["process"], d["samples"], d["sampler"], d["nfe"], seed)
-            found.append(evaluation.evaluate(workshop.to_pictures(x), half, extractor))
+            found.append(compare(workshop.to_pictures(x), d))
     if len(found) == 1:
         return found[0]
     means = {key: sum(row[key] for row in found) / len(found) for key in found[0]}
@@ -192,6 +207,7 @@ def widths(cuts, definition, network):
 def train(definition):
     """Train one network and measure it at the points asked for."""
     d, settings = definition, settings_of(definition)
+    yardsticks(d)  # features that cannot be had are said now, not after the training
     held_out, used = split(d)
     torch.manual_seed(d["seed"])  # the initial weights
     state = training.new_state(
@@ -440,11 +456,11 @@ def solve(definition):
 def compare_real(definition):
     """Compare real pictures with the reference half: the other half, or those few trained on."""
     d = definition
-    extractor, half, other = yardstick(d["dataset"], d["size"], d["samples"])
+    *_, other = yardstick(d["dataset"], d["size"], d["samples"])
     if d["pictures"]:
         _, few = split(d)
         other = few[torch.arange(d["samples"]) % len(few)]
-    return dict(curve=[evaluation.evaluate(other, half, extractor)])
+    return dict(curve=[compare(other, d)])
 
 
 WORK = dict(training=train, served=serve, gradients=compare_gradients)

@@ -309,6 +309,48 @@ def test_features_of_a_resnet56(workshop, work, evaluation, sde, tmp_path):
             features.resnet56(asked)
 
 
+def test_the_same_pictures_are_compared_in_other_features_too(work, workshop, runner, monkeypatch):
+    d = settle(runner, arch="unified", points=[0.02], ruler="efficientnet-lite0")
+    with monkeypatch.context() as patched, pytest.raises(workshop.BadInput, match="takes colour"):
+        patched.setattr(work.training, "train", None)
+        work.train(d)  # said before it trains
+
+    evaluation, pick = work.evaluation, work.evaluation.pick_extractor
+    pixels = evaluation.register_features(lambda x: x[:, 0, 3].float(), 8)
+    other = lambda *a: (pixels, "") if a[3:] == (d["ruler"],) else pick(*a)  # noqa: E731
+    monkeypatch.setattr(evaluation, "pick_extractor", other)
+    row, plain = (work.train({**d, "ruler": ruler})["curve"][-1] for ruler in (d["ruler"], ""))
+    assert {key: row[key] for key in plain} == plain  # neither training nor drawing notices
+    assert set(row) - set(plain) == {f"{key} in {d['ruler']}" for key in set(plain) & METRICS}
+
+    (real,) = work.compare_real(settle(runner, kind="real", ruler=d["ruler"]))["curve"]
+    *_, half, rest = work.yardstick("digits", 0, 20)
+    assert (
+        real["frechet in efficientnet-lite0"] == evaluation.evaluate(rest, half, pixels)["frechet"]
+    )
+    assert real["frechet in efficientnet-lite0"] != real["frechet"]
+    work.yardstick.cache_clear()
+
+
+METRICS = {"frechet", "kid", "kid_std", "precision", "recall", "samples"}
+
+
+def test_a_factor_may_count_in_some_features_and_not_in_others():
+    import draw
+
+    def records(*distances):
+        row = lambda a, b: {"frechet": a, "kid": 0, "frechet in x": b, "kid in x": 0}  # noqa: E731
+        rows = [row(*pair) for pair in distances]
+        return [dict(definition=dict(seed=i), curve=[row]) for i, row in enumerate(rows)]
+
+    experiment = dict(settings=dict(seeds=[0, 1], ruler="x"), pairs=[["J", "L", "decoders"]])
+    runs = [("J, encoder 8, 1", records((1.0, 3.0), (1.1, 5.0)))]
+    runs += [("L, encoder 8, 1", records((2.0, 4.0), (2.1, 4.0)))]
+    found = draw.rulers(experiment, runs)
+    assert "| J − L | 2 | -1.00 ± 0.00 | helps | +0.000 ± 12.706 | no difference |" in found
+    assert "| L, encoder 8, 1 | 2 | 2.05 ± 0.07 | 4.000 ± 0.000 |" in found
+
+
 BROKEN = {
     "unknown key": ('label = "a"\nstpes = 3', "unknown key 'stpes'"),
     "wrong type": ('label = "a"\nbatch = "many"', "batch = 'many' is no int"),
