@@ -326,8 +326,8 @@ def rulers(experiment, runs):
     arms = pairs.arms_of(runs)
     seeds = len(experiment["settings"]["seeds"])
     again = f" in {experiment['settings']['ruler']}"
-    kinds = {"FD-ResNet56": ("frechet", 2), "FD-EfficientNetLite0": (f"frechet{again}", 3)}
-    kinds |= {"KID, ResNet56": ("kid", 3), "KID, EfficientNetLite0": (f"kid{again}", 4)}
+    kinds = {"FD-ResNet56": ("frechet", 2), "FD-EfficientNetLite0": (f"frechet{again}", 1)}
+    kinds |= {"KID, ResNet56": ("kid", 3), "KID, EfficientNetLite0": (f"kid{again}", 3)}
     head, rows = ["factor", "pair", "seeds"], []
     for name in kinds:
         head += [f"difference in {name}", *["so it"] * name.startswith("FD")]
