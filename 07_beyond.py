@@ -22,6 +22,7 @@ if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
+import io
 import subprocess
 import sys
 from itertools import pairwise
@@ -150,9 +151,12 @@ if __name__ == "__main__":
         said = dict(dataset=dataset, root=root, out=out, name=name, steps=steps, seed=seed)
         said = [text for key, value in said.items() for text in (f"--{key}", str(value))]
         command = [sys.executable, training.__file__, "--classes", "--hold_out", "90", *said]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL)
-        if done.returncode:  # it has said why
-            sys.exit(done.returncode)
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        with subprocess.Popen(command, **pipes) as child:
+            for said in io.TextIOWrapper(child.stderr, errors="replace", newline="\r"):
+                sys.stderr.write(said)  # a state of the bar, which a notebook shows here, too
+        if child.returncode:  # it has said why
+            sys.exit(child.returncode)
     content = workshop.read_checkpoint(run)
     if [content["settings"].get(key) for key in ("hold_out", "seed")] != [90, seed]:
         raise workshop.BadInput(f"{run} was trained otherwise: move it away, then it is made anew")

@@ -31,9 +31,10 @@ def last_states(text):
 
 
 def tidy(notebook):
-    """Drop what differs from run to run without meaning: times, paths, redrawn progress bars."""
+    """Drop what differs from run to run without meaning: times, names, redrawn progress bars."""
     notebook.metadata.pop("papermill", None)
-    for cell in notebook.cells:
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i}"  # jupytext draws a new one each time
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
