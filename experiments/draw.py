@@ -323,12 +323,11 @@ def capacity(everything):
 
 def rulers(experiment, runs):
     """Write the pairs of a study whose pictures were compared in two kinds of features."""
-    arms = pairs.arms_of(runs)
-    seeds = len(experiment["settings"]["seeds"])
+    arms, seeds = pairs.arms_of(runs), len(experiment["settings"]["seeds"])
     again = f" in {experiment['settings']['ruler']}"
     kinds = {"FD-ResNet56": ("frechet", 2), "FD-EfficientNetLite0": (f"frechet{again}", 1)}
     kinds |= {"KID, ResNet56": ("kid", 3), "KID, EfficientNetLite0": (f"kid{again}", 3)}
-    head, rows = ["factor", "pair", "seeds"], []
+    head, rows = ["factor", "pair", "GFLOPs", "seeds"], []
     for name in kinds:
         head += [f"difference in {name}", *["so it"] * name.startswith("FD")]
     for one, other, factor in experiment["pairs"]:
@@ -337,12 +336,27 @@ def rulers(experiment, runs):
             for name, (metric, digits) in kinds.items():
                 of = lambda row, metric=metric: row[metric]  # noqa: E731
                 found = pairs.differences(arms, (one, *key), (other, *key), of)
-                if found:
-                    cells += [pairs.told(found, digits)]
-                    cells += [pairs.verdict(found, seeds)] * name.startswith("FD")
+                cells += [pairs.told(found, digits)] if found else []
+                cells += [pairs.verdict(found, seeds)] if found and name.startswith("FD") else []
             if cells:
-                rows.append([factor, f"{one} − {other}", len(found), *cells])
+                rows.append([factor, f"{one} − {other}", f"{key[1]:g}", len(found), *cells])
     parts, rows = [table(head, rows)], []
+    for name in ("FD-ResNet56", "FD-EfficientNetLite0"):
+        metric = kinds[name][0]
+        seen = {
+            key: {i: row | dict(frechet=row[metric]) for i, row in arm.items()}
+            for key, arm in arms.items()
+        }
+        rows += [[name, *row] for row in pairs.shares(seen)]
+    head = [
+        "features",
+        "recipe",
+        "control",
+        "seed",
+        "its distance",
+        "share of its GFLOPs to reach that",
+    ]
+    parts, rows = [*parts, table(head, rows)] if rows else parts, []
     for label, records in runs:
         cells = [spread(each(records, metric), digits) for metric, digits in kinds.values()]
         rows.append([label, len(records), *cells])
