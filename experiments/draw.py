@@ -327,40 +327,36 @@ def rulers(experiment, runs):
     again = f" in {experiment['settings']['ruler']}"
     kinds = {"FD-ResNet56": ("frechet", 2), "FD-EfficientNetLite0": (f"frechet{again}", 1)}
     kinds |= {"KID, ResNet56": ("kid", 3), "KID, EfficientNetLite0": (f"kid{again}", 3)}
+    seen = {name: judged(arms, metric) for name, (metric, _) in kinds.items()}
     head, rows = ["factor", "pair", "GFLOPs", "seeds"], []
     for name in kinds:
         head += [f"difference in {name}", *["so it"] * name.startswith("FD")]
     for one, other, factor in experiment["pairs"]:
         for key in dict.fromkeys(key[1:] for key in arms):
-            cells = []
-            for name, (metric, digits) in kinds.items():
-                of = lambda row, metric=metric: row[metric]  # noqa: E731
-                found = pairs.differences(arms, (one, *key), (other, *key), of)
-                cells += [pairs.told(found, digits)] if found else []
-                cells += [pairs.verdict(found, seeds)] if found and name.startswith("FD") else []
+            both, cells = ((one, *key), (other, *key)), []
+            for name, (_, digits) in kinds.items():
+                if found := pairs.differences(seen[name], *both, lambda row: row["frechet"]):
+                    cells += [pairs.told(found, digits)]
+                    cells += [pairs.verdict(found, seeds)] * name.startswith("FD")
             if cells:
                 rows.append([factor, f"{one} − {other}", f"{key[1]:g}", len(found), *cells])
-    parts, rows = [table(head, rows)], []
-    for name in ("FD-ResNet56", "FD-EfficientNetLite0"):
-        metric = kinds[name][0]
-        seen = {
-            key: {i: row | dict(frechet=row[metric]) for i, row in arm.items()}
-            for key, arm in arms.items()
-        }
-        rows += [[name, *row] for row in pairs.shares(seen)]
-    head = [
-        "features",
-        "recipe",
-        "control",
-        "seed",
-        "its distance",
-        "share of its GFLOPs to reach that",
-    ]
-    parts, rows = [*parts, table(head, rows)] if rows else parts, []
+    parts = [table(head, rows)]
+    head = ["features", "recipe", "control", "seed", "its distance"]
+    head += ["share of its GFLOPs to reach that"]
+    distances = [name for name in kinds if name.startswith("FD")]
+    if rows := [[name, *row] for name in distances for row in pairs.shares(seen[name])]:
+        parts.append(table(head, rows))
+    rows = []
     for label, records in runs:
         cells = [spread(each(records, metric), digits) for metric, digits in kinds.values()]
         rows.append([label, len(records), *cells])
     return "\n\n".join([*parts, table(["arm", "seeds", *kinds], rows)])
+
+
+def judged(arms, metric):
+    """Let a metric take the place of the Fréchet distance in the rows of arms."""
+    swap = lambda row: row | dict(frechet=row[metric])  # noqa: E731
+    return {key: {seed: swap(row) for seed, row in rows.items()} for key, rows in arms.items()}
 
 
 def widths(everything):

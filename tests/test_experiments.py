@@ -321,7 +321,8 @@ def test_the_same_pictures_are_compared_in_other_features_too(work, workshop, ru
     monkeypatch.setattr(evaluation, "pick_extractor", other)
     row, plain = (work.train({**d, "ruler": ruler})["curve"][-1] for ruler in (d["ruler"], ""))
     assert {key: row[key] for key in plain} == plain  # neither training nor drawing notices
-    assert set(row) - set(plain) == {f"{key} in {d['ruler']}" for key in set(plain) & METRICS}
+    metrics = {*evaluation.METRICS, "samples"}
+    assert set(row) - set(plain) == {f"{key} in {d['ruler']}" for key in set(plain) & metrics}
 
     (real,) = work.compare_real(settle(runner, kind="real", ruler=d["ruler"]))["curve"]
     *_, half, rest = work.yardstick("digits", 0, 20)
@@ -330,9 +331,6 @@ def test_the_same_pictures_are_compared_in_other_features_too(work, workshop, ru
     )
     assert real["frechet in efficientnet-lite0"] != real["frechet"]
     work.yardstick.cache_clear()
-
-
-METRICS = {"frechet", "kid", "kid_std", "precision", "recall", "samples"}
 
 
 def test_a_factor_may_count_in_some_features_and_not_in_others():
