@@ -319,7 +319,6 @@ tailored = False  # give separate networks the decoder widths of the multistage 
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
 process = "vp"  # vp or ldm (predict noise), flow (velocity), edm (preconditioned), pfgm or pfgm-128
 encoder = 0  # channels of the encoder; 0: the recipe's, or the network's [0, 4096]
-decoders = ""  # channels of the decoders such as 48,32,16; empty: the recipe's, or the network's
 stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; empty: the recipe
 weight = ""  # min-snr: less weight near the image; none: that of Eq. 4; empty: the recipe
 times = ""  # stages: as many pictures in each; uniform: over the timeline; empty: the recipe
@@ -328,21 +327,15 @@ steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
 batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0, 1000000]
 lr = 0.0  # Adam's learning rate; 0: the recipe of the data set [0, 10]
 decay = ""  # linear: the learning rate falls to zero over the run; none; empty: the recipe
-ema = 0.9999  # decay of the averaged weights, approached by (1 + n)/(10 + n) [0, 1)
 patience = 0  # early stopping: looks at held-out pictures without gain; 0: none [0, 1000000]
 seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-arch, and the process where it is not vp
 out = "runs"  # the folder that holds the runs
-save_every = 0  # steps between checkpoints; 0: every ten minutes [0, 1000000000]
-sample_every = 0  # steps between grids of samples; 0: a fifth of the steps [0, 1000000000]
 memory = 4.0  # GiB of pictures to hold on the device; more are read in training [0, 1000000]
-workers = 4  # processes that read pictures [0, 1024]
 compile = False  # compile the network first (worth it for hours on a GPU)
 resume = False  # go on from the checkpoint of that run
-start_from = ""  # folder of a run: every stage begins with what its network has learned by then
 classes = False  # tell the network the label of each picture, but of one in ten
 hold_out = 0  # pictures, the first of an order that the seed shuffles, to leave out [0, 1000000]
-only_stage = -1  # with start_from: train the decoder of this stage alone; -1: train all [-1, 100]
 
 # %%
 workshop.settings(globals(), "04_train")
@@ -547,14 +540,11 @@ def train(
     weight="",
     decay=0,
     labels=None,
-    workers=0,
-    bad=None,
 ):
     """Train for `steps` steps in all by denoising score matching, yielding after each.
 
     state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
-    pictures or floats that are in the network's space already (the latents of step 06), or
-    `PictureFiles`. times: how often each stage is drawn; cuts: the stages of a unified network's
+    pictures or floats that are in the network's space already (the latents of step 06). times: how often each stage is drawn; cuts: the stages of a unified network's
     times; weight: "min-snr" or none; decay: as in `training_step`. labels: (N,) int64 for a network
     with classes, which is not told one in ten, so that it learns to do without, too.
     Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
@@ -571,7 +561,7 @@ def train(
     there = edges.to(device, torch.float32)
     todo = range(state["step"] + 1, steps + 1)
     going = itertools.takewhile(lambda _: state["active"], todo)  # until no stage is left
-    source = workshop.pictures_of_steps(images, batch, state["seed"], todo, workers, bad)
+    source = workshop.pictures_of_steps(images, batch, state["seed"], todo)
     model.train()
     for step, pictures in zip(going, source, strict=False):
         x0 = workshop.to_network_space(pictures)  # (b, C, H, W)
@@ -633,105 +623,15 @@ if __name__ == "__main__" and lesson:
 # A checkpoint holds state and settings, so that `--resume` goes on as if nothing had happened. The
 # rows of Table 3 are flags: `--arch unified`, `--arch separate`, with `--patience 5` (early
 # stopping), `--tailored` (the widths of the multistage decoders), or both, and `--arch multistage`.
-#
-# `--start_from RUN` begins with what another run has learned. Decoders that start apart each see a
-# third of the pictures; one that has learned from all of them and is then copied to every stage has
-# to learn no more than what its stage wants differently. The trunk's steps count as the run's own.
-# With `--only_stage k` nothing goes on from there but one decoder, and with `--classes` the network is
-# told labels: both are lessons of step 07.
 
 # %%
 DROPPED = 0.1  # share of the labels that a network is not told (Ho and Salimans 2022)
-STATES = ("model", "ema", "optimizer")
-VALUES = ("step", "active", "stopping", "petaflops")
 PETAFLOPS = ("petaflops", "true_petaflops")  # their names in the log
 
 
 def save_checkpoint(state, settings, folder):
-    """Write state and settings to `folder`/checkpoint.pt; the one before becomes .previous.pt.
-
-    Raises BadInput where it cannot be written, such as on a full disk; what was there stays.
-    """
-    content = {key: state[key].state_dict() for key in STATES}
-    content.update({key: state[key] for key in VALUES if key in state})
-    content.update(settings=settings, generator=state["generator"].get_state())
-    content["torch_rng"] = torch.get_rng_state()  # dropout draws from it
-    if torch.cuda.is_available():
-        content["cuda_rng"] = torch.cuda.get_rng_state()
-    workshop.write_checkpoint(content, folder)
-
-
-def restore_checkpoint(state, content):
-    """Put a checkpoint's content back into a fresh state. Raises BadInput where it does not fit."""
-    with workshop.fitting_checkpoint("the checkpoint"):
-        for key in STATES:
-            state[key].load_state_dict(content[key])
-        workshop.restore_moments(state["optimizer"])
-        state.update({key: content[key] for key in VALUES if key in content})
-        workshop.restore_generator(state, content)
-        torch.set_rng_state(content["torch_rng"])
-        if torch.cuda.is_available() and "cuda_rng" in content:
-            torch.cuda.set_rng_state(content["cuda_rng"])
-
-
-def branch_off(state, settings, content, run):
-    """Let every stage begin with what another run has learned: weights, averages, Adam's moments.
-
-    content: of that run's checkpoint. Where it has one decoder (or encoder) it is copied to each
-    that there is here, where it has as many each to its own. Steps are counted on from its last.
-    Raises BadInput where the networks do not fit. Source: eDiff-I (Balaji et al. 2022), whose
-    experts for parts of the timeline begin so.
-    """
-    with workshop.fitting_checkpoint(f"the checkpoint of {run}"):
-        old, weights, moments = content["settings"], content["model"], content["optimizer"]["state"]
-        with torch.device("meta"):
-            theirs = network_of(old)
-        if old["process"] != settings["process"]:
-            raise BadInput(f"{run} has process {old['process']!r}, not {settings['process']!r}")
-        places, model = {n: i for i, (n, _) in enumerate(theirs.named_parameters())}, state["model"]
-        for name, p in model.named_parameters():
-            part, k, rest = name.split(".", 2)
-            if rest == "labels.weight" and not theirs.classes:
-                continue  # a run without classes has nothing to begin with
-            n, most = len(getattr(theirs, part)), len(getattr(model, part))
-            if n not in (1, most):
-                raise BadInput(f"{run} has {n} {part}, which cannot become {most}: take one of one")
-            source = f"{part}.{k if n > 1 else 0}.{rest}"
-            if source not in weights or weights[source].shape != p.shape:
-                raise BadInput(
-                    f"{run} has {describe_widths(theirs)}, here are {describe_widths(model)}: only "
-                    "parts of the same width can begin with what it has learned"
-                )
-            p.data.copy_(weights[source])
-            state["ema"].get_parameter(name).data.copy_(content["ema"][source])
-            own = moments.get(places[source], {})  # of what was never trained there are none
-            if own:
-                own = {key: value.to(p.device, copy=True) for key, value in own.items()}
-                state["optimizer"].state[p] = own
-        workshop.restore_moments(state["optimizer"])
-        state.update(step=content["step"], petaflops=list(content["petaflops"]))
-
-
-def train_one_stage(state, k, begin=True):
-    """Freeze all but the decoder of stage k: other stages' outputs then stay, bit by bit.
-
-    begin: go on from the averaged weights, which are what is drawn with, and forget the moments of
-    Adam, which are those of other weights. Raises BadInput for a stage that there is not.
-    """
-    model, n = state["model"], len(state["model"].decoders)
-    if k >= n:
-        raise BadInput(f"only_stage = {k}, but the network has the stages 0 to {n - 1}: give one")
-    if begin:
-        model.load_state_dict(state["ema"].state_dict())
-        state["optimizer"].state.clear()
-        state["active"] = [k]
-    model.requires_grad_(False).decoders[k].requires_grad_(True)
-
-
-def describe_widths(model):
-    """Say in words how wide a network's encoder and decoders are."""
-    widths = ", ".join(str(decoder.last.in_channels) for decoder in model.decoders)
-    return f"an encoder of {model.encoders[0].skip_widths[0]} channels and decoders of {widths}"
+    """Write state and settings to `folder`/checkpoint.pt."""
+    workshop.write_checkpoint({**workshop.pack(state), "settings": settings}, folder)
 
 
 def network_of(settings):
@@ -755,9 +655,8 @@ def averaged_model(content):
 
     With early stopping each stage has the weights of its best look at held-out pictures.
     """
-    with workshop.fitting_checkpoint("the checkpoint"):
-        model = network_of(content["settings"])
-        model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
+    model = network_of(content["settings"])
+    model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
     return workshop.move_to_device(model).eval()
 
 
@@ -873,27 +772,18 @@ def check_resumed(asked, old, run):
         )
 
 
-def check_settings(
-    arch, process, stages, patience, times="", decay="", weight="", only_stage=-1, start_from=""
-):
+def check_settings(arch, process, stages, patience, times="", decay="", weight=""):
     """Raise BadInput for settings that are unknown or do not go together."""
-    known = dict(arch=("multistage", "unified", "separate"), stages=("", "uniform", "mixed"))
-    known.update(times=("", "stages", "uniform"), decay=("", "linear", "none"))
-    known.update(weight=("", "min-snr", "none"))
-    asked = dict(arch=arch, stages=stages, times=times, decay=decay, weight=weight)
-    for what, value in asked.items():
-        if value not in known[what]:
-            words = ", ".join(word for word in known[what] if word)
-            raise BadInput(f"unknown {what} {value!r}: take {words}")
+    known = dict(arch="multistage unified separate", stages="uniform mixed", times="stages uniform")
+    known.update(decay="linear none", weight="min-snr none")
+    for what, value in dict(locals()).items():
+        if value and what in known and value not in known[what].split():
+            raise BadInput(f"unknown {what} {value!r}: take one of {known[what]}")
     kernel_of(process)
     if weight == "min-snr" and process not in PLAIN:
         raise BadInput(f"process {process!r} has weights of its own: leave out --weight")
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
-    if only_stage >= 0 and not start_from:
-        raise BadInput(
-            f"only_stage = {only_stage} freezes the rest of a run: give its --start_from"
-        )
 
 
 # %% [markdown]
@@ -905,44 +795,14 @@ def check_settings(
 
 
 # %%
-def estimate_training(state, settings):
-    """Say what will be trained and, after a trial of each kind of step, until when: stages' costs.
-
-    The trial changes nothing: neither weights nor random numbers.
-    """
-    device, model, process = state["generator"].device, state["model"], settings["process"]
-    costs, (rank, world) = unet.cost_of(copy.deepcopy(model).to("meta")), workshop.ranks()
-    left, active, batch = settings["steps"] - state["step"], state["active"], settings["batch"]
+def describe_training(state, settings):
+    """Say what will be trained, and count what a step of each stage costs."""
+    costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
-    workshop.print_once(
-        f"{left:,} steps of {batch} pictures on {device}, processes: {world}",
-        f"{settings['arch']} network {settings['network']}, boundaries {cuts}",
-    )
-    for k in range(len(model.decoders)):
+    workshop.print_once(f"{settings['arch']} network {settings['network']}, boundaries {cuts}")
+    for k in range(len(state["model"].decoders)):
         million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
-        workshop.print_once(
-            f"  stage {k}: {million:.2f} million parameters, {gflops:.4g} GFLOPs a picture"
-        )
-    edges, times = stage_edges(model, process), settings.get("times", "")
-    chance = stage_chances(edges, process, active, times).tolist()
-    kinds = [(k, share) for k, share in enumerate(chance) if share]
-    if settings.get("stages") == "mixed" and len(active) > 1:  # no other is ever compiled
-        mine = stages_in_turns(active, batch).chunk(world)[rank]
-        kinds = [(mine[: len(active)].tolist(), 1.0)]
-    x = torch.zeros(batch // world, model.channels, model.size, model.size, device=device)
-    t, seconds = torch.full((len(x),), 0.5, device=device), 0.0
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for timed, (stage, share) in itertools.product((False, True), kinds):  # first it warms up
-            begin = time.perf_counter()
-            with workshop.half_precision(device):
-                predicted = predict_noise(state["forward"], x, t, process, stage=stage)
-            predicted.float().square().mean().backward()
-            state["optimizer"].zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds += timed * share * (time.perf_counter() - begin)
-    end = time.strftime("%d %b %H:%M", time.localtime(time.time() + left * seconds))
-    workshop.print_once(f"about {batch / seconds:,.0f} pictures a second, done about {end}")
+        workshop.print_once(f"  stage {k}: {million:.2f}M parameters, {gflops:.4g} GFLOPs a picture")
     return costs
 
 
@@ -995,35 +855,20 @@ def draw_grid(state, process, path, decode=None, n=32, nfe=25):
         save_image(workshop.tile_images(images), aside, format="png")
 
 
-@workshop.enough_memory()
-def fit(
-    state,
-    images,
-    settings,
-    folder,
-    save_every=0,
-    sample_every=0,
-    workers=0,
-    held_out=None,
-    decode=None,
-    measure=None,
-    labels=None,
-):
+def fit(state, images, settings, folder, held_out=None, decode=None, labels=None):
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
-    save_every: as in `is_save_due`. held_out: pictures for early stopping; decode: turns latents
-    into pictures for the grids; measure: gives numbers on the averaged network, a dictionary, which
-    are logged with each grid.
+    held_out: pictures for early stopping; decode: turns latents into pictures for the grids.
     Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
     n = len(state["model"].decoders)
-    folder, first, bad = Path(folder), workshop.ranks()[0] == 0, []
-    log, costs = folder / "metrics.jsonl", estimate_training(state, settings)
+    folder, first = Path(folder), workshop.ranks()[0] == 0
+    log, costs = folder / "metrics.jsonl", describe_training(state, settings)
     options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
     options.update(stages=settings.get("stages", "uniform"), times=settings.get("times", ""))
     options.update(cuts=settings.get("cuts"), weight=settings.get("weight", ""))
-    options.update(labels=labels, workers=workers, bad=bad)
+    options.update(labels=labels)
     options.update(decay=steps if settings.get("decay") == "linear" else 0)
     begin, saved = time.perf_counter(), state["step"]
     petaflops = state.setdefault("petaflops", [0.0, 0.0])
@@ -1068,42 +913,21 @@ def fit(
         saved = state["step"]
 
     def after(step):
-        if step % (sample_every or -(-steps // 5)) == 0 or step == steps:
+        if step % -(-steps // 5) == 0 or step == steps:
             draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
-            if measure:
-                row = dict(step=step, petaflops=petaflops[0])
-                workshop.append_row({**row, **measure(state["ema"])}, log)
 
-    finished = workshop.keep_training(
-        *(train_and_count(), state, steps, log, summarize, save, after),
-        **dict(save_every=save_every, batch=batch, shown="loss", unit="img", unit_scale=True),
-    )
-    if finished:
-        workshop.report_unreadable(bad, len(images))
-    return finished
-
-
-def check_batch(settings):
-    """Raise BadInput for a batch whose activations cannot fit into this machine's memory."""
-    with torch.device("meta"):
-        model = network_of(settings)
-        x, t = torch.empty(1, model.channels, model.size, model.size), torch.empty(1)
-    stages = range(len(model.decoders))
-    kept = max(unet.kept_bytes(lambda k=k: model(x, t, stage=k), model) for k in stages)
-    batch = settings["batch"] // workshop.ranks()[1]
-    workshop.check_memory(batch * kept, f"batch = {settings['batch']}")
+    todo = train_and_count(), state, steps, log, summarize, save, after
+    return workshop.keep_training(*todo)
 
 
 NARROW = 20  # channels of an encoder
 
 
-def prepare_state(settings, content=None, compile=False, trunk=None):
+def prepare_state(settings, content=None, compile=False):
     """Build what a run's settings describe: a state ready to train.
 
-    content: of the checkpoint to go on from; trunk: of another run's, to branch off from. Raises
-    BadInput for a batch too small to mix stages.
+    content: of the checkpoint to go on from. Raises BadInput for a batch too small to mix stages.
     """
-    check_batch(settings)
     torch.manual_seed(settings["seed"])  # the initial weights
     model = workshop.move_to_device(network_of(settings))
     if workshop.device().type == "cpu" and model.encoders[0].skip_widths[0] < NARROW:
@@ -1113,16 +937,7 @@ def prepare_state(settings, content=None, compile=False, trunk=None):
         raise BadInput(f"batch = {batch} cannot mix {n} stages: give {n} or more")
     state = new_state(model, settings["lr"], settings["seed"])
     if content:
-        restore_checkpoint(state, content)
-    elif trunk:
-        branch_off(state, settings, trunk, settings["start_from"])
-        if state["step"] >= settings["steps"]:
-            raise BadInput(
-                f"{settings['start_from']} has come to step {state['step']}, from which steps are "
-                f"counted on: give more --steps than {settings['steps']}"
-            )
-    if settings.get("only_stage"):
-        train_one_stage(state, int(settings["only_stage"]), begin=not content)
+        workshop.unpack(state, content)
     rank, world = workshop.ranks()
     if world > 1:  # their gradients are averaged, their dropout differs
         torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
@@ -1137,12 +952,11 @@ def prepare_state(settings, content=None, compile=False, trunk=None):
 
 # %%
 if __name__ == "__main__":
-    one_stage = only_stage, start_from
-    check_settings(arch, process, stages, patience, times, decay, weight, *one_stage)
+    check_settings(arch, process, stages, patience, times, decay, weight)
     workshop.join_processes()
     rank, world = workshop.ranks()
     with workshop.first_process_first():
-        pixels = workshop.open_data_set(dataset, root, size, memory, workers)
+        pixels = workshop.open_data_set(dataset, root, size, memory)
     if hold_out:
         if not torch.is_tensor(pixels) or hold_out >= len(pixels):
             raise BadInput(f"hold_out = {hold_out} of {len(pixels)}: leave some, in memory")
@@ -1151,14 +965,14 @@ if __name__ == "__main__":
     recipe = workshop.about(dataset)["recipe"]
     run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
     asked = dict(dataset=dataset, arch=arch, network=network_name(network, dataset, arch, process))
-    asked.update(process=process, patience=patience, ema=ema, seed=seed, start_from=start_from)
+    asked.update(process=process, patience=patience, ema=0.9999, seed=seed)
     asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
     asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
     asked.update(choose_recipe(recipe, globals(), process))
     asked.update(channels=None, size=None, cuts=None, classes=None)
-    asked.update(only_stage=str(only_stage) if only_stage >= 0 else "", hold_out=hold_out)
-    widths = encoder, decoders
-    if not (encoder or decoders or network):
+    asked.update(hold_out=hold_out)
+    widths = encoder, ""
+    if not (encoder or network):
         widths = recipe_widths(recipe, "separate" if tailored else arch)
     asked["encoder"], asked["decoders"] = widths_of(asked["network"], *widths)
     if "shape" not in workshop.DATASETS[dataset]:
@@ -1170,7 +984,6 @@ if __name__ == "__main__":
     if asked["batch"] % world:
         raise BadInput(f"batch = {asked['batch']} cannot be shared by {world} processes")
     content = workshop.read_checkpoint(run) if resume else None
-    trunk = workshop.read_checkpoint(start_from) if start_from and not resume else None
     if resume and not boundaries:
         asked.update({key: content["settings"].get(key) for key in ("boundaries", "cuts")})
     else:
@@ -1200,7 +1013,7 @@ if __name__ == "__main__":
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         held_out, training_set = pixels[order[: n // 10]], pixels[order[n // 10 :]]
         labels = labels if labels is None else labels[order[n // 10 :]]
-    state = prepare_state(asked, content, compile, trunk)
+    state = prepare_state(asked, content, compile)
     if rank == 0:  # nothing is touched before everything is known to fit
         workshop.claim_folder(run, resume)
         workshop.write_json(asked, run / "settings.json")
@@ -1208,9 +1021,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     workshop.print_once(f"the run lies in {run}")
-    every = save_every, sample_every, workers
-    finished = fit(state, training_set, asked, run, *every, held_out, labels=labels)
-    workshop.unlock_folder(run)
+    finished = fit(state, training_set, asked, run, held_out, labels=labels)
     if world > 1:
         dist.destroy_process_group()
     if not finished and rank == 0:
@@ -1242,9 +1053,6 @@ if __name__ == "__main__":
     titles = [f"step {int(path.stem):,}" for path in paths]
     workshop.show_images(rows, titles, run / "progress.png", columns=1)
     trained = averaged_model(workshop.read_checkpoint(run))
-    if not torch.is_tensor(pixels):
-        pixels = workshop.read_pictures(workshop.PictureFiles(pixels.files[:1000], size), workers)
-        pixels = pixels.to(workshop.device())
 
     def predict(xt, t):
         with workshop.half_precision(xt.device):

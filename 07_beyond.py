@@ -186,7 +186,7 @@ def tell(values, digits=2):
 
 
 if __name__ == "__main__":
-    classifier, accuracy = evaluation.load_classifier(dataset, pixels, labels)
+    classifier, accuracy = evaluation.load_classifier(dataset)
     read = lambda x: classifier(x).argmax(1).detach()  # noqa: E731
     extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
     half, other = evaluation.real_halves(pixels, samples)
@@ -375,9 +375,13 @@ if __name__ == "__main__":
 def train_alone(run, k, images, n=300, lr=1e-3):
     """Let the decoder of stage k of a run go on alone, on some pictures: the averaged network."""
     content = workshop.read_checkpoint(run)
-    asked = {**content["settings"], "only_stage": str(k), "start_from": str(run), "lr": lr}
-    state = training.prepare_state({**asked, "steps": content["step"] + n}, trunk=content)
-    for _ in training.train(state, images, content["step"] + n, weight=asked["weight"]):
+    asked = {**content["settings"], "lr": lr, "steps": content["step"] + n}
+    state = training.prepare_state(asked)
+    for part in ("model", "ema"):  # go on from the averaged weights, which are what is drawn with
+        state[part].load_state_dict(content["ema"])
+    state["model"].requires_grad_(False).decoders[k].requires_grad_(True)  # all else is frozen
+    state.update(step=content["step"], active=[k])
+    for _ in training.train(state, images, asked["steps"], weight=asked["weight"]):
         pass
     return state["ema"].eval()
 
