@@ -8,13 +8,13 @@
 # %% [markdown]
 # # 00 · The workshop
 #
-# The six lessons need some machinery that teaches nothing about diffusion models: settings from the
+# The lessons need some machinery that teaches nothing about diffusion models: settings from the
 # shell, pictures from disk, runs that survive a power cut, several processes. It lives here, so that
 # the lessons can be short. **Begin with step 01**, and come here to add a data set (one entry of
 # `DATASETS`).
 #
 # The rule of admission: *what stands here holds no equation of the paper, serves at least two
-# steps, and imports no step.* (A test keeps to it.)
+# steps, and imports no step.*
 
 # %%
 import builtins
@@ -49,6 +49,7 @@ from pathlib import Path
 if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "multistage")
 
 
 def is_lesson():
@@ -200,12 +201,17 @@ if __name__ == "__main__" and check:
 # %%
 @contextmanager
 def replacing(path):
-    """Give a path to write to and rename it to `path` once it is whole; BadInput where it fails."""
+    """Give a path to write to, and rename it to `path` once it is whole and on the disk.
+
+    Raises BadInput where that fails: no such place, no permission, disk full.
+    """
     path = Path(path)
     aside = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name without its content
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         raise BadInput(f"cannot write {path} ({shorten(error)}): choose another place") from error
@@ -335,7 +341,7 @@ DATASETS = {
         latent_recipe=dict(code_steps=20_000, code_batch=64, code_lr=5e-4)
         | dict(steps=100_000, batch=128, lr=5e-4, warmup=1000),
     ),
-    "celeba": dict(torchvision="CelebA", **PUBLISHED),
+    "celeba": PUBLISHED,
     "folder": PUBLISHED,
 }
 
@@ -349,7 +355,7 @@ def about(dataset):
 
 # %% [markdown]
 # Pictures are one uint8 tensor (N, C, H, W). Those of `celeba` and `folder` are decoded once, into
-# a file beside them that the tensor then *maps*: what is not in memory is read when it is needed.
+# a file that the tensor then *maps*: what is not in memory is read when it is needed.
 
 
 # %%
@@ -363,19 +369,20 @@ def load_images(dataset="digits", root="data", size=32):
     if "read" in known:
         return known["read"](root)
     if "shape" not in known:
-        return decode_folder(dataset, root, size), None
-    data = torchvision_set(dataset, root)
+        files = list_celeba(root) if dataset == "celeba" else list_pictures(root)
+        return decode(files, size), None
+    data = torchvision_set(known["torchvision"], root)
     pixels, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(3, 1)  # (N, C, H, W)
     return pixels.contiguous(), labels
 
 
-def torchvision_set(dataset, root, **options):
+def torchvision_set(name, root, **options):
     """Open one of torchvision's sets, downloaded if need be."""
     from torchvision import datasets
 
-    name = DATASETS[dataset]["torchvision"]
-    socket.setdefaulttimeout(30)  # a host that is silent
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds that a host may be silent
     try:
         return getattr(datasets, name)(root, download=True, **options)
     except Exception as error:  # each host, and each torn file, fails in its own way
@@ -384,35 +391,78 @@ def torchvision_set(dataset, root, **options):
             f"({shorten(error)}): remove it there, or put its files there as "
             f"torchvision.datasets.{name} documents"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
-def decode_folder(dataset, root, size):
-    """Decode the pictures of `celeba` (its training split) or below root, once: uint8 (N, 3, s, s).
+def list_celeba(root):
+    """List the files of CelebA's training split."""
+    folder = Path(root) / "celeba" / "img_align_celeba"
+    names = torchvision_set("CelebA", root, split="train").filename
+    if not (folder / names[0]).is_file():
+        raise BadInput(f"{folder} lacks {names[0]}: the pictures belong into it, no folder deeper")
+    return [folder / name for name in names]
 
-    Raises BadInput where there are none, or more than 1% of them are unreadable.
+
+def list_pictures(root):
+    """List the pictures in all folders below root that are not hidden; linked folders count.
+
+    Raises BadInput where there are none, or a folder cannot be read.
     """
-    if dataset == "celeba":
-        names = torchvision_set("celeba", root, split="train").filename
-        files = [Path(root) / "celeba" / "img_align_celeba" / name for name in names]
-    else:
-        kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-        files = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in kinds)
+    from PIL import Image
+
+    def refuse(error):
+        raise BadInput(f"cannot read the folder {error.filename} ({error.strerror})")
+
+    known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files, other, seen = [], [], {os.path.realpath(root)}
+    for folder, deeper, names in os.walk(root, followlinks=True, onerror=refuse):
+        follow = []
+        for name in sorted(deeper):
+            real = os.path.realpath(os.path.join(folder, name))
+            if not name.startswith((".", "__")) and real not in seen:  # a link may lead back
+                seen.add(real)
+                follow.append(name)
+        deeper[:] = follow  # which is where os.walk goes on
+        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+            if path.is_file():  # and no pipe, which would be waited for
+                (files if path.suffix.lower() in known else other).append(path)
+    if other:
+        kinds = ", ".join(sorted({path.suffix or path.name for path in other})[:8])
+        print_once(f"left out of {root}: {len(other):,} files that are no pictures ({kinds})")
     if not files:
         raise BadInput(f"no pictures under {str(root)!r}: give a folder that holds some")
-    key = hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:8]
-    kept, bad = Path(root) / f"{dataset}-{size}-{key}.bin", []
+    return files
+
+
+def decode(files, size):
+    """Decode pictures by threads, once, into a file of the cache: a mapped uint8 (N, 3, s, s).
+
+    Raises BadInput where more than 1% of them are unreadable.
+    """
+    about = [(str(path.absolute()), path.stat()) for path in files if path.exists()]
+    about = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in about]  # not others' pixels
+    name = hashlib.sha256(repr(about).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    kept, bad = CACHE / f"{name}-{size}.uint8", []
     if not kept.exists():
         with replacing(kept) as aside, aside.open("wb") as file, ThreadPool() as pool:
             found = pool.imap(partial(decode_picture, size=size), files, 16)
             for path, pixels in zip(files, tqdm(found, "decoding", len(files)), strict=True):
                 bad += [path] if pixels is None else []
                 file.write(b"" if pixels is None else pixels)
-            if bad:
-                print(f"{len(bad)} of {len(files):,} pictures are unreadable, such as {bad[0]}")
             if len(bad) > 0.01 * len(files):
-                raise BadInput("more than 1% of the pictures are unreadable: mend or remove them")
+                raise BadInput(
+                    f"{len(bad):,} of {len(files):,} pictures are unreadable, more than 1%, such "
+                    f"as {bad[0]}: mend or remove them"
+                )
+        print(f"decoded pictures are kept in {kept}")
     n = kept.stat().st_size // (3 * size**2)
-    return torch.from_file(str(kept), size=n * 3 * size**2, dtype=torch.uint8).view(n, 3, size, size)
+    if n < len(files):
+        which = f", such as {bad[0]}" if bad else ""
+        print(f"{len(files) - n:,} of {len(files):,} pictures are unreadable, left out{which}")
+    return torch.from_file(str(kept), size=n * 3 * size**2, dtype=torch.uint8).view(
+        -1, 3, size, size
+    )
 
 
 def decode_picture(path, size):
@@ -421,6 +471,18 @@ def decode_picture(path, size):
 
     try:
         with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)  # a camera that was held upright
+            if picture.mode == "F":
+                return None  # of which nobody knows what is white
+            if picture.mode.startswith("I"):  # up to 16 bits, of which PIL would cut off the upper
+                grey = np.asarray(picture).astype(np.int64)
+                span = 4095 if grey.max() < 4096 else 65535  # 12 bits are kept in 16, too
+                if not 0 <= grey.min() <= grey.max() <= span:
+                    return None
+                picture = Image.fromarray((grey * 255 // span).astype(np.uint8))
+            if picture.has_transparency_data:  # what shines through is white
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
             picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.BILINEAR)
     except Exception:  # PIL refuses a file in many ways
         return None
@@ -570,7 +632,9 @@ def claim_folder(folder, resume):
     except filelock.Timeout:
         raise BadInput(f"another process is training in {folder}: give this run a --name") from None
     except OSError as error:
-        raise BadInput(f"cannot write to {folder} ({error.strerror}): give another --out") from error
+        raise BadInput(
+            f"cannot write to {folder} ({error.strerror}): give another --out"
+        ) from error
 
 
 def check_same_settings(asked, old, folder):
@@ -594,19 +658,29 @@ def pack(state):
 
 
 def unpack(state, content):
-    """Put back what `pack` listed into a fresh state."""
-    for key in content.keys() - {"settings", "torch_rng", "cuda_rng"}:
-        if isinstance(state.get(key), torch.Generator):
-            state[key].set_state(content[key])
-        elif hasattr(state.get(key), "load_state_dict"):
-            state[key].load_state_dict(content[key])
-        else:
-            state[key] = content[key]
-        if isinstance(state[key], torch.optim.Optimizer):
-            restore_moments(state[key])
-    torch.set_rng_state(content["torch_rng"])
-    if torch.cuda.is_available() and content["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(content["cuda_rng"])
+    """Put back what `pack` listed into a fresh state. Raises BadInput where it does not fit."""
+    with reading("the checkpoint"):
+        for key in content.keys() - {"settings", "torch_rng", "cuda_rng"}:
+            if isinstance(state.get(key), torch.Generator):
+                restore_generator(state[key], content[key], state["seed"], content["step"])
+            elif hasattr(state.get(key), "load_state_dict"):
+                state[key].load_state_dict(content[key])
+            else:
+                state[key] = content[key]
+            if isinstance(state[key], torch.optim.Optimizer):
+                restore_moments(state[key])
+        torch.set_rng_state(content["torch_rng"])
+        if torch.cuda.is_available() and content["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(content["cuda_rng"])
+
+
+def restore_generator(generator, saved, seed, step):
+    """Put a generator back, or start another where the device is of another kind."""
+    if len(saved) == len(generator.get_state()):
+        generator.set_state(saved)
+    else:
+        print_once("saved on another kind of device: going on with other random numbers")
+        generator.manual_seed(1_000_003 * seed + step)
 
 
 def restore_moments(optimizer):
@@ -616,19 +690,19 @@ def restore_moments(optimizer):
             moments[key] = torch.empty_like(weight).copy_(moments[key])
 
 
+def fingerprint(*tensors):
+    """Identify tensors by their content: 16 hexadecimal digits of a hash of shapes and bytes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
 def write_checkpoint(content, folder, name="checkpoint.pt"):
     """Write a file of tensors whole or not at all."""
     with replacing(Path(folder) / name) as aside:
         torch.save(content, aside)
-
-
-def read_pretrained(path):
-    """Read a file of pretrained/export.py as a checkpoint without its training state."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
-        return {**about, "ema": {key: file.get_tensor(key) for key in file.keys()}}
 
 
 def read_checkpoint(folder, name="checkpoint.pt"):
@@ -639,12 +713,31 @@ def read_checkpoint(folder, name="checkpoint.pt"):
     path, kept = Path(folder) / name, ROOT / "pretrained" / f"{Path(folder).name}.safetensors"
     if not path.is_file() and Path(folder).parent.name == "pretrained" and kept.is_file():
         return read_pretrained(kept)
-    try:
+    with reading(path):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_pretrained(path):
+    """Read a file of pretrained/export.py as a checkpoint without its training state."""
+    from safetensors import safe_open
+
+    with reading(path), safe_open(path, "pt") as file:
+        about = {key: json.loads(value) for key, value in file.metadata().items()}
+        return {**about, "ema": {key: file.get_tensor(key) for key in file.keys()}}
+
+
+@contextmanager
+def reading(what):
+    """Say in one sentence whatever goes wrong while a file, such as of a run, is read."""
+    try:
+        yield
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
     except FileNotFoundError:
-        raise BadInput(f"there is no checkpoint {path}: train one first") from None
-    except Exception as error:  # torch.load fails in many ways on a broken or foreign file
-        raise BadInput(f"{path} is no readable checkpoint ({shorten(error)})") from error
+        raise BadInput(f"there is no {what}: train or make it first") from None
+    except Exception as error:  # a broken or foreign file fails in many ways
+        reason = f"it has no {error}" if isinstance(error, KeyError) else shorten(error)
+        raise BadInput(f"{what} is damaged or does not fit: {reason}") from error
 
 
 # %%
