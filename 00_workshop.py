@@ -26,14 +26,19 @@ import sys
 NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
 MAIN = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
 SCRIPT = bool(re.fullmatch(r"0\d_\w+\.py", MAIN)) and not NOTEBOOK
+SIGNALS = [
+    getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+]  # no HUP: Windows
+SIGNALS = [kind for kind in SIGNALS if kind and signal.getsignal(kind) != signal.SIG_IGN]  # nohup
 
 if SCRIPT:  # before torch is loaded, which takes a while
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep soon, and do not spin
-    for kind in (signal.SIGINT, signal.SIGTERM):  # end quietly, after what waits in a `finally`
+    for kind in SIGNALS:  # end quietly, after what waits in a `finally`
         signal.signal(kind, lambda number, _: sys.exit(128 + number))
 
 import argparse
 import ast
+import atexit
 import datetime
 import hashlib
 import importlib.metadata
@@ -148,30 +153,11 @@ def check_value(name, value, kind, comment):
 # %% tags=["parameters"]
 dataset = "digits"  # the data set that is shown, one of DATASETS below
 root = "data"  # where the data set lies or is downloaded to
-check = False  # print versions and the device, and what is missing, then stop
+check = False  # print versions and the device, then stop
 
 # %%
 settings(globals(), "00_workshop")
 
-
-def describe_environment():
-    """List what requirements.txt names with its version: (lines, whether all of it is there)."""
-    lines, required = [f"python {platform.python_version()}"], ROOT / "requirements.txt"
-    for name in re.findall(r"^([\w-]+)", required.read_text(encoding="utf-8"), re.MULTILINE):
-        try:
-            lines.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{name} MISSING: pip install -r requirements.txt -c constraints.txt")
-    return lines, not any("MISSING" in line for line in lines)
-
-
-if __name__ == "__main__" and check:
-    report, complete = describe_environment()
-    print("\n".join(report))
-    if not complete:
-        sys.exit(1)
-
-# %%
 import filelock
 import matplotlib.pyplot as plt
 import numpy as np
@@ -186,10 +172,21 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-if __name__ == "__main__" and check:
-    print(f"device {device()}, {torch.get_num_threads()} threads")
-    if not NOTEBOOK:
-        sys.exit()
+def describe_environment():
+    """List python, device, and what requirements.txt names with its version or as missing."""
+    lines = [f"python {platform.python_version()}", f"device {device()}"]
+    required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for name in re.findall(r"^([\w-]+)", required, re.MULTILINE):
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} MISSING: pip install -r requirements.txt -c constraints.txt")
+    return lines
+
+
+if __name__ == "__main__" and check and not NOTEBOOK:
+    print(*describe_environment(), sep="\n")
+    sys.exit()
 
 # %% [markdown]
 # ## Files and figures
@@ -273,16 +270,11 @@ def show_images(rows, titles, path, columns=16, labels=None):
 # %% [markdown]
 # ## Data sets
 #
-# All that the steps decide by the data set stands here, so a new one is one more entry:
-#
-# | key | meaning |
-# |---|---|
-# | `shape` | of a picture, (C, H, W); without one `--size` decides, and pictures are in colour |
-# | `read` | function of `--root` to (uint8 (N, C, H, W), labels) |
-# | `torchvision` | in its place: the name of torchvision's class |
-# | `judge` | "digits": measured by a classifier of its ten labels (step 05); none: by Inception |
-# | `network`, `recipe` | steps 03, 04: a small network, how long to train and how; none: the paper's |
-# | `autoencoder`, `latent_network`, `latent_recipe` | the same for step 06 |
+# All that the steps decide by the data set stands in `DATASETS`, so a new one is one more entry.
+# `shape` is a picture's (C, H, W); without one `--size` decides. `read` makes of `--root` (uint8
+# (N, C, H, W), labels), or `torchvision` names the class that does. Where the `judge` is "digits"
+# a classifier of ten labels measures (step 05), else Inception. `network` and `recipe` are a small
+# network of step 03 and how step 04 trains it; without them the paper's. The rest is for step 06.
 
 
 # %%
@@ -405,7 +397,7 @@ def list_celeba(root):
 
 
 def list_pictures(root):
-    """List the pictures in all folders below root that are not hidden; linked folders count.
+    """List the pictures in all folders below root but hidden ones; linked folders count.
 
     Raises BadInput where there are none, or a folder cannot be read.
     """
@@ -414,25 +406,22 @@ def list_pictures(root):
     def refuse(error):
         raise BadInput(f"cannot read the folder {error.filename} ({error.strerror})")
 
-    known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files, other, seen = [], [], {os.path.realpath(root)}
+    files, seen = [], set()
     for folder, deeper, names in os.walk(root, followlinks=True, onerror=refuse):
-        follow = []
-        for name in sorted(deeper):
-            real = os.path.realpath(os.path.join(folder, name))
-            if not name.startswith((".", "__")) and real not in seen:  # a link may lead back
-                seen.add(real)
-                follow.append(name)
-        deeper[:] = follow  # which is where os.walk goes on
-        for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
-            if path.is_file():  # and no pipe, which would be waited for
-                (files if path.suffix.lower() in known else other).append(path)
-    if other:
-        kinds = ", ".join(sorted({path.suffix or path.name for path in other})[:8])
-        print_once(f"left out of {root}: {len(other):,} files that are no pictures ({kinds})")
-    if not files:
+        if (place := os.path.realpath(folder)) in seen:  # a link led back
+            deeper.clear()
+            continue
+        seen.add(place)
+        deeper[:] = sorted(name for name in deeper if not name.startswith((".", "__")))
+        paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        files += [path for path in paths if path.is_file()]  # no pipe: it would be waited for
+    known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    pictures = [path for path in files if path.suffix.lower() in known]
+    if not pictures:
         raise BadInput(f"no pictures under {str(root)!r}: give a folder that holds some")
-    return files
+    if other := {path.suffix or path.name for path in set(files) - set(pictures)}:
+        print_once(f"no pictures, left out: {', '.join(sorted(other))}")
+    return pictures
 
 
 def decode(files, size):
@@ -440,26 +429,22 @@ def decode(files, size):
 
     Raises BadInput where more than 1% of them are unreadable.
     """
-    about = [(str(path.absolute()), path.stat()) for path in files if path.exists()]
-    about = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in about]  # not others' pixels
-    name = hashlib.sha256(repr(about).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    found = [(str(path.absolute()), path.stat()) for path in files if path.exists()]
+    found = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in found]  # not others' pixels
+    name = hashlib.sha256(repr(found).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     kept, bad = CACHE / f"{name}-{size}.uint8", []
     if not kept.exists():
+        print(f"decoding pictures, once, into {kept}")
         with replacing(kept) as aside, aside.open("wb") as file, ThreadPool() as pool:
-            found = pool.imap(partial(decode_picture, size=size), files, 16)
-            for path, pixels in zip(files, tqdm(found, "decoding", len(files)), strict=True):
-                bad += [path] if pixels is None else []
-                file.write(b"" if pixels is None else pixels)
+            pixels = pool.imap(partial(decode_picture, size=size), files, 16)
+            for path, some in zip(files, tqdm(pixels, "decoding", len(files)), strict=True):
+                bad += [path] if some is None else []
+                file.write(some or b"")
+            if bad:
+                print(f"unreadable: {len(bad):,} of {len(files):,} pictures, such as {bad[0]}")
             if len(bad) > 0.01 * len(files):
-                raise BadInput(
-                    f"{len(bad):,} of {len(files):,} pictures are unreadable, more than 1%, such "
-                    f"as {bad[0]}: mend or remove them"
-                )
-        print(f"decoded pictures are kept in {kept}")
+                raise BadInput("more than 1% of the pictures are unreadable: mend or remove them")
     n = kept.stat().st_size // (3 * size**2)
-    if n < len(files):
-        which = f", such as {bad[0]}" if bad else ""
-        print(f"{len(files) - n:,} of {len(files):,} pictures are unreadable, left out{which}")
     return torch.from_file(str(kept), size=n * 3 * size**2, dtype=torch.uint8).view(
         -1, 3, size, size
     )
@@ -472,14 +457,10 @@ def decode_picture(path, size):
     try:
         with Image.open(path) as picture:
             picture = ImageOps.exif_transpose(picture)  # a camera that was held upright
-            if picture.mode == "F":
-                return None  # of which nobody knows what is white
             if picture.mode.startswith("I"):  # up to 16 bits, of which PIL would cut off the upper
                 grey = np.asarray(picture).astype(np.int64)
                 span = 4095 if grey.max() < 4096 else 65535  # 12 bits are kept in 16, too
-                if not 0 <= grey.min() <= grey.max() <= span:
-                    return None
-                picture = Image.fromarray((grey * 255 // span).astype(np.uint8))
+                picture = Image.fromarray((grey * 255 // span).clip(0, 255).astype(np.uint8))
             if picture.has_transparency_data:  # what shines through is white
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -531,15 +512,6 @@ def move_to_device(model):
     return model.to(device(), memory_format=form)
 
 
-def check_memory(size, what):
-    """Raise BadInput where `what` needs more bytes than a CPU has free: it would be killed."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if device().type == "cpu" and size > free:
-        raise BadInput(f"{what} would take {size / 2**30:,.0f} GiB of memory or more: take fewer")
-
-
 def ranks():
     """Tell which process this is, of how many: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -559,6 +531,7 @@ def join_processes():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         patient = datetime.timedelta(hours=12)  # one may have to wait for another that downloads
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patient)
+        atexit.register(dist.destroy_process_group)
 
 
 @contextmanager
@@ -573,11 +546,9 @@ def first_process_first():
 
 
 # %% [markdown]
-# ## Which pictures does a step see?
-#
-# That follows from the seed and the step alone. So a run that was interrupted goes on as if nothing
-# had happened, and several processes agree without asking each other: each takes its own part of
-# the same batch.
+# Which pictures a step sees follows from the seed and the step alone. So a run that was interrupted
+# goes on as if nothing had happened, and several processes agree without asking each other: each
+# takes its own part of the same batch.
 
 
 # %%
@@ -602,12 +573,6 @@ def pictures_of_steps(images, batch, seed, steps):
         yield images[i.to(images.device)].to(device())
 
 
-# %% tags=["nbval-check-output"]
-if __name__ == "__main__":
-    parts = [next(pictures_of_steps(torch.arange(1000), 6, seed=0, steps=[n])) for n in (1, 2, 1)]
-    print("pictures of the steps 1, 2 and 1 again:", *[part.tolist() for part in parts])
-    assert torch.equal(parts[0], parts[2]) and not torch.equal(parts[0], parts[1])
-
 # %% [markdown]
 # ## A run on disk
 #
@@ -618,7 +583,10 @@ if __name__ == "__main__":
 
 # %%
 def claim_folder(folder, resume):
-    """Make the folder of a run and lock it; an earlier run of that name is kept as `folder`.1, …"""
+    """Make the folder of a run and lock it; an earlier run of that name is kept as `folder`.1, …
+
+    Raises BadInput where another process has it, or it cannot be made.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -645,6 +613,53 @@ def check_same_settings(asked, old, folder):
 
 
 # %%
+@contextmanager
+def reading(what):
+    """Say in one sentence whatever goes wrong while a file, such as of a run, is read."""
+    try:
+        yield
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except FileNotFoundError:
+        raise BadInput(f"there is no {what}: train or make it first") from None
+    except Exception as error:  # a broken or foreign file fails in many ways
+        reason = f"it has no {error}" if isinstance(error, KeyError) else shorten(error)
+        raise BadInput(f"{what} is damaged or does not fit: {reason}") from error
+
+
+def write_checkpoint(content, folder, name="checkpoint.pt"):
+    """Write a file of tensors whole or not at all."""
+    with replacing(Path(folder) / name) as aside:
+        torch.save(content, aside)
+
+
+def read_checkpoint(folder, name="checkpoint.pt"):
+    """Read a checkpoint onto the CPU, as tensors and never as code. Raises BadInput without one.
+
+    A folder like runs/pretrained/NAME without one stands for weights that come with the project,
+    which pretrained/export.py wrote: without the state of the training.
+    """
+    path, kept = Path(folder) / name, ROOT / "pretrained" / f"{Path(folder).name}.safetensors"
+    if path.is_file() or Path(folder).parent.name != "pretrained" or not kept.is_file():
+        with reading(path):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    from safetensors import safe_open
+
+    with reading(kept), safe_open(kept, "pt") as file:
+        about = {key: json.loads(value) for key, value in file.metadata().items()}
+        return {**about, "ema": {key: file.get_tensor(key) for key in file.keys()}}
+
+
+def fingerprint(*tensors):
+    """Identify tensors by their content: 16 hexadecimal digits of a hash of shapes and bytes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+# %%
 def pack(state):
     """List what a training changes, a dictionary, as `torch.save` keeps it."""
     kept = {key: value for key, value in state.items() if key != "forward"}
@@ -661,97 +676,25 @@ def unpack(state, content):
     """Put back what `pack` listed into a fresh state. Raises BadInput where it does not fit."""
     with reading("the checkpoint"):
         for key in content.keys() - {"settings", "torch_rng", "cuda_rng"}:
-            if isinstance(state.get(key), torch.Generator):
-                restore_generator(state[key], content[key], state["seed"], content["step"])
-            elif hasattr(state.get(key), "load_state_dict"):
-                state[key].load_state_dict(content[key])
+            known, value = state.get(key), content[key]
+            if hasattr(known, "load_state_dict"):
+                known.load_state_dict(value)
+            elif not isinstance(known, torch.Generator):
+                state[key] = value
+            elif len(value) == len(known.get_state()):
+                known.set_state(value)
             else:
-                state[key] = content[key]
-            if isinstance(state[key], torch.optim.Optimizer):
-                restore_moments(state[key])
+                print_once("saved on another kind of device: going on with other random numbers")
+                known.manual_seed(1_000_003 * state["seed"] + content["step"])
+        for weight, moments in state["optimizer"].state.items():
+            for name in (
+                "exp_avg",
+                "exp_avg_sq",
+            ):  # fused Adam wants them to lie as the weight does
+                moments[name] = torch.empty_like(weight).copy_(moments[name])
         torch.set_rng_state(content["torch_rng"])
         if torch.cuda.is_available() and content["cuda_rng"] is not None:
             torch.cuda.set_rng_state(content["cuda_rng"])
-
-
-def restore_generator(generator, saved, seed, step):
-    """Put a generator back, or start another where the device is of another kind."""
-    if len(saved) == len(generator.get_state()):
-        generator.set_state(saved)
-    else:
-        print_once("saved on another kind of device: going on with other random numbers")
-        generator.manual_seed(1_000_003 * seed + step)
-
-
-def restore_moments(optimizer):
-    """Lay Adam's moments out in memory like their weights: fused Adam takes that for granted."""
-    for weight, moments in optimizer.state.items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            moments[key] = torch.empty_like(weight).copy_(moments[key])
-
-
-def fingerprint(*tensors):
-    """Identify tensors by their content: 16 hexadecimal digits of a hash of shapes and bytes."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
-
-
-def write_checkpoint(content, folder, name="checkpoint.pt"):
-    """Write a file of tensors whole or not at all."""
-    with replacing(Path(folder) / name) as aside:
-        torch.save(content, aside)
-
-
-def read_checkpoint(folder, name="checkpoint.pt"):
-    """Read a checkpoint onto the CPU, as tensors and never as code. Raises BadInput without one.
-
-    A folder like runs/pretrained/NAME without one stands for weights that come with the project.
-    """
-    path, kept = Path(folder) / name, ROOT / "pretrained" / f"{Path(folder).name}.safetensors"
-    if not path.is_file() and Path(folder).parent.name == "pretrained" and kept.is_file():
-        return read_pretrained(kept)
-    with reading(path):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_pretrained(path):
-    """Read a file of pretrained/export.py as a checkpoint without its training state."""
-    from safetensors import safe_open
-
-    with reading(path), safe_open(path, "pt") as file:
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
-        return {**about, "ema": {key: file.get_tensor(key) for key in file.keys()}}
-
-
-@contextmanager
-def reading(what):
-    """Say in one sentence whatever goes wrong while a file, such as of a run, is read."""
-    try:
-        yield
-    except (BadInput, MemoryError, torch.OutOfMemoryError):
-        raise
-    except FileNotFoundError:
-        raise BadInput(f"there is no {what}: train or make it first") from None
-    except Exception as error:  # a broken or foreign file fails in many ways
-        reason = f"it has no {error}" if isinstance(error, KeyError) else shorten(error)
-        raise BadInput(f"{what} is damaged or does not fit: {reason}") from error
-
-
-# %%
-def append_row(row, log):
-    """Add a row, a dictionary, to a log, a file of JSON lines."""
-    with log.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row) + "\n")
-
-
-def read_log(folder, file="metrics.jsonl"):
-    """Read a run's log as a list of dictionaries."""
-    path = Path(folder) / file
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]  # not a torn one
 
 
 # %% [markdown]
@@ -763,15 +706,16 @@ def read_log(folder, file="metrics.jsonl"):
 
 
 # %%
-def any_process(flag):
-    """Tell all processes whether one of them says so."""
-    found = torch.tensor(float(flag), device=device())
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+def read_log(folder, file="metrics.jsonl"):
+    """Read a run's log as a list of dictionaries."""
+    path = Path(folder) / file
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    with reading(path):
+        return [json.loads(line) for line in lines if line.endswith("}")]  # not a torn one
 
 
 def keep_training(loop, state, steps, log, summarize, save, after=None, save_every=0, desc=""):
-    """Run a training to its end (returns True) or to Ctrl-C (False).
+    """Run a training to its end, and return True; a signal lets it save and end the process.
 
     loop: yields (step, {name: number}) after every step; state: its "step" is where it begins. log:
     a file of JSON lines, for which summarize(recent) makes a row of the numbers of some steps.
@@ -779,12 +723,12 @@ def keep_training(loop, state, steps, log, summarize, save, after=None, save_eve
     what else is to be done, in the first process.
     """
     (rank, world), every, begin = ranks(), max(1, steps // 40), state["step"]
-    recent, stop, last, signals = [], [], time.monotonic(), (signal.SIGINT, signal.SIGTERM)
+    recent, stop, last = [], [0], time.monotonic()
     if rank == 0:  # of a log keep what was written until here
         old = [json.dumps(row) + "\n" for row in read_log(log.parent, log.name)]
         with replacing(log) as aside:
             aside.write_text("".join(row for row in old if json.loads(row)["step"] <= begin))
-    before = [signal.signal(kind, lambda *_: stop.append(True)) for kind in signals]
+    before = {kind: signal.signal(kind, lambda number, _: stop.append(number)) for kind in SIGNALS}
     try:
         bar = tqdm(loop, desc, steps, initial=begin, disable=rank > 0)
         for step, numbers in bar:
@@ -793,8 +737,12 @@ def keep_training(loop, state, steps, log, summarize, save, after=None, save_eve
                 row, recent = summarize(recent), []
                 bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k.startswith("loss")})
                 if rank == 0:
-                    append_row(dict(step=step, **row), log)
-            halt = bool(stop) if world == 1 else step % 10 == 0 and any_process(bool(stop))
+                    with log.open("a", encoding="utf-8") as lines:
+                        lines.write(json.dumps(dict(step=step, **row)) + "\n")
+            halt = stop[-1]
+            if world > 1:  # all stop in the same step; they ask each other every tenth
+                halt = torch.tensor(halt * (step % 10 == 0), device=device())
+                dist.all_reduce(halt, dist.ReduceOp.MAX) if step % 10 == 0 else None
             due = step % save_every == 0 if save_every else time.monotonic() - last > 600
             if due or halt or step == steps:
                 save(numbers)
@@ -802,12 +750,13 @@ def keep_training(loop, state, steps, log, summarize, save, after=None, save_eve
             if rank == 0 and after:
                 after(step)
             if halt and step < steps:
-                return False
+                print_once(f"saved at step {step:,}: the same command with --resume goes on")
+                sys.exit(128 + int(halt))
         if begin < state["step"]:  # it ended by itself
             save(numbers)
         return True
     finally:
-        for kind, handler in zip(signals, before, strict=True):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
