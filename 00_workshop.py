@@ -457,6 +457,8 @@ def decode_picture(path, size):
     try:
         with Image.open(path) as picture:
             picture = ImageOps.exif_transpose(picture)  # a camera that was held upright
+            if picture.mode == "F":
+                return None  # nobody knows which number is white
             if picture.mode.startswith("I"):  # up to 16 bits, of which PIL would cut off the upper
                 grey = np.asarray(picture).astype(np.int64)
                 span = 4095 if grey.max() < 4096 else 65535  # 12 bits are kept in 16, too
