@@ -11,7 +11,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pip install -q -r tests/requirements.txt -c constraints.txt
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/python -m pip install -q ruff -c constraints.txt

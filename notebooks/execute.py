@@ -8,7 +8,6 @@ The scripts are the source: each becomes a notebook by jupytext and runs through
 """
 
 import argparse
-import importlib
 import json
 import os
 import shutil
@@ -22,7 +21,6 @@ import papermill
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = sorted(path.stem for path in ROOT.glob("0[0-9]_*.py"))
 SHORT = {"07_beyond": dict(steps=600, samples=200, seeds=2)}  # in the demo, to stay within minutes
-sys.path.insert(0, str(ROOT))
 
 
 def last_states(text):
@@ -89,7 +87,7 @@ def main():
         shutil.rmtree(out, ignore_errors=True)  # holds nothing but an earlier demo
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.pop("MPLBACKEND", None)  # a backend without windows would take the figures away
-    importlib.import_module(STEPS[0]).let_idle_threads_sleep()  # of the kernels, which inherit it
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads of the kernels sleep soon
     begin = time.perf_counter()
     for i, step in enumerate(steps, start=1):
         print(f"[{i}/{len(steps)}] {step} … ", end="", flush=True)

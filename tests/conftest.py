@@ -1,88 +1,90 @@
-"""Make the numbered steps importable and hand them to the tests under short names."""
+"""Every test runs on the CPU, with one thread, in an empty folder, with the steps by short names.
+
+What it leaves running is ended; a file that it leaves in the project's folder fails the whole.
+"""
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-# The tests mean the CPU, whatever this machine has: hidden before anything asks for a GPU, here and
-# in the processes that the tests start. The fixture `card` gives it back to those that want it.
-# Kept in the environment too: the processes of `pytest -n` come after it was hidden.
+# Hidden before anything asks for a GPU, here and in the processes that the tests start; the fixture
+# `card` gives it back. Kept in the environment: the processes of `pytest -n` come after this.
 VISIBLE = os.environ.setdefault("VISIBLE_TO_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# They run side by side, and OpenMP threads that share cores wait for each other: one will do.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that share cores wait for each other
 
+import matplotlib
+import psutil
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = sorted(path.stem for path in ROOT.glob("0[0-9]_*.py"))
 sys.path.insert(0, str(ROOT))
+matplotlib.use("Agg")  # here alone: MPLBACKEND would take the figures from notebooks
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the notebooks, which take longest and stay together in one process."""
-    for item in items:
-        if item.path.name == "test_notebooks.py":
-            item.add_marker(pytest.mark.xdist_group("notebooks"))
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+def left_in_project():
+    """List the files that runs leave, with the times at which they were written."""
+    names = ("data", "figures", "runs", "site", "student")
+    return {path: path.stat().st_mtime for name in names for path in (ROOT / name).rglob("*")}
+
+
+BEFORE = left_in_project()
+
+
+def pytest_sessionfinish(session):
+    if left := left_in_project().items() - BEFORE.items():
+        print("\nthe tests left in the project's folder:", *sorted(str(path) for path, _ in left))
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(step(0), "CACHE", tmp_path / "cache")
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_strays():
+    yield
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it may have ended by itself
+            process.kill()
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Run a step as a command, but in this process: command(4, "--steps", 3)."""
+
+    def run(number, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{STEPS[number]}.py", *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / f"{STEPS[number]}.py"), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+
+    return run
 
 
 def step(number):
     return importlib.import_module(STEPS[number])
 
 
-@pytest.fixture(scope="session")
-def workshop():
-    return step(0)
-
-
-@pytest.fixture(scope="session")
-def sde():
-    return step(1)
-
-
-@pytest.fixture(scope="session")
-def clustering():
-    return step(2)
-
-
-@pytest.fixture(scope="session")
-def unet():
-    return step(3)
-
-
-@pytest.fixture(scope="session")
-def training():
-    return step(4)
-
-
-@pytest.fixture(scope="session")
-def evaluation():
-    return step(5)
-
-
-@pytest.fixture(scope="session")
-def ldm():
-    return step(6)
-
-
-@pytest.fixture(scope="session")
-def beyond():
-    return step(7)
-
-
-@pytest.fixture(scope="session")
-def digits(workshop, sde):
-    """The digits as floats in [0, 1], (1797, 1, 8, 8)."""
-    return workshop.load_images("digits")[0].float() / 255
+STEP_NAMES = "workshop sde clustering unet training evaluation ldm beyond".split()
+MADE_ONCE = {name: lambda n=n: step(n) for n, name in enumerate(STEP_NAMES)} | {
+    "root": lambda: ROOT,
+    "golden": lambda: ROOT / "tests" / "golden",  # outputs of the authors' released code
+    "digits": lambda workshop: workshop.load_images("digits")[0].float() / 255,  # (1797, 1, 8, 8)
+}
+for name, make in MADE_ONCE.items():
+    globals()[name] = pytest.fixture(make, scope="session", name=name)
 
 
 @pytest.fixture(scope="session")
@@ -93,14 +95,3 @@ def card():
     if subprocess.run(asked, env=env, capture_output=True, text=True).stdout.strip() != "True":
         pytest.skip("there is no GPU that torch can use on this machine")
     return env
-
-
-@pytest.fixture(scope="session")
-def golden():
-    """Where the recorded outputs of the authors' released code lie."""
-    return ROOT / "tests" / "golden"
-
-
-@pytest.fixture(scope="session")
-def root():
-    return ROOT
