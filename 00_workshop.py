@@ -26,32 +26,37 @@ import sys
 NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
 MAIN = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
 SCRIPT = bool(re.fullmatch(r"0\d_\w+\.py", MAIN)) and not NOTEBOOK
-SIGNALS = [
-    getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-]  # no HUP: Windows
+FIRST = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, or the only one
+SIGNALS = [getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP")]  # not on Windows
 SIGNALS = [kind for kind in SIGNALS if kind and signal.getsignal(kind) != signal.SIG_IGN]  # nohup
 
 if SCRIPT:  # before torch is loaded, which takes a while
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep soon, and do not spin
     for kind in SIGNALS:  # end quietly, after what waits in a `finally`
         signal.signal(kind, lambda number, _: sys.exit(128 + number))
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # a shell may close them
+        stream.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
+        setattr(sys, name, stream)
 
 import argparse
 import ast
 import atexit
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import json
 import platform
 import socket
+import threading
 import time
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
 ROOT = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "multistage")
@@ -76,11 +81,14 @@ class BadInput(ValueError):
 
 def report_bad_input(kind, error, trace):
     """Report what a user can mend in one line with exit status 2; leave real bugs their trace."""
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+        os._exit(128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1)  # nobody listens
     if kind.__name__ == "OutOfMemoryError":
         error = BadInput("the GPU's memory is used up: ask for less, as by a smaller --batch")
     if not isinstance(error, BadInput):
         return sys.__excepthook__(kind, error, trace)
-    print(f"{MAIN}: error: {error}", file=sys.stderr)
+    if FIRST:  # torch takes sys.stderr away from processes that have joined
+        print(f"{MAIN}: error: {error}", file=sys.__stderr__, flush=True)
     sys.exit(2)
 
 
@@ -115,12 +123,13 @@ def settings(namespace, step):
         return
     known = read_parameters(step)
     if NOTEBOOK:  # papermill's own cell may hold names that no parameter has
-        injected = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
+        injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
         names = re.findall(r"^(\w+) =", "\n".join(injected), re.MULTILINE)
         if unknown := set(names) - {name for name, *_ in known}:
             raise BadInput(f"unknown parameter {min(unknown)!r}: see the cell of the parameters")
     else:
         parser = argparse.ArgumentParser(f"{step}.py", allow_abbrev=False)
+        parser.error = lambda message: report_bad_input(BadInput, BadInput(message), None)
         for name, default, comment in known:
             kind = type(default)
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
@@ -147,7 +156,7 @@ def check_value(name, value, kind, comment):
         out = found == low and limits[1] == "(" or found == high and limits[4] == ")"
         if out or not low <= found <= high:  # so that nan is refused as well
             raise BadInput(f"{name} = {found} must lie in {limits[0]}")
-    return found
+    return os.path.expanduser(found) if kind is str else found
 
 
 # %% tags=["parameters"]
@@ -730,7 +739,9 @@ def keep_training(loop, state, steps, log, summarize, save, after=None, save_eve
         old = [json.dumps(row) + "\n" for row in read_log(log.parent, log.name)]
         with replacing(log) as aside:
             aside.write_text("".join(row for row in old if json.loads(row)["step"] <= begin))
-    before = {kind: signal.signal(kind, lambda number, _: stop.append(number)) for kind in SIGNALS}
+    main = threading.current_thread() is threading.main_thread()  # which alone may take signals
+    note, caught = lambda number, _: stop.append(number), SIGNALS if main else []
+    before = {kind: signal.signal(kind, note) for kind in caught}
     try:
         bar = tqdm(loop, desc, steps, initial=begin, disable=rank > 0)
         for step, numbers in bar:
@@ -757,6 +768,10 @@ def keep_training(loop, state, steps, log, summarize, save, after=None, save_eve
         if begin < state["step"]:  # it ended by itself
             save(numbers)
         return True
+    except OSError:  # such as of a terminal that is gone
+        if begin < state["step"]:
+            save(numbers)
+        raise
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
