@@ -319,29 +319,31 @@ tailored = False  # give separate networks the decoder widths of the multistage 
 network = ""  # a name of step 03's NETWORKS such as cifar10; empty: the data set's recipe
 process = "vp"  # vp or ldm (predict noise), flow (velocity), edm (preconditioned), pfgm or pfgm-128
 encoder = 0  # channels of the encoder; 0: the recipe's, or the network's [0, 4096]
+decoders = ""  # channels of the decoders such as 48,32,16; empty: the recipe's, or the network's
 stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; empty: the recipe
 weight = ""  # min-snr: less weight near the image; none: that of Eq. 4; empty: the recipe
 times = ""  # stages: as many pictures in each; uniform: over the timeline; empty: the recipe
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
+classes = False  # tell the network the label of each picture, but of one in ten
 steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
 batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0, 1000000]
 lr = 0.0  # Adam's learning rate; 0: the recipe of the data set [0, 10]
 decay = ""  # linear: the learning rate falls to zero over the run; none; empty: the recipe
 patience = 0  # early stopping: looks at held-out pictures without gain; 0: none [0, 1000000]
+hold_out = 0  # pictures, the first of an order that the seed shuffles, to leave out [0, 1000000000]
 seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-arch, and the process where it is not vp
 out = "runs"  # the folder that holds the runs
 memory = 4.0  # GiB of pictures to hold on the device; more are read in training [0, 1000000]
-compile = False  # compile the network first (worth it for hours on a GPU)
+save_every = 0  # steps between checkpoints; 0: every ten minutes [0, 1000000000]
 resume = False  # go on from the checkpoint of that run
-classes = False  # tell the network the label of each picture, but of one in ten
-hold_out = 0  # pictures, the first of an order that the seed shuffles, to leave out [0, 1000000]
 
 # %%
 workshop.settings(globals(), "04_train")
 
 import itertools
 import time
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -409,16 +411,12 @@ def noise_function(model, process, calls=None, half=True, label=None, guidance=(
         if calls is not None:
             calls.append(k)
         times = torch.full(t.shape, float(t[0]), dtype=x.dtype, device=x.device)
-        w, told = guidance[k % len(guidance)], {} if label is None else dict(label=label)
-        if w and told:  # with the label and without it, in one batch
-            x, times = torch.cat([x, x]), times.repeat(2)
-            told = dict(label=torch.cat([label, torch.full_like(label, model.classes)]))
+        w, ask = guidance[k % len(guidance)], partial(predict_noise, model, x, times, process)
         with workshop.half_precision(x.device if half else torch.device("cpu")):
-            found = predict_noise(model, x, times, process, stage=k, **told)
-        if w and told:
-            with_label, without = found.chunk(2)
-            found = (1 + w) * with_label - w * without
-        return found
+            if label is None:
+                return ask(stage=k)
+            found = ask(stage=k, label=label)
+            return (1 + w) * found - w * ask(stage=k) if w else found
 
     return eps
 
@@ -480,25 +478,12 @@ def stage_edges(model, process, cuts=None):
     return torch.cat([torch.tensor([1e-6]), cdf, torch.tensor([1 - 1e-6])])
 
 
-def min_snr(t, kernel):
-    """Weigh errors of predicted noise at times t (B,) by min(SNR, 5) / SNR: (B,).
-
-    Source: Hang et al. 2023, Section 3.4; SNR is 1 / sigma^2, as for x0 in [-1, 1].
-    """
-    return (5 * kernel.sigma(t) ** 2).clamp(max=1)
-
-
 def stage_chances(edges, process, active, times=""):
     """Return how often each stage is drawn, (n,) float64, where only some are still active."""
     equal = times == "stages" or (not times and process in PLAIN)
     chance = torch.ones(len(edges) - 1) if equal else edges.diff()
     chance = chance.double() * torch.tensor([k in active for k in range(len(chance))])
     return chance / chance.sum()
-
-
-def stages_in_turns(active, batch):
-    """Deal the stages to the pictures of a mixed batch, over and over: (batch,) int64."""
-    return torch.tensor(active).repeat(batch)[:batch]
 
 
 def draw_times(edges, process, k, generator):
@@ -512,17 +497,30 @@ def draw_times(edges, process, k, generator):
     return u if process in ("vp", "flow") else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
 
 
+def min_snr(t, kernel):
+    """Weigh errors of predicted noise at times t (B,) by min(SNR, 5) / SNR: (B,).
+
+    Source: Hang et al. 2023, Section 3.4; SNR is 1 / sigma^2, as for x0 in [-1, 1].
+    """
+    return (5 * kernel.sigma(t) ** 2).clamp(max=1)
+
+
+# %%
+DROPPED = 0.1  # share of the labels that a network is not told (Ho and Salimans 2022)
+
+
 def new_state(model, lr, seed):
     """Bundle what training changes: step, model, averaged model, optimiser, random numbers.
 
-    "forward" is what the loss calls; several processes or a compiler put their wrapper there.
+    "forward" is what the loss calls: with several processes the model's wrapper. "active": the
+    stages that are still trained; "drawn": how many batches each of them has had.
     """
     state = dict(step=0, seed=seed, model=model, forward=model)
     state["ema"] = copy.deepcopy(model).eval().requires_grad_(False)
     state["optimizer"] = torch.optim.Adam(model.parameters(), lr, fused=True)
     state["generator"] = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    state["active"] = list(range(len(model.decoders)))
-    return state
+    n = len(model.decoders)
+    return state | dict(active=list(range(n)), drawn=[0.0] * n)
 
 
 def train(
@@ -543,19 +541,16 @@ def train(
 ):
     """Train for `steps` steps in all by denoising score matching, yielding after each.
 
-    state: from `new_state`, changed in place. images: (N, C, H, W) on the model's device, uint8
-    pictures or floats that are in the network's space already (the latents of step 06). times: how often each stage is drawn; cuts: the stages of a unified network's
-    times; weight: "min-snr" or none; decay: as in `training_step`. labels: (N,) int64 for a network
-    with classes, which is not told one in ten, so that it learns to do without, too.
+    state: from `new_state`, changed in place. images: (N, C, H, W), uint8 pictures, or floats that
+    are in the network's space already (the latents of step 06). times: how often a stage is drawn;
+    cuts: the stages of a unified network's times; decay: as in `training_step`. labels: (N,) int64
+    for a network with classes, which is not told one in ten, so that it learns to do without, too.
     Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
-    Raises BadInput where a loss is no longer finite (looked at every 50 steps).
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
     kernel, device, (rank, world) = kernel_of(process), generator.device, workshop.ranks()
-    pairs = zip(state["ema"].parameters(), model.parameters(), strict=True)
-    pairs = [pair for pair in pairs if pair[1].requires_grad]  # of one stage alone: the others stay
-    pairs = [list(weights) for weights in zip(*pairs, strict=True)]
+    weights = [list(part.parameters()) for part in (state["ema"], model)]
     unified = len(model.decoders) == 1
     edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
@@ -564,16 +559,15 @@ def train(
     source = workshop.pictures_of_steps(images, batch, state["seed"], todo)
     model.train()
     for step, pictures in zip(going, source, strict=False):
-        x0 = workshop.to_network_space(pictures)  # (b, C, H, W)
-        active = range(len(edges) - 1) if unified else state["active"]
-        chance = stage_chances(edges, process, active, times)
+        x0 = workshop.to_network_space(pictures)  # (b, C, H, W), this process' part of the batch
+        active = list(range(len(edges) - 1)) if unified else state["active"]
         dice = workshop.step_generator(state["seed"], 2 * step + 1)
+        chance = stage_chances(edges, process, active, times)
         k = torch.multinomial(chance, 1, generator=dice).expand(batch)  # one stage for all
-        if stages == "mixed":
-            k = stages_in_turns(list(active), batch)
-        share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # (batch,), sums to 1
-        turns = k.chunk(world)[rank][: len(active) if stages == "mixed" else 1].tolist()
-        turns = [0] if unified else turns
+        if stages == "mixed":  # all of them, in turns
+            k = torch.tensor(active).repeat(batch)[:batch]
+        share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # of the loss, (batch,)
+        turns = [0] if unified else list(dict.fromkeys(k.chunk(world)[rank].tolist()))
         k, share = torch.stack([k.double(), share.double()]).to(device)  # one copy to wait for
         # the random numbers of the whole batch, of which this process takes its part
         t = draw_times(there, process, k.long(), generator)
@@ -595,15 +589,16 @@ def train(
             share = share * min_snr(t, kernel)
         # the processes' gradients are averaged, their losses shall be summed
         loss = world * (share.to(error) * error).sum()
-        if step % 50 == 0 and not torch.isfinite(loss):
-            raise BadInput(f"the loss is {loss.item()} at step {step}: train with a lower --lr")
         training_step(model, optimizer, loss, step, warmup, decay)
         with torch.no_grad():  # as update_average, all weights at once
-            torch._foreach_lerp_(*pairs, 1 - min(ema, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(*weights, 1 - min(ema, (1 + step) / (10 + step)))
+        for j in turns:
+            state["drawn"][j] += 1 / len(turns)
         state["step"] = step
         yield step, {j: error[i :: len(turns)].detach().clone().mean() for i, j in enumerate(turns)}
 
 
+# %%
 if __name__ == "__main__" and lesson:
     # Is it the plain loop? Both draw the same numbers in the same order, so every bit must agree.
     # (On the CPU, and with means over powers of two: dividing by these is exact, sooner or later.)
@@ -618,22 +613,14 @@ if __name__ == "__main__" and lesson:
     print("after 6 steps train_plainly and train agree in every bit of every weight")
 
 # %% [markdown]
-# ### Checkpoints, networks, boundaries
+# ### Networks, checkpoints
 #
-# A checkpoint holds state and settings, so that `--resume` goes on as if nothing had happened. The
-# rows of Table 3 are flags: `--arch unified`, `--arch separate`, with `--patience 5` (early
+# The rows of Table 3 are flags: `--arch unified`, `--arch separate`, with `--patience 5` (early
 # stopping), `--tailored` (the widths of the multistage decoders), or both, and `--arch multistage`.
+# A checkpoint holds state and settings, so that `--resume` goes on as if nothing had happened.
+
 
 # %%
-DROPPED = 0.1  # share of the labels that a network is not told (Ho and Salimans 2022)
-PETAFLOPS = ("petaflops", "true_petaflops")  # their names in the log
-
-
-def save_checkpoint(state, settings, folder):
-    """Write state and settings to `folder`/checkpoint.pt."""
-    workshop.write_checkpoint({**workshop.pack(state), "settings": settings}, folder)
-
-
 def network_of(settings):
     """Build the untrained network that a run's settings describe."""
     asked = ("boundaries", "channels", "size", "encoder", "decoders", "classes")
@@ -650,6 +637,41 @@ def network_of(settings):
     return unet.build_network(settings["network"], **kind)
 
 
+NARROW = 20  # channels of an encoder
+
+
+def prepare_state(settings, content=None):
+    """Build what a run's settings describe: a state ready to train.
+
+    content: of the checkpoint to go on from. Raises BadInput for a batch that cannot be divided
+    into its stages or among the processes.
+    """
+    torch.manual_seed(settings["seed"])  # the initial weights
+    model = workshop.move_to_device(network_of(settings))
+    if workshop.device().type == "cpu" and model.encoders[0].skip_widths[0] < NARROW:
+        torch.set_num_threads(1)  # two are no faster at such layers, and stall beside other work
+    n, (rank, world) = len(settings.get("cuts") or model.cuts) + 1, workshop.ranks()
+    if settings.get("stages") == "mixed" and settings["batch"] < n:
+        raise BadInput(f"batch = {settings['batch']} cannot mix {n} stages: give {n} or more")
+    if settings["batch"] % world:
+        raise BadInput(f"batch = {settings['batch']} cannot be shared by {world} processes")
+    state = new_state(model, settings["lr"], settings["seed"])
+    if content:
+        workshop.unpack(state, content)
+    if world > 1:  # their gradients are averaged, their dropout differs
+        torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
+        # a batch of one stage leaves the other decoders alone
+        how = dict(find_unused_parameters=len(model.decoders) > 1)
+        state["forward"] = DistributedDataParallel(model, devices, **how)
+    return state
+
+
+def save_checkpoint(state, settings, folder):
+    """Write state and settings to `folder`/checkpoint.pt."""
+    workshop.write_checkpoint({**workshop.pack(state), "settings": settings}, folder)
+
+
 def averaged_model(content):
     """Build the averaged network of a checkpoint's content, in eval mode on the device.
 
@@ -660,6 +682,16 @@ def averaged_model(content):
     return workshop.move_to_device(model).eval()
 
 
+# %% [markdown]
+# ### What a run is made of
+#
+# A flag decides, else the recipe of the data set, else the paper's way. That gives the settings of
+# a run, from which all that follows is built, on resuming and in step 05, too.
+
+# %%
+# paper: one stage a batch, all of Eq. 4's weights 1, a constant learning rate; here: what is
+# neither asked for nor in a recipe is so, and a recipe may know better (RESULTS.md)
+PAPERS_WAY = dict(stages="uniform", times="", weight="", decay="none", encoder=0, decoders="")
 PAPER_NETWORKS = {
     "vp": dict(multistage="table5_1", unified="table7_1", separate="table3_separate"),
     "edm": dict(multistage="edm", unified="edm_unified", separate="edm_separate"),
@@ -668,117 +700,14 @@ PAPER_NETWORKS = {
 PAPER_NETWORKS["flow"] = PAPER_NETWORKS["vp"]
 
 
-def network_name(network, dataset, arch, process):
-    """Name the entry of NETWORKS for what was asked: an own one, a small one or the paper's.
-
-    Raises BadInput for an own one that is of another arch.
-    """
-    base = network or dataset
-    paper = workshop.about(dataset)["recipe"] is workshop.PAPER  # and its networks with it
-    if base in unet.SMALL_NETWORKS and (network or not paper):
-        return base if arch == "multistage" else f"{base}_{arch}"
-    if network in unet.NETWORKS:
-        kind = unet.NETWORKS[network]
-        own = "multistage" if kind.get("shared", True) else "separate"
-        own = "unified" if len(kind["decoders"]) == 1 else own
-        if own != arch:
-            raise BadInput(f"network {network!r} is {own}, not {arch}: give --arch {own}")
-    return network or PAPER_NETWORKS[process if process in PAPER_NETWORKS else "edm"][arch]
-
-
-def widths_of(network, encoder, decoders):
-    """Read --encoder (0: the network's) and --decoders, a text: (channels, list of channels).
-
-    What is left out is None; decoders that are not said grow or shrink as the encoder does.
-    """
-    if encoder and (encoder < 4 or encoder % 2):
-        raise BadInput(f"encoder = {encoder} must be an even number from 4 on, or 0")
-    try:
-        widths = [int(width) for width in decoders.strip("[]() ").split(",") if width.strip()]
-    except ValueError:
-        widths = [0]
-    if any(width < 1 for width in widths):
-        raise BadInput(f"decoders {decoders!r} must be channels such as 48,32,16")
-    own = unet.NETWORKS.get(network, {})
-    if encoder and own and not widths:
-        widths = [max(1, round(width * encoder / own["encoder"])) for width in own["decoders"]]
-    return encoder or None, widths or None
-
-
-def recipe_widths(recipe, arch):
-    """Read a recipe's widths as the flags --encoder and --decoders: (channels or 0, text).
-
-    Its decoders are those of a multistage network; others have them as wide as the encoder.
-    """
-    return recipe.get("encoder", 0), recipe.get("decoders", "") if arch == "multistage" else ""
-
-
-FEW = 100  # pictures; where Algorithm 1 fails on fewer it is no fault of theirs
-
-
-def find_boundaries(text, dataset, images, process, network="digits"):
-    """Decide on the inner boundaries, in the time of the process: list of floats.
-
-    text: what the user gave, comma-separated, or empty for step 02's answer; a network that has not
-    three stages brings its own. Raises BadInput where there is no such answer; for less than FEW
-    pictures the published cuts are taken then, which is said.
-    """
-    own = unet.NETWORKS.get(network, unet.NETWORKS["digits"])["boundaries"]
-    if text:
-        try:
-            return [float(tau) for tau in text.strip("[]() ").split(",")]
-        except ValueError:
-            raise BadInput(f"boundaries {text!r} must be numbers such as 0.1,0.44") from None
-    if len(own) != 2:
-        cuts = own
-    elif dataset == "celeba" or not torch.is_tensor(images):
-        cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
-    else:
-        progress = workshop.ranks()[0] == 0
-        try:
-            cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
-        except BadInput as why:
-            if len(images) >= FEW:
-                raise BadInput(f"step 02 finds no boundaries ({why}): give --boundaries") from None
-            few = f"{len(images)} pictures are too few to find boundaries"
-            workshop.print_once(f"{few}: taking the published ones")
-            cuts = unet.PUBLISHED
-    return sde.match_snr(cuts, sde.VP, kernel_of(process))
-
-
-# paper: one stage a batch, all of Eq. 4's weights 1, a constant learning rate; here: what is
-# neither asked for nor in a recipe is so, and a recipe may know better (RESULTS.md)
-PAPERS_WAY = dict(stages="uniform", times="", weight="", decay="none")
-
-
-def choose_recipe(recipe, given, process):
-    """Decide on stages, times, weight and decay: what the user gave, the recipe's, the paper's.
-
-    Times and weights of a recipe are for noise prediction; other processes have their own.
-    """
-    if process not in PLAIN:
-        recipe = {**recipe, "times": "", "weight": ""}
-    chosen = {key: given[key] or recipe.get(key, usual) for key, usual in PAPERS_WAY.items()}
-    return {**chosen, "weight": "" if chosen["weight"] == "none" else chosen["weight"]}
-
-
-def check_resumed(asked, old, run):
-    """Raise BadInput where a resumed run is asked for other settings or another end of decay."""
-    workshop.check_same_settings(asked, old, run)
-    if asked.get("decay") == "linear" and asked["steps"] != old["steps"]:
-        raise BadInput(
-            f"the learning rate of {run} falls to zero at step {old['steps']}: give --steps that, "
-            "or go on in another run (step 04: with --start_from)"
-        )
-
-
 def check_settings(arch, process, stages, patience, times="", decay="", weight=""):
     """Raise BadInput for settings that are unknown or do not go together."""
-    known = dict(arch="multistage unified separate", stages="uniform mixed", times="stages uniform")
-    known.update(decay="linear none", weight="min-snr none")
-    for what, value in dict(locals()).items():
-        if value and what in known and value not in known[what].split():
-            raise BadInput(f"unknown {what} {value!r}: take one of {known[what]}")
+    known = {"arch": (arch, "multistage", "unified", "separate")}
+    known |= {"stages": (stages, "uniform", "mixed"), "times": (times, "stages", "uniform")}
+    known |= {"decay": (decay, "linear", "none"), "weight": (weight, "min-snr", "none")}
+    for what, (value, *words) in known.items():
+        if value and value not in words:
+            raise BadInput(f"unknown {what} {value!r}: take {', '.join(words)}")
     kernel_of(process)
     if weight == "min-snr" and process not in PLAIN:
         raise BadInput(f"process {process!r} has weights of its own: leave out --weight")
@@ -786,11 +715,93 @@ def check_settings(arch, process, stages, patience, times="", decay="", weight="
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
 
 
+def network_name(network, dataset, arch, process):
+    """Name the entry of NETWORKS for what was asked: an own one, a small one or the paper's.
+
+    Raises BadInput for one that is unknown, or of another arch.
+    """
+    if not network and workshop.about(dataset)["recipe"] is workshop.PAPER:  # and its networks
+        return PAPER_NETWORKS[process if process in PAPER_NETWORKS else "edm"][arch]
+    network = network or dataset
+    if arch != "multistage" and f"{network}_{arch}" in unet.NETWORKS:
+        return f"{network}_{arch}"
+    if network not in unet.NETWORKS:
+        raise BadInput(f"unknown network {network!r}: take one of {', '.join(unet.NETWORKS)}")
+    kind = unet.NETWORKS[network]
+    own = "multistage" if kind.get("shared", True) else "separate"
+    own = "unified" if len(kind["decoders"]) == 1 else own
+    if own != arch:
+        raise BadInput(f"network {network!r} is {own}, not {arch}: give --arch {own}")
+    return network
+
+
+def read_numbers(what, text, kind, example):
+    """Read numbers that commas part, with or without brackets as papermill hands them over."""
+    try:
+        return [kind(part) for part in text.strip("[]() ").split(",") if part.strip()]
+    except ValueError:
+        raise BadInput(f"{what} {text!r} must be {example}") from None
+
+
+def find_boundaries(text, dataset, images, process, network="digits"):
+    """Decide on the inner boundaries, in the time of the process: list of floats.
+
+    text: what the user gave, comma-separated, or empty for step 02's answer; a network that has not
+    three stages brings its own. Where step 02 has no answer, as for a handful of pictures, the
+    published ones are taken, which is said.
+    """
+    if text:
+        return read_numbers("boundaries", text, float, "numbers such as 0.1,0.44")
+    cuts = unet.NETWORKS[network]["boundaries"]
+    if len(cuts) == 2:
+        cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
+        if dataset != "celeba":
+            try:
+                progress = workshop.ranks()[0] == 0
+                cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
+            except BadInput as why:
+                workshop.print_once(f"step 02 finds no boundaries ({why}): taking the published")
+    return sde.match_snr(cuts, sde.VP, kernel_of(process))
+
+
+def plan_run(given, recipe, images):
+    """Decide on a run: its settings, a dictionary of what `settings.json` can hold.
+
+    given: the flags, 0 or empty where the recipe decides. images: (N, C, H, W), what is trained on.
+    """
+    arch, process, dataset = (given[key] for key in ("arch", "process", "dataset"))
+    name = partial(network_name, given["network"], dataset, process=process)
+    network, recipe = name(arch=arch), {**PAPERS_WAY, **recipe}
+    if process not in PLAIN:  # others have times and weights of their own
+        recipe.update(times="", weight="")
+    if given["network"] or given.get("encoder") or given.get("decoders"):
+        recipe.update(encoder=0, decoders="")  # a recipe's widths are of its network
+    if arch != "multistage":
+        recipe.update(decoders="")
+    plan = {key: given.get(key) or usual for key, usual in recipe.items()}
+    plan.update(decay=plan["steps"] if plan["decay"] == "linear" else 0)
+    plan.update(dataset=dataset, arch=arch, process=process, network=network, seed=given["seed"])
+    own = unet.NETWORKS[name(arch="multistage") if given.get("tailored") else network]
+    encoder = plan["encoder"] = plan["encoder"] or own["encoder"]
+    if encoder < 4 or encoder % 2:
+        raise BadInput(f"encoder = {encoder} must be an even number from 4 on, or 0")
+    decoders = read_numbers("decoders", plan["decoders"], int, "channels such as 48,32,16")
+    grown = [max(1, round(width * encoder / own["encoder"])) for width in own["decoders"]]
+    plan.update(decoders=decoders or grown)  # unsaid they grow or shrink as the encoder does
+    plan.update(channels=images.shape[1], size=images.shape[2], boundaries=[], cuts=None)
+    where = given["boundaries"], dataset, images, process
+    if arch != "unified":
+        plan["boundaries"] = find_boundaries(*where, network)
+    elif plan["times"] == "stages":
+        plan["cuts"] = find_boundaries(*where)
+    return plan
+
+
 # %% [markdown]
 # ### A run
 #
-# Beside its steps a run says what it will cost, looks at held-out pictures, draws grids and counts
-# its operations. `fit` joins all that to the loop of step 00 that keeps a training. It leaves in
+# Beside its steps a run says what it costs, looks at held-out pictures, draws grids and counts its
+# operations. `fit` joins all that to the loop of step 00 that keeps a training. It leaves in
 # `runs/<name>/` `settings.json`, `metrics.jsonl` (a line a log step), `samples/`, `checkpoint.pt`.
 
 
@@ -799,11 +810,29 @@ def describe_training(state, settings):
     """Say what will be trained, and count what a step of each stage costs."""
     costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
-    workshop.print_once(f"{settings['arch']} network {settings['network']}, boundaries {cuts}")
+    steps, batch, (_, world) = settings["steps"], settings["batch"], workshop.ranks()
+    workshop.print_once(
+        f"{settings['arch']} network {settings['network']}, boundaries {cuts}",
+        f"{steps:,} steps of {batch} pictures on {workshop.device()}, processes: {world}",
+    )
     for k in range(len(state["model"].decoders)):
         million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
-        workshop.print_once(f"  stage {k}: {million:.2f}M parameters, {gflops:.4g} GFLOPs a picture")
+        workshop.print_once(
+            f"  stage {k}: {million:.2f}M parameters, {gflops:.4g} GFLOPs a picture"
+        )
     return costs
+
+
+def mean_losses(recent, n, device):
+    """Average n stages' losses over some steps, in all processes: a row of the log."""
+    table = torch.zeros(n, 2, device=device)  # sums and counts
+    for k, loss in (item for losses in recent for item in losses.items()):
+        table[k, 0] += loss
+        table[k, 1] += 1
+    if workshop.ranks()[1] > 1:
+        dist.all_reduce(table)
+    sums, counts = table.T.tolist()
+    return {f"loss_{k}": round(sums[k] / counts[k], 7) for k in range(n) if counts[k]}
 
 
 @torch.no_grad()
@@ -825,129 +854,92 @@ def check_held_out(state, held_out, process, patience):
             with workshop.half_precision(device):
                 error = weighted_error(model, x0, eps, t, process, stage=k)
             total += float(error.sum())
-        found[k] = total / len(held_out)
+        found[k], stopping["waited"][k] = total / len(held_out), stopping["waited"][k] + 1
         if found[k] < stopping["best"][k]:
             stopping["best"][k], stopping["waited"][k] = found[k], 0
             own, weights = (f"encoders.{k}.", f"decoders.{k}."), model.state_dict()
             best = {key: weights[key].clone() for key in weights if key.startswith(own)}
             stopping["weights"] = {**stopping.get("weights", {}), **best}
-        else:
-            stopping["waited"][k] += 1
-            if stopping["waited"][k] >= patience:
-                state["active"].remove(k)
-                workshop.print_once(
-                    f"stage {k} stops: no gain on held-out pictures in {patience} looks"
-                )
+        elif stopping["waited"][k] >= patience:
+            state["active"].remove(k)
+            workshop.print_once(
+                f"stage {k} stops: no gain on held-out pictures in {patience} looks"
+            )
     return found
 
 
 @torch.no_grad()
 def draw_grid(state, process, path, decode=None, n=32, nfe=25):
     """Draw n pictures with the averaged weights and save them as a grid; decode: from latents."""
-    from torchvision.utils import save_image
-
     model, kernel, device = state["ema"], kernel_of(process), state["generator"].device
     x = torch.empty(n, model.channels, model.size, model.size)
     x = sde.start_noise(x, torch.Generator().manual_seed(1), kernel).to(device)
     *_, x = sde.probability_flow(noise_function(model, process), kernel, x, nfe)
     images = decode(x) if decode else workshop.to_pictures(x.cpu())
     with workshop.replacing(path) as aside:
-        save_image(workshop.tile_images(images), aside, format="png")
+        plt.imsave(aside, workshop.tile_images(images).permute(1, 2, 0).numpy(), format="png")
 
 
-def fit(state, images, settings, folder, held_out=None, decode=None, labels=None):
+def fit(state, images, settings, folder, held_out=None, decode=None, labels=None, save_every=0):
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
-    held_out: pictures for early stopping; decode: turns latents into pictures for the grids.
-    Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
+    held_out: pictures for early stopping; decode: turns latents into pictures for the grids;
+    save_every: steps between checkpoints, 0: ten minutes.
+    A signal such as Ctrl-C ends the process, after the step is finished and saved.
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
-    n = len(state["model"].decoders)
-    folder, first = Path(folder), workshop.ranks()[0] == 0
-    log, costs = folder / "metrics.jsonl", describe_training(state, settings)
-    options = {key: settings[key] for key in ("process", "batch", "warmup", "ema", "flip")}
-    options.update(stages=settings.get("stages", "uniform"), times=settings.get("times", ""))
-    options.update(cuts=settings.get("cuts"), weight=settings.get("weight", ""))
-    options.update(labels=labels)
-    options.update(decay=steps if settings.get("decay") == "linear" else 0)
-    begin, saved = time.perf_counter(), state["step"]
-    petaflops = state.setdefault("petaflops", [0.0, 0.0])
-
-    def train_and_count():
-        # As Table 2 counts (forward, of one picture a step) and in truth (all, backward twice).
-        # paper: iterations times the average over a sampler's evaluations; here: the stages that
-        # were drawn, because they are what training costs.
-        for step, losses in train(state, images, steps, **options):
-            for k in losses:
-                petaflops[0] += costs[k]["gflops"] / len(losses) / 1e6
-                petaflops[1] += 3 * costs[k]["true_gflops"] * batch / len(losses) / 1e6
-            yield step, losses
+    folder, device, costs = (
+        Path(folder),
+        state["generator"].device,
+        describe_training(state, settings),
+    )
+    begin = time.perf_counter()
 
     def summarize(recent):
         nonlocal begin
         seconds, begin = time.perf_counter() - begin, time.perf_counter()
         row = dict(images_per_s=round(len(recent) * batch / seconds))
-        table = torch.zeros(n, 2, device=state["generator"].device)  # sums and counts of stages
-        for k, loss in (item for losses in recent for item in losses.items()):
-            table[k, 0] += loss
-            table[k, 1] += 1
-        if workshop.ranks()[1] > 1:
-            dist.all_reduce(table)
-        means = table[:, 0] / table[:, 1]  # of a stage that was not drawn: nan
-        row.update({f"loss_{k}": round(means[k].item(), 7) for k in range(n) if table[k, 1]})
+        row |= mean_losses(recent, len(state["model"].decoders), device)
         if held_out is not None:
             found = check_held_out(state, held_out, process, settings["patience"])
-            row.update({f"held_out_{k}": round(loss, 7) for k, loss in found.items()})
-        found = zip(PETAFLOPS, petaflops, strict=True)
-        return row | {key: float(f"{value:.6g}") for key, value in found}
+            row |= {f"held_out_{k}": round(loss, 7) for k, loss in found.items()}
+        # As Table 2 counts (forward, of one picture a step) and in truth (all, backward twice).
+        # paper: iterations times the average over a sampler's evaluations; here: the stages that
+        # were drawn, because they are what training costs.
+        for key, kind, each in (
+            ("petaflops", "gflops", 1),
+            ("true_petaflops", "true_gflops", 3 * batch),
+        ):
+            found = sum(n * costs[k][kind] for k, n in enumerate(state["drawn"])) * each / 1e6
+            row[key] = float(f"{found:.6g}")
+        return row
 
     def save(losses):
-        nonlocal saved
-        if not all(torch.isfinite(loss) for loss in losses.values()):
-            raise BadInput(
-                f"the loss is no longer finite at step {state['step']}: train with a lower --lr "
-                f"(step {saved} is saved)"
-            )
-        if first:
+        if not all(torch.isfinite(loss) for loss in losses.values()):  # the last checkpoint stays
+            raise BadInput(f"the loss is no longer finite at step {state['step']}: lower --lr")
+        if workshop.ranks()[0] == 0:
             save_checkpoint(state, settings, folder)
-        saved = state["step"]
 
     def after(step):
-        if step % -(-steps // 5) == 0 or step == steps:
+        if step in (50, 200, steps) or step % -(-steps // 5) == 0:  # at first much changes
             draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
 
-    todo = train_and_count(), state, steps, log, summarize, save, after
-    return workshop.keep_training(*todo)
+    same = ("process", "batch", "warmup", "flip", "stages", "times", "cuts", "weight", "decay")
+    options = {key: settings[key] for key in same}
+    loop, log = train(state, images, steps, labels=labels, **options), folder / "metrics.jsonl"
+    return workshop.keep_training(loop, state, steps, log, summarize, save, after, save_every)
 
 
-NARROW = 20  # channels of an encoder
+def leave_out(n, images, labels, seed):
+    """Leave n pictures out, the first of a shuffled order: (left out, other images, their labels).
 
-
-def prepare_state(settings, content=None, compile=False):
-    """Build what a run's settings describe: a state ready to train.
-
-    content: of the checkpoint to go on from. Raises BadInput for a batch too small to mix stages.
+    Raises BadInput where nothing would be left.
     """
-    torch.manual_seed(settings["seed"])  # the initial weights
-    model = workshop.move_to_device(network_of(settings))
-    if workshop.device().type == "cpu" and model.encoders[0].skip_widths[0] < NARROW:
-        torch.set_num_threads(1)  # two are no faster at such layers, and stall beside other work
-    n, batch = len(settings.get("cuts") or model.cuts) + 1, settings["batch"]
-    if settings.get("stages") == "mixed" and batch < n:
-        raise BadInput(f"batch = {batch} cannot mix {n} stages: give {n} or more")
-    state = new_state(model, settings["lr"], settings["seed"])
-    if content:
-        workshop.unpack(state, content)
-    rank, world = workshop.ranks()
-    if world > 1:  # their gradients are averaged, their dropout differs
-        torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
-        # a batch of one stage leaves the other decoders alone
-        model = DistributedDataParallel(
-            model, devices, find_unused_parameters=len(model.decoders) > 1
-        )
-    state["forward"] = torch.compile(model) if compile else model
-    return state
+    if n >= len(images):
+        raise BadInput(f"{n} of {len(images)} pictures cannot be left out: there would be none")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    out, kept = order[:n], order[n:]
+    return images[out], images[kept], labels if labels is None else labels[kept]
 
 
 # %%
@@ -955,65 +947,29 @@ if __name__ == "__main__":
     check_settings(arch, process, stages, patience, times, decay, weight)
     workshop.join_processes()
     rank, world = workshop.ranks()
-    with workshop.first_process_first():
-        pixels = workshop.open_data_set(dataset, root, size, memory)
-    if hold_out:
-        if not torch.is_tensor(pixels) or hold_out >= len(pixels):
-            raise BadInput(f"hold_out = {hold_out} of {len(pixels)}: leave some, in memory")
-        used = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[hold_out:]
-        pixels = pixels[used]
-    recipe = workshop.about(dataset)["recipe"]
     run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
-    asked = dict(dataset=dataset, arch=arch, network=network_name(network, dataset, arch, process))
-    asked.update(process=process, patience=patience, ema=0.9999, seed=seed)
-    asked.update(steps=steps or recipe["steps"], batch=batch or recipe["batch"])
-    asked.update(lr=lr or recipe["lr"], warmup=recipe["warmup"], flip=recipe["flip"])
-    asked.update(choose_recipe(recipe, globals(), process))
-    asked.update(channels=None, size=None, cuts=None, classes=None)
-    asked.update(hold_out=hold_out)
-    widths = encoder, ""
-    if not (encoder or network):
-        widths = recipe_widths(recipe, "separate" if tailored else arch)
-    asked["encoder"], asked["decoders"] = widths_of(asked["network"], *widths)
-    if "shape" not in workshop.DATASETS[dataset]:
-        asked.update(channels=3, size=size)
-    if tailored:
-        multistage = network_name(network, dataset, "multistage", process)
-        own = list(unet.NETWORKS[multistage]["decoders"])
-        asked["decoders"] = widths_of(multistage, *widths)[1] or own
-    if asked["batch"] % world:
-        raise BadInput(f"batch = {asked['batch']} cannot be shared by {world} processes")
     content = workshop.read_checkpoint(run) if resume else None
-    if resume and not boundaries:
-        asked.update({key: content["settings"].get(key) for key in ("boundaries", "cuts")})
-    else:
-        with workshop.first_process_first():
-            where = (boundaries, dataset, pixels, process)
-            if arch != "unified":
-                asked["boundaries"] = find_boundaries(*where, asked["network"])
-            elif asked["times"] == "stages":
-                asked.update(boundaries=[], cuts=find_boundaries(*where))
-            else:
-                asked["boundaries"] = []
-    labels = None
-    if classes:
-        if "shape" not in workshop.about(dataset):
-            raise BadInput(f"the pictures of {dataset} have no labels: leave out --classes")
-        labels = workshop.load_images(dataset, root)[1]
-        asked["classes"] = int(labels.max()) + 1
-        labels = labels[used] if hold_out else labels
+    if resume and not boundaries:  # those that it has are not looked for again
+        old = content["settings"]
+        boundaries = ",".join(map(str, old["boundaries"] or old["cuts"] or []))
+    with workshop.first_process_first():  # it may have to download
+        pixels, labels = workshop.open_data_set(dataset, root, size, memory), None
+        if classes:
+            labels = workshop.load_images(dataset, root, size)[1]
+            if labels is None:
+                raise BadInput(f"the pictures of {dataset} have no labels: leave out --classes")
+        if hold_out:
+            _, pixels, labels = leave_out(hold_out, pixels, labels, seed)
+        flags = {key: globals()[key] for key, *_ in workshop.read_parameters("04_train")}
+        asked = plan_run(flags, workshop.about(dataset)["recipe"], pixels)
+    asked.update(classes=int(labels.max()) + 1 if classes else None)
+    asked.update(patience=patience, hold_out=hold_out)
     if resume:
-        check_resumed(asked, content["settings"], run)
-    held_out, training_set = None, pixels
+        workshop.check_same_settings(asked, content["settings"], run)
+    held_out, used = None, pixels
     if patience:
-        if not torch.is_tensor(pixels):
-            raise BadInput("early stopping needs the pictures in memory: give --memory more GiB")
-        if (n := len(pixels)) < 10:
-            raise BadInput(f"{n} pictures are too few for early stopping: give 10 or more")
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        held_out, training_set = pixels[order[: n // 10]], pixels[order[n // 10 :]]
-        labels = labels if labels is None else labels[order[n // 10 :]]
-    state = prepare_state(asked, content, compile)
+        held_out, used, labels = leave_out(max(1, len(pixels) // 10), pixels, labels, seed)
+    state = prepare_state(asked, content)
     if rank == 0:  # nothing is touched before everything is known to fit
         workshop.claim_folder(run, resume)
         workshop.write_json(asked, run / "settings.json")
@@ -1021,13 +977,11 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     workshop.print_once(f"the run lies in {run}")
-    finished = fit(state, training_set, asked, run, held_out, labels=labels)
+    fit(state, used, asked, run, held_out, labels=labels, save_every=save_every)
     if world > 1:
         dist.destroy_process_group()
-    if not finished and rank == 0:
-        print(f"stopped and saved at step {state['step']}: the same command with --resume goes on")
-    if not finished or rank > 0:
-        sys.exit(0 if finished else 130)
+    if rank > 0:
+        sys.exit()  # the first process draws
 
 # %% [markdown]
 # ### What it learned
@@ -1042,22 +996,17 @@ if __name__ == "__main__":
         curves[k] = [(row["step"], row[f"loss_{k}"]) for row in rows if f"loss_{k}" in row]
     draw_losses(curves)
     workshop.show_figure(run / "loss.png")
-    for row in [row for row in rows if "images_per_s" in row][-1:]:  # none where a log was lost
-        speed, counted, true = (row[key] for key in ("images_per_s", *PETAFLOPS))
-        print(f"{speed:,} images/s on {workshop.device()}")
-        print(f"{1e6 * counted:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
-        print(f"{1e6 * true:.4g} GFLOPs in truth: every picture, forward and backward")
+    speed, counted, true = (rows[-1][k] for k in ("images_per_s", "petaflops", "true_petaflops"))
+    print(f"{speed:,} images/s on {workshop.device()}")
+    print(f"{1e6 * counted:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
+    print(f"{1e6 * true:.4g} GFLOPs in truth: every picture, forward and backward")
     paths = sorted((run / "samples").glob("*.png"))
-    grids = [torch.tensor(plt.imread(path)).movedim(2, 0)[None] for path in paths]
+    grids = [torch.tensor(plt.imread(path)).movedim(2, 0)[None, :3] for path in paths]
     rows = [grid[:, :, : grid.shape[2] // 2 + 3] for grid in grids]  # the first of its two rows
     titles = [f"step {int(path.stem):,}" for path in paths]
     workshop.show_images(rows, titles, run / "progress.png", columns=1)
     trained = averaged_model(workshop.read_checkpoint(run))
-
-    def predict(xt, t):
-        with workshop.half_precision(xt.device):
-            return predict_noise(trained, xt, t, process)
-
+    predict = lambda xt, t: predict_noise(trained, xt, t, process)  # noqa: E731
     show_estimates(predict, pixels, kernel_of(process), run / "denoised.png")
 
 # %% [markdown]

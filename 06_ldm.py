@@ -729,18 +729,11 @@ if __name__ == "__main__" and rank == 0:
 def describe_run(arch, recipe, code):
     """Decide on a latent network and its training: the settings of a run."""
     small = f"{dataset}_latent" if "latent_network" in known else ""
-    settings = dict(dataset=dataset, process="ldm", ema=0.9999, seed=seed, flip=False, arch=arch)
-    settings.update(network=training.network_name(small, dataset, arch, "ldm"))
-    widths = training.widths_of(settings["network"], *training.recipe_widths(recipe, arch))
-    settings.update(encoder=widths[0], decoders=widths[1], channels=code[0], size=code[1])
-    settings.update(training.choose_recipe(recipe, globals(), "ldm"))
-    settings.update({key: recipe[key] for key in ("steps", "batch", "lr", "warmup")})
-    cuts = list(unet.STEPS)
-    if boundaries:
-        cuts = training.find_boundaries(boundaries, "", None, "ldm")
-    unified = arch == "unified"  # it may be dealt the times of the stages
-    own = cuts if unified and settings["times"] == "stages" else None
-    return settings | dict(boundaries=[] if unified else cuts, cuts=own, scale=scale)
+    flags = {key: globals()[key] for key, *_ in workshop.read_parameters("06_ldm")}
+    given = {**flags, "arch": arch, "process": "ldm", "network": small}
+    given["boundaries"] = boundaries or ",".join(map(str, unet.STEPS))
+    shape = torch.empty(1, *code, device="meta")
+    return training.plan_run(given, {**recipe, "flip": False}, shape) | dict(scale=scale)
 
 
 def train_and_draw(settings, folder):
@@ -748,8 +741,8 @@ def train_and_draw(settings, folder):
     content = None
     if resume and (folder / "checkpoint.pt").exists():
         content = workshop.read_checkpoint(folder)
-        training.check_resumed(settings, content["settings"], folder)
-    state = training.prepare_state(settings, content, compile)
+        workshop.check_same_settings(settings, content["settings"], folder)
+    state = training.prepare_state(settings, content)
     if rank == 0:
         workshop.write_json(settings, folder / "settings.json")
     if not training.fit(state, codes, settings, folder, decode=back):
