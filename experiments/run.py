@@ -7,11 +7,11 @@
 
 An experiment that asks for data runs only where it is named.
 
-A file holds `[settings]` for all of its runs and a `[[runs]]` for each; their keys are the names of
-step 04's parameters and those of OWN below. A run with one seed is a unit of work. Its result lies
-in `results/` under a fingerprint of all its settings, step 04's recipe and step 03's network among
-them: a changed unit is run again, an unchanged one never, and one that two experiments share is run
-once. A change of the code goes unnoticed: delete results then. Ctrl-C loses the unit in work.
+A file holds `[settings]` for all of its runs and a `[[runs]]` for each; their keys are those of
+KNOWN below. A run with one seed is a unit of work. Its result lies in `results/` under a
+fingerprint of all its settings, step 04's recipe and step 03's network among them: a changed unit
+is run again, an unchanged one never, and one that two experiments share is run once. A change of
+the code goes unnoticed: delete results then. Ctrl-C loses the unit in work.
 """
 
 import argparse
@@ -26,17 +26,30 @@ sys.path.insert(0, str(HERE))
 work = importlib.import_module("work")
 draw = importlib.import_module("draw")
 workshop = work.workshop
-sde, training, BadInput = work.sde, work.training, work.BadInput
+training, evaluation, BadInput = work.training, work.evaluation, work.BadInput
 
-# parameters of step 04, with the defaults of its cell
-STEP_04 = "dataset arch tailored network process encoder stages times weight boundaries batch lr"
-STEP_04 += " decay ema patience seed"
-OWN = dict(
+KNOWN = dict(  # every key of a run, with its default
+    # as the parameters of step 04 are called
+    dataset="digits",
+    arch="multistage",
+    tailored=False,
+    network="",
+    process="vp",
+    encoder=0,
     stages="uniform",  # here no recipe decides on it
+    times="",
+    weight="",
+    boundaries="",
+    batch=0,
+    lr=0.0,
+    decay="",
+    patience=0,
+    # and our own
     kind="training",  # training, served, gradients, solvers, cuts or real: see WORK in work.py
     label="",  # the name of the run in tables and figures
     paper=0.0,  # the distance that the paper prints for it, for the table
     seeds=[0],  # the run is repeated with each
+    ema=0.9999,  # decay of the averaged weights
     by="gflops",  # training is counted in "gflops" (forward, one picture a step) or in "steps"
     points=[],  # counts at which the averaged network is measured; training ends at the last
     held_out=0.1,  # share of the pictures that is not trained on
@@ -52,7 +65,7 @@ OWN = dict(
     branch=0,  # the point of `of` that a training goes on from; 0: it starts from scratch
     intervals=False,  # held-out losses of the three stages of Algorithm 1, whatever the network has
     sampling_seeds=0,  # sets that are drawn, whose metrics are averaged; 0: one
-    ruler="",  # features, as in step 05, in which the sets are compared once more
+    ruler="",  # one of RULERS in features.py, in which the sets are compared once more
     keep=False,  # keep the weights at the start and at every point, for runs that build on this one
     sampler="dpm-solver-3",
     nfe=20,
@@ -83,14 +96,13 @@ def read_experiments(folder):
 
 def units(content, file):
     """Yield (label, [definition for each seed]) of the runs of a file."""
-    known = {**{key: getattr(training, key) for key in STEP_04.split()}, **OWN}
     runs = {}
     for run in content.get("runs", []):
         asked = {**content.get("settings", {}), **run}
         for key in sorted(asked):
-            if key not in known or key == "seed":
-                raise BadInput(f"{file}: unknown key {key!r}: take one of {', '.join(known)}")
-            kind = type(known[key])
+            if key not in KNOWN:
+                raise BadInput(f"{file}: unknown key {key!r}: take one of {', '.join(KNOWN)}")
+            kind = type(KNOWN[key])
             right = isinstance(asked[key], (int, float) if kind is float else kind)
             if not right or isinstance(asked[key], bool) != (kind is bool):
                 raise BadInput(f"{file}: {key} = {asked[key]!r} is no {kind.__name__}")
@@ -98,7 +110,7 @@ def units(content, file):
             raise BadInput(f"{file}: every run needs a label")
         if asked["label"] in runs:
             raise BadInput(f"{file}: two runs have the label {asked['label']!r}: rename one")
-        runs[asked["label"]] = whole = {**known, **asked}
+        runs[asked["label"]] = whole = {**KNOWN, **asked}
         if whole["of"] and whole["of"] not in runs:
             raise BadInput(f"{file}: {whole['label']!r} builds on {whole['of']!r}, unknown so far")
         if whole["kind"] not in work.WORK:
@@ -114,29 +126,16 @@ def check(run):
     """Raise BadInput where a run cannot work, before hours are spent on others."""
     workshop.about(run["dataset"])  # raises for an unknown one
     for name in [run["sampler"], *(pair[0] for pair in run["solvers"])]:
-        work.evaluation.solver_of(name)
-    if run["kind"] in ("served", "gradients", "solvers") and not run["of"]:
-        raise BadInput(f"a run of kind {run['kind']} needs `of`, the run that it looks at")
-    if not set(run["active"]) <= {0, 1, 2} or (run["kind"] == "served" and len(run["active"]) != 1):
-        raise BadInput(f"active = {run['active']} must name stages of three (kind served: one)")
+        evaluation.solver_of(name)
+    if not run["of"] and (run["branch"] or run["kind"] in ("served", "gradients", "solvers")):
+        raise BadInput("it needs `of`, the run that it builds on")
     if run["kind"] != "training":
         return
     keys = ("arch", "process", "stages", "patience", "times", "decay", "weight")
     training.check_settings(*(run[k] for k in keys))
-    for key, default, comment in workshop.read_parameters("04_train"):
-        if key in ("batch", "lr", "ema"):
-            workshop.check_value(key, run[key], type(default), comment)
-    if run["by"] not in ("gflops", "steps"):
-        raise BadInput(f"by = {run['by']!r} must be gflops or steps")
-    if run["branch"] and not run["of"]:
-        raise BadInput("a training that branches off needs `of`, the run it goes on from")
-    if not 0 < run["held_out"] < 1:
-        raise BadInput(f"held_out = {run['held_out']} must lie between 0 and 1")
     points = run["points"]
-    if not points:
-        raise BadInput("it needs points at which it is measured")
-    if not all(isinstance(x, (int, float)) for x in points) or points != sorted({0, *points})[1:]:
-        raise BadInput(f"points = {points} must be numbers above 0, ascending")
+    if not points or points != sorted({0, *points})[1:]:
+        raise BadInput(f"points = {points} must be numbers above 0, ascending, one or more")
 
 
 def define(run, seed, runs):
@@ -198,6 +197,9 @@ def main(arguments=None):
         seeds = [int(seed) for seed in asked.seeds.split(",") if seed]
     except ValueError:
         raise BadInput(f"--seeds {asked.seeds!r} must be whole numbers such as 0,2") from None
+    units = [d for e in experiments.values() for _, ds in e["units"] for d in ds]
+    paths = {work.result_path(d) for d in units}
+    print(f"{len(paths)} units, missing: {sum(not path.is_file() for path in paths)}")
     if not asked.draw:
         todo = {n: e for n, e in experiments.items() if n in named or not named}
         work_off(todo, named, seeds)
@@ -205,6 +207,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    workshop.replace_unprintable()
     sys.excepthook = workshop.report_bad_input
     main()

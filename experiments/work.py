@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -99,10 +100,14 @@ def pictures(dataset, size=0):
 def yardstick(dataset, size, samples, ruler=""):
     """Choose features and two random halves of the real pictures: (extractor, half, other)."""
     pixels, labels = pictures(dataset, size)
-    if dataset == "cifar10" and not ruler:
+    if ruler:
+        extractor = features.RULERS[ruler]()
+    elif dataset == "cifar10":
         extractor = features.resnet56(paths["features"])
+    elif size:  # the classifier that comes with the project has seen pictures as they are
+        extractor = features.digit_classifier(pixels, labels)
     else:
-        extractor, _ = evaluation.pick_extractor(dataset, pixels, labels, ruler)
+        extractor, _ = evaluation.pick_extractor(dataset, pixels)
     return extractor, *evaluation.real_halves(pixels, samples)
 
 
@@ -220,7 +225,7 @@ def train(definition):
     options = dict({k: settings[k] for k in keys}, cuts=settings.get("cuts"))
     if d["branch"]:
         trunk = kept(d["of"])[d["branch"]]
-        training.branch_off(state, settings, trunk, "the run it branches off from")
+        branch_off(state, trunk)
         spent = [1e6 * value for value in trunk["petaflops"]]  # it has to be paid for
     if d["decay"] == "linear":
         options["decay"] = horizon(d, costs, state, spent, options)
@@ -230,7 +235,7 @@ def train(definition):
     def note():
         model = training.averaged_model(checkpoint_of(state, settings))
         if d["active"] and d["of"]:
-            model = others_serve(model, d["active"], last_of(d["of"]))
+            model = serve_alone(model, d["active"], settings["boundaries"], last_of(d["of"]))
         stages = d["active"] or range(len(costs_of_stages(costs)))
         row = dict(step=state["step"], gflops=spent[0], true_gflops=spent[1])
         looked_at, at = (in_three(model, d), range(3)) if d["intervals"] else (model, stages)
@@ -253,11 +258,10 @@ def train(definition):
             break
     if waiting:  # early stopping has ended all stages before the budget was spent
         note()
-    plain = training.network_of(settings)
+    plain, stages = training.network_of(settings), costs_of_stages(costs)
     _, shares = evaluation.stage_shares(
         plain.to(workshop.device()), d["process"], d["sampler"], d["nfe"]
     )
-    stages = costs_of_stages(costs)
     return dict(
         boundaries=settings["boundaries"],
         decoders=[decoder.last.in_channels for decoder in plain.decoders],
@@ -283,13 +287,31 @@ def horizon(definition, costs, state, spent, options):
     return state["step"] + math.ceil((end - spent[0]) / mean)
 
 
+def branch_off(state, trunk):
+    """Let every stage begin with what a network of one decoder has learned.
+
+    trunk: what `keep_weights` wrote of it. Weights, averages and Adam's moments are copied, and
+    steps are counted on from its last. Source: eDiff-I (Balaji et al. 2022), whose experts for
+    parts of the timeline begin so.
+    """
+    with torch.device("meta"):
+        theirs = training.network_of(trunk["settings"])
+    places = {name: i for i, (name, _) in enumerate(theirs.named_parameters())}
+    for name, p in state["model"].named_parameters():
+        part, _, rest = name.split(".", 2)
+        source = f"{part}.0.{rest}"
+        p.data.copy_(trunk["model"][source])
+        state["ema"].get_parameter(name).data.copy_(trunk["ema"][source])
+        moments = trunk["optimizer"]["state"][places[source]]
+        own = {key: value.to(p.device, copy=True) for key, value in moments.items()}
+        state["optimizer"].state[p] = own
+    state.update(step=trunk["step"])
+
+
 def in_three(model, definition):
     """Let a network be asked for each of the three stages of Algorithm 1, whatever it has."""
     cuts = cuts_of({**definition, "clustering": "", "boundaries": ""}, "digits")
-    frame = unet.build_network("digits", boundaries=cuts)
-    hybrid = evaluation.Hybrid(frame, dict.fromkeys(range(3), model)).eval()
-    hybrid.boundaries = frame.boundaries
-    return hybrid
+    return Hybrid(cuts, [model] * 3)
 
 
 def costs_of_stages(costs):
@@ -313,22 +335,26 @@ def checkpoint_of(state, settings):
 def keep_weights(definition, i, state, settings, spent):
     """Write the weights at the i-th point (0: the start), where the definition wants it."""
     if definition["keep"]:
-        path = Path(paths["out"]) / fingerprint(definition) / f"{i}.pt"
         content = {**checkpoint_of(state, settings), "step": state["step"]}
         content["optimizer"] = state["optimizer"].state_dict()
         content["petaflops"] = [gflops / 1e6 for gflops in spent]
-        with workshop.replacing(path) as aside:
-            torch.save(content, aside)
+        workshop.write_checkpoint(content, folder_of(definition), f"{i}.pt")
+
+
+def folder_of(definition):
+    """Tell where the weights of a run are kept."""
+    return Path(paths["out"]) / fingerprint(definition)
 
 
 def kept(definition):
     """Load the weights of a run at its start and its points; train it where they are missing."""
-    folder, n = Path(paths["out"]) / fingerprint(definition), len(definition["points"])
-    if not all((folder / f"{i}.pt").is_file() for i in range(n + 1)):
+    folder = folder_of(definition)
+    names = [f"{i}.pt" for i in range(len(definition["points"]) + 1)]
+    if not all((folder / name).is_file() for name in names):
         print("  the weights that this builds on are missing: training them first", flush=True)
         # A result that is there stays: another machine may come to other last digits.
         train(definition) if result_path(definition).is_file() else complete(definition)
-    return [torch.load(folder / f"{i}.pt", weights_only=True) for i in range(n + 1)]
+    return [workshop.read_checkpoint(folder, name) for name in names]
 
 
 # ---- the other kinds of work -----------------------------------------------------------------
@@ -339,12 +365,30 @@ def last_of(definition):
     return training.averaged_model(kept(definition)[-1])
 
 
-def others_serve(model, own, other):
-    """Let `other` serve all stages of a model but its `own` (Figure 2)."""
-    others = {k: other for k in range(len(model.decoders)) if k not in own}
-    hybrid = evaluation.Hybrid(model, others).eval()
-    hybrid.boundaries = model.boundaries  # the losses ask for them
-    return hybrid
+class Hybrid(nn.Module):
+    """Cut the timeline and let a network of a list serve each stage, whatever cuts it has itself.
+
+    It stands in for a network of step 03 wherever pictures are drawn and losses are measured.
+    """
+
+    def __init__(self, cuts, networks):
+        super().__init__()
+        self.decoders = nn.ModuleList(networks).eval()
+        self.channels, self.size, self.cuts = networks[0].channels, networks[0].size, cuts
+        self.register_buffer("boundaries", torch.tensor(cuts, device=workshop.device()))
+
+    def stage(self, t):
+        return unet.find_stage(t, self.cuts)
+
+    def forward(self, x, t, stage):
+        model = self.decoders[stage]
+        alike = torch.equal(model.boundaries, self.boundaries)
+        return model(x, t, stage=stage) if alike else model(x, t)  # else it looks at the times
+
+
+def serve_alone(model, own, cuts, other):
+    """Let a network serve its `own` stages of those that cuts make, and `other` the rest."""
+    return Hybrid(cuts, [model if k in own else other for k in range(len(cuts) + 1)])
 
 
 def serve(definition):
@@ -353,16 +397,13 @@ def serve(definition):
     (k,) = d["active"]
     held_out, used = split(d["of"])
     weights = kept(d["of"])
-    end = training.averaged_model(weights[-1])
+    cuts, end = settings_of({**d, "arch": "separate"})["boundaries"], last_of(d["of"])
     for moment in [weights[i] for i in d["moments"]] or weights[1:]:
-        frame = training.network_of(settings_of({**d, "arch": "separate"})).to(workshop.device())
-        here = evaluation.Hybrid(frame, {k: training.averaged_model(moment)})
-        here.boundaries = frame.boundaries
-        model = others_serve(here, [k], end)
+        model = serve_alone(training.averaged_model(moment), [k], cuts, end)
         row = dict(step=moment["step"], held_out=losses(model, held_out, d["process"], [k]))
         row["trained"] = losses(model, used[: len(held_out)], d["process"], [k])
         curve.append({**row, **measure(model, d)})
-    return dict(boundaries=frame.boundaries.tolist(), curve=curve)
+    return dict(boundaries=model.boundaries.tolist(), curve=curve)
 
 
 def gradient(model, images, low, high, seed, process):
