@@ -58,19 +58,16 @@ def no_strays():
             process.kill()
 
 
-@pytest.fixture
-def command(monkeypatch):
+def command(number, *flags):
     """Run a step as a command, but in this process: command(4, "--steps", 3)."""
-
-    def run(number, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{STEPS[number]}.py", *map(str, flags)])
+    file = str(ROOT / f"{STEPS[number]}.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [file, *map(str, flags)])
         try:
-            runpy.run_path(str(ROOT / f"{STEPS[number]}.py"), run_name="__main__")
+            runpy.run_path(file, run_name="__main__")
         except SystemExit as end:
             if end.code:
                 raise
-
-    return run
 
 
 def step(number):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, STEPS
+from conftest import ROOT, STEPS, command
 
 # as a user would run each step, in this order, from one folder
 RUNS = [
@@ -22,8 +22,8 @@ RUNS = [
 
 def start(*arguments, cwd):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    asked = [sys.executable, *arguments]
+    return subprocess.run(asked, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_what_the_steps_leave(ran):
     assert log.count('"step"') == 4
 
 
-def test_a_run_goes_on_with_the_same_settings_alone(ran, command, workshop, monkeypatch):
+def test_a_run_goes_on_with_the_same_settings_alone(ran, workshop, monkeypatch):
     monkeypatch.chdir(ran[0])
     with pytest.raises(workshop.BadInput, match="runs/r was made with seed = 0, not 9"):
         command(4, *RUNS[4], "--resume", "--seed", 9)
@@ -71,7 +71,7 @@ def test_a_run_goes_on_with_the_same_settings_alone(ran, command, workshop, monk
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_help_names_every_parameter(number, command, workshop, capsys):
+def test_help_names_every_parameter(number, workshop, capsys):
     command(number, "--help")
     said, names = (
         capsys.readouterr(),
@@ -124,7 +124,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("number, flags, sentence", WRONG)
-def test_errors_are_one_sentence(number, flags, sentence, command, workshop, capsys):
+def test_errors_are_one_sentence(number, flags, sentence, workshop, capsys):
     with open("file", "w", encoding="utf-8") as file:
         file.write("kept")
     with pytest.raises((workshop.BadInput, SystemExit)) as caught:
