@@ -76,7 +76,7 @@ if __name__ == "__main__" and not table:
 # | … and therefore unified learns slowly | does not show: at first it learns fastest |
 # | separate is worse than unified | holds |
 # | … because each of its networks overfits | not with all pictures; with a tenth unified does so as much |
-# | a shared encoder with decoders of its own is better than both | with two stages than unified; with three no |
+# | an encoder with several decoders is better than both | with two better than unified; with three not |
 #
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
 # Steps 04 and 05 train and measure it. What fails at this scale is not refuted at the paper's.
@@ -212,7 +212,8 @@ def embed_time(tau, width):
 
 if __name__ == "__main__" and not table:
     near = embed_time(999 * torch.tensor([0.1, 0.101, 0.9]), 32)
-    print("0.1 lies from 0.101 and 0.9 by", (near[1:] - near[0]).norm(dim=1))
+    small, large = (near[1:] - near[0]).norm(dim=1).tolist()
+    print(f"0.1 lies {small:.2f} from 0.101 and {large:.2f} from 0.9")
 
 # %% [markdown]
 # ## The encoder
@@ -239,8 +240,9 @@ class Encoder(nn.Module):
         self.layers, self.skip_widths = nn.ModuleList(), [width]
         for level, mult in enumerate(mults):
             for _ in range(blocks):
-                row = [make.block(c, c := width * mult)] + [make.attend(c)] * (size in attention)
-                self.layers.append(Layers(*row))
+                block, attend = make.block(c, width * mult), make.attend(width * mult)
+                self.layers.append(Layers(block, attend) if size in attention else Layers(block))
+                c = width * mult
                 self.skip_widths.append(c)
             if level < len(mults) - 1:
                 self.layers.append(Layers(make.down(c)))
@@ -311,7 +313,8 @@ class Decoder(nn.Module):
         waiting, c, self.layers = list(skips), skips[-1], nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             for i in range(blocks + 1):
-                row = [make.block(c + waiting.pop(), c := width * mult)]
+                row = [make.block(c + waiting.pop(), width * mult)]
+                c = width * mult
                 if i == blocks and size // 2**level in attention:
                     row.append(make.attend(c))
                 if i == blocks and level > 0:
@@ -390,49 +393,59 @@ if __name__ == "__main__" and not table:
 # ## What it looks like
 #
 # Drawn from the modules themselves: a bar is a layer, its length the channels, its colour the
-# size of its maps. Each layer of a decoder stands beside the layer of the encoder whose skip it
-# reads. Stages run from left (image) to right (noise), and the times of each stand over its
-# column.
+# size of its maps. A layer of a decoder stands beside that of the encoder whose skip it reads (the
+# grey lines). The dark arrows are the way of a picture at $t$ = 0.3.
 
 
 # %%
-def draw_architecture(x, encoder, decoders, cuts, path):
-    """Draw a column of layers for the encoder and each decoder, for a picture x (1, C, H, W)."""
+def draw_architecture(x, t, encoder, decoders, cuts, path):
+    """Draw encoder, middle and decoders as a U, and the way of a picture x (1, C, H, W) at t."""
     skips, edges, columns = encoder(x, torch.ones(1))[1], (0, *cuts, 1), [encoder.skip_widths]
     columns += [[layer[0].conv1.out_channels for layer in d.layers][::-1] for d in decoders]
-    gap, rows, sizes = 1.35 * max(map(max, columns)), range(len(skips)), [h.shape[2] for h in skips]
+    sizes, n, gap = [h.shape[2] for h in skips], len(skips), 1.35 * max(map(max, columns))
     colors = {size: f"C{i}" for i, size in enumerate(dict.fromkeys(sizes))}
-    figure, ax = plt.subplots(figsize=(9, 1.5 + 0.08 * max(len(rows), 16)))
-    ax.hlines(rows, 0, gap * len(decoders), color="0.85", lw=0.8, zorder=0)  # the skips
+    figure, ax = plt.subplots(figsize=(9, 2.2 + 0.08 * max(n, 16)))
+    text = partial(ax.text, ha="center", va="center", fontsize=9)
+    top, bottom, unit = -0.5, n - 0.5, max(n, 8) / 8  # ends of the columns; height of the rest
+    ax.hlines(range(n), 0, gap * len(decoders), color="0.85", lw=0.8, zorder=0)  # the skips
+    half, level = columns[0][-1] / 2, bottom + 1.5 * unit
+    ax.barh(level, 2 * half, unit, -half, color="0.7")
+    text(0, level, "middle")
     for j, (part, widths) in enumerate(zip([encoder, *decoders], columns, strict=True)):
-        left = [j * gap - width / 2 for width in widths]
-        ax.barh(rows, widths, 0.8, left, color=[colors[size] for size in sizes])
-        title = f"decoder {j - 1}\n{edges[j - 1]:.3g} to {edges[j]:.3g}" if j else "encoder\nall t"
-        title += f"\n{sum(p.numel() for p in part.parameters()) / 1e6:.3g}M parameters"
-        ax.text(j * gap, -0.05 * len(rows) - 0.5, title, ha="center", va="bottom", fontsize=9)
+        left, own = [j * gap - width / 2 for width in widths], True
+        ax.barh(range(n), widths, 0.8, left, color=[colors[size] for size in sizes])
+        million = f"{sum(p.numel() for p in part.parameters()) / 1e6:.3g}M parameters"
+        text(j * gap, top - 2 * unit, (f"decoder {j - 1}\n" if j else "encoder\n") + million)
+        arrows = [(0, top - unit), (0, top)], [(0, bottom), (0, bottom + unit)]
+        if j:
+            own = edges[j - 1] <= t < edges[j]
+            text(j * gap, bottom + 2 * unit, f"t from {edges[j - 1]:.3g} to {edges[j]:.3g}")
+            arrows = [(j * gap, top), (j * gap, top - unit)], [(half, level), (j * gap, bottom)]
+        for start, end in arrows:
+            line = dict(arrowstyle="->", connectionstyle="angle,angleA=0,angleB=90", lw=1.5)
+            line.update(color="black" if own else "0.6", shrinkA=0, shrinkB=0)
+            ax.annotate("", end, start, arrowprops=line, zorder=2 + own)
     for size, color in colors.items():
         ax.barh(0, 0, color=color, label=f"{size}×{size}")
-    ax.barh(len(rows) + 0.2, columns[0][-1], 0.8, -columns[0][-1] / 2, color="0.6", label="middle")
-    ax.set(ylim=(len(rows) + 1, -0.6), xticks=[], yticks=[], frame_on=False)
+    ax.set(ylim=(bottom + 2.5 * unit, top - 3 * unit), xticks=[], yticks=[], frame_on=False)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     workshop.show_figure(path)
 
 
 if __name__ == "__main__" and not table:
-    draw_architecture(x[:1], encoder, decoders, cuts, "figures/03_network.png")
+    draw_architecture(x[:1], 0.3, encoder, decoders, cuts, "figures/03_network.png")
 
 # %% [markdown]
 # The encoder is the left column, and serves all stages; a picture goes down there, through the
-# middle, and up in one of the three others. Decoder 0 has nearly half of all parameters, and
-# works in the first tenth of the timeline only. Decoder 2 has a tenth of them and serves more
-# than half.
+# middle, and up in one of the three others, which its time chooses. Decoder 0 has nearly half of
+# all parameters, and works in the first tenth of the timeline only. Decoder 2 has a tenth of them
+# and serves more than half.
 #
-# Bars show widths, not work: a layer of equal width costs four times as much at 8×8 than at 4×4.
-# What a stage costs is counted and drawn below the line. There the network turns out to cost 1.7
-# times as much as unified in stage 0, as much in stage 1, and half as much in stage 2. What a
-# sampler pays depends on how often its solver visits which stage. With the cuts of `digits`, the 20
-# evaluations of step 05 cost on average as much as unified's, to within half a percent (RESULTS.md,
-# Table 3).
+# Bars show widths, not work: a layer of equal width costs four times as much at 8×8 as at 4×4.
+# What a stage costs is counted below the line. There the network turns out to cost 1.7 times as
+# much as unified in stage 0, as much in stage 1, and half as much in stage 2. What a sampler pays
+# depends on how often its solver visits which stage. With the cuts of `digits`, the 20 evaluations
+# of step 05 cost on average as much as unified's, to within half a percent (RESULTS.md, Table 3).
 #
 # **You have** the architecture of the paper: an encoder, decoders, and a few lines that decide
 # which decoder a picture gets. One stage of it is the plain U-Net that everybody trains, so that
@@ -449,8 +462,8 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## Below this line: faster, safer, as published
 #
-# The module that the next steps train, the networks of the paper, what a stage of them costs (Tables
-# 5, 6 and 7), and how the authors' weights fit in.
+# The module that the next steps train, the networks of the paper, and what a stage of them costs
+# (Tables 5, 6 and 7). `tools/release.py` fills them with the authors' weights.
 
 # %%
 import sys
@@ -586,11 +599,13 @@ class PublishedEncoder(Encoder):
 
     def __init__(self, channels, width, size, mults, blocks, attention, make, time, pyramid):
         super().__init__(channels, width, size, mults, blocks, attention, make)
-        self.time, self.labels, layers, p = time, None, nn.ModuleList(), channels
+        self.time, self.labels, layers = time, None, nn.ModuleList()
+        c_in = channels  # of the picture; below it, of the pyramid
         for i, (layer, c) in enumerate(zip(self.layers, self.skip_widths[1:], strict=True)):
             layers.append(layer)
             if pyramid and i % (blocks + 1) == blocks:  # where the resolution was halved
-                layers.append(Pyramid(p, p := c, pyramid))
+                layers.append(Pyramid(c_in, c, pyramid))
+                c_in = c
         self.layers = layers
 
     def embed_time(self, t):
@@ -685,27 +700,19 @@ class MultistageUNet(nn.Module):
         classes=0,
     ):
         super().__init__()
-        self.channels, self.size, self.multiple = channels, size, 2 ** (len(mults) - 1)
-        self.classes = classes
-        self.add_input, self.latest = add_input, math.inf if time == "edm" else 1.0
-        cuts = [float(tau) for tau in boundaries]
-        if len(decoders) != len(cuts) + 1:
-            raise BadInput(
-                f"{len(decoders)} decoders need {len(decoders) - 1} boundaries, got {cuts}"
-            )
+        self.channels, self.size, self.classes = channels, size, classes
+        self.add_input, self.multiple = add_input, 2 ** (len(mults) - 1)
+        self.latest, n = math.inf if time == "edm" else 1.0, len(decoders)
+        self.cuts = cuts = [float(tau) for tau in boundaries]  # plain numbers, on no device
+        self.register_buffer("boundaries", torch.tensor(cuts), persistent=False)
+        if n != len(cuts) + 1:
+            raise BadInput(f"{n} decoders need {n - 1} boundaries, got {cuts}")
         if cuts != sorted(set(cuts)) or not all(0 < tau < self.latest for tau in cuts):
-            raise BadInput(
-                f"boundaries {cuts} must be positive, strictly ascending and below {self.latest:g}"
-            )
+            rule = f"must be positive, strictly ascending and below {self.latest:g}"
+            raise BadInput(f"boundaries {cuts} {rule}")
         if size % self.multiple:
             raise BadInput(f"size {size} must be divisible by {self.multiple}")
-        attended = [attended] * len(decoders) if isinstance(attended, str) else attended
-        known = [(time, ("vp", "edm", "ldm")), (middle, ("encoder", "decoder"))]
-        for value, names in known + [(where, ("every", "last", "none")) for where in attended]:
-            if value not in names:
-                raise BadInput(f"{value!r} is unknown here: take one of {', '.join(names)}")
-        if pyramid and taps is None:
-            raise BadInput("the pyramid needs a filter: give taps, as (1, 3, 3, 1)")
+        attended = [attended] * n if isinstance(attended, str) else attended
         norm, scale = partial(group_norm, *norm), 1.0 if taps is None else 0.5**0.5
         block = partial(PublishedBlock, e=4 * encoder, norm=norm, dropout=dropout, scale=scale)
         attend = partial(PublishedAttention, norm=norm, heads=heads, scale=scale)
@@ -714,11 +721,11 @@ class MultistageUNet(nn.Module):
         if taps is not None:
             make.down = lambda c: block(c, c, resample=Filter(taps, "down"))
             make.up = lambda c: block(c, c, resample=Filter(taps, "up"))
-        parts = partial(middle_block, block=block, attend=attend), lambda c: Layers()
-        make.middle, own_middle = parts if middle == "encoder" else parts[::-1]
-        plan = (size, mults, blocks, attention, make)
+        middles = partial(middle_block, block=block, attend=attend), lambda c: Layers()
+        make.middle, own_middle = middles if middle == "encoder" else middles[::-1]
+        plan, pyramid = (size, mults, blocks, attention, make), taps if pyramid else None
         self.encoders = nn.ModuleList(
-            PublishedEncoder(channels, encoder, *plan, time, taps if pyramid else None)
+            PublishedEncoder(channels, encoder, *plan, time, pyramid)
             for _ in (decoders[:1] if shared else decoders)
         )
         skips = self.encoders[0].skip_widths
@@ -726,8 +733,6 @@ class MultistageUNet(nn.Module):
             PublishedDecoder(channels, width, skips, *plan, where, own_middle)
             for width, where in zip(decoders, attended, strict=True)
         )
-        self.register_buffer("boundaries", torch.tensor(cuts), persistent=False)
-        self.cuts = cuts  # the same as plain numbers, which can be compared with times anywhere
         self.apply(initialize_part)
         for part in self.encoders if classes else ():  # last: without them all is as it was
             part.labels = nn.Embedding(classes + 1, 4 * encoder)
@@ -738,21 +743,15 @@ class MultistageUNet(nn.Module):
 
         Raises BadInput for times off the timeline, NaN included.
         """
-        stage = self._stage(t)
-        if (stage < 0).any():
-            self._refuse(t)
-        return stage
-
-    def _stage(self, t):
-        return find_stage(t, self.cuts).masked_fill(~((t >= 0) & (t <= self.latest)), -1)
-
-    def _refuse(self, t):
-        t = t[~((t >= 0) & (t <= self.latest))][0]
-        raise BadInput(f"t = {float(t):g} lies outside the timeline [0, {self.latest:g}]")
+        off = t[~((t >= 0) & (t <= self.latest))]
+        if len(off):
+            raise BadInput(f"t = {off[0]:g} lies outside the timeline [0, {self.latest:g}]")
+        return find_stage(t, self.cuts)
 
     def branch(self, x, t, k, label=None):
         """Run the plain U-Net that stage k amounts to, whatever the times: (B, C, H, W)."""
-        return self._finish(x, self.decoders[k](*self._encoder(k)(x, t, label)))
+        encoder = self.encoders[k if len(self.encoders) > 1 else 0]
+        return self._finish(x, self.decoders[k](*encoder(x, t, label)))
 
     def forward(self, x, t, stage=None, label=None):
         """Predict the noise in x (B, C, H, W) at times t (B,); the batch may mix stages.
@@ -760,57 +759,42 @@ class MultistageUNet(nn.Module):
         stage: saves looking at t, for which a GPU has to be waited for, where the caller knows it:
         the stage of all of them, or a list of stages, each once, that the batch takes in turns.
         label: (B,) int64 of a network with classes; None: no picture has one.
+        Raises BadInput for pictures, times or labels that it cannot take.
         """
         if label is not None and not self.classes:
             raise BadInput("this network knows no classes: leave out the label, or train with them")
-        if (
-            x.dim() != 4
-            or x.shape[1] != self.channels
-            or any(n % self.multiple for n in x.shape[2:])
-        ):
-            raise BadInput(
-                f"x has shape {tuple(x.shape)}, but this network takes (B, {self.channels}, H, W) "
-                f"with H and W divisible by {self.multiple}"
-            )
+        c, multiple = self.channels, self.multiple
+        if x.dim() != 4 or x.shape[1] != c or any(n % multiple for n in x.shape[2:]):
+            takes = f"(B, {c}, H, W) with H and W divisible by {multiple}"
+            raise BadInput(f"x has shape {tuple(x.shape)}, but this network takes {takes}")
         if isinstance(stage, int) or len(self.decoders) == 1:
             return self.branch(x, t, stage if isinstance(stage, int) else 0, label)
-        places = self._places(t) if stage is None else places_in_turns(stage, len(x), x.device)
+        places = self._places(x, t, stage)
         if len(places) == 1:
             return self.branch(x, t, *places, label)
         shared, parts = self.encoders[0](x, t, label) if len(self.encoders) == 1 else None, []
         for k, i in places.items():
-            own = label if label is None else label[i]
-            features = select_entries(shared, i) if shared else self.encoders[k](x[i], t[i], own)
+            if shared:
+                middle, skips, emb = shared
+                features = middle[i], [skip[i] for skip in skips], emb[i]
+            else:
+                features = self.encoders[k](x[i], t[i], label if label is None else label[i])
             parts.append(self.decoders[k](*features))
         order = torch.cat(list(places.values())).argsort()
         return self._finish(x, torch.cat(parts)[order])  # in the order of x
 
-    def _places(self, t):
-        stage = self._stage(t)
-        stages = stage.unique().tolist()  # the one value that has to come from the device
-        if stages[0] < 0:
-            self._refuse(t)
-        return {k: (stage == k).nonzero()[:, 0] for k in stages}
+    def _places(self, x, t, stages):
+        """Tell which pictures of a batch are in which stage: {k: (b,) of places}."""
+        if stages is None:
+            stage = self.stage(t)
+            return {k: (stage == k).nonzero()[:, 0] for k in stage.unique().tolist()}
+        places = torch.arange(len(x), device=x.device)  # in turns
+        return {k: places[i :: len(stages)] for i, k in enumerate(stages[: len(x)])}
 
     def _finish(self, x, predicted):
         # paper: the decoder's output alone; here, for small networks: plus x, because learning to
         # copy it near the noise costs them many steps
         return x + predicted if self.add_input else predicted
-
-    def _encoder(self, k):
-        return self.encoders[k if len(self.encoders) > 1 else 0]
-
-
-def places_in_turns(stages, n, device):
-    """Tell which of n pictures are in which stage where they take them in turns: {k: (b,)}."""
-    places = torch.arange(n, device=device)
-    return {k: places[i :: len(stages)] for i, k in enumerate(stages[:n])}
-
-
-def select_entries(features, i):
-    """Take the batch entries i (b,) out of the encoder's (middle, skips, emb)."""
-    middle, skips, emb = features
-    return middle[i], [skip[i] for skip in skips], emb[i]
 
 
 def initialize_part(part):
@@ -964,13 +948,6 @@ def macs_as_published(run, model):
     return macs
 
 
-def count_work(run, model):
-    """Count what `run()` does with the model, in both ways: {"gflops", "true_gflops"}."""
-    with FlopCounterMode(display=False) as counter:
-        macs = macs_as_published(run, model)
-    return dict(gflops=macs / 1e9, true_gflops=counter.get_total_flops() / 1e9)
-
-
 def cost(name, **changes):
     """Count parameters and work of a network: a dictionary for each stage, "shared" and "total".
 
@@ -984,36 +961,23 @@ def cost(name, **changes):
 
 def cost_of(model):
     """Count parameters and work of a network that lies on the meta device, as `cost`."""
+
+    def work(part, *args):
+        with FlopCounterMode(display=False) as counter:
+            macs = macs_as_published(lambda: part(*args), model)
+        return dict(gflops=macs / 1e9, true_gflops=counter.get_total_flops() / 1e9)
+
     x = torch.empty(1, model.channels, model.size, model.size, device="meta")
-    t = torch.empty(1, device="meta")
-    features = model.encoders[0](x, t)
-    shared = count_work(lambda: model.encoders[0](x, t), model)
-    rows = {}
+    t, rows = torch.empty(1, device="meta"), {}
+    features, shared = model.encoders[0](x, t), work(model.encoders[0], x, t)
     for k, decoder in enumerate(model.decoders):
-        alone = count_work(lambda decoder=decoder: decoder(*features), model)
-        rows[k] = {kind: shared[kind] + alone[kind] for kind in shared}
-        rows[k]["parameters"] = count_parameters(model._encoder(k), decoder)
+        encoder, own = model.encoders[k % len(model.encoders)], work(decoder, *features)
+        rows[k] = {kind: shared[kind] + own[kind] for kind in shared}
+        rows[k]["parameters"] = count_parameters(encoder, decoder)
     if len(model.encoders) == 1:
         rows["shared"] = {**shared, "parameters": count_parameters(*model.encoders)}
     rows["total"] = dict(parameters=count_parameters(model))
     return rows
-
-
-def kept_bytes(run, model):
-    """Count the bytes that autograd keeps for the backward pass of `run()`, without parameters.
-
-    On `meta` tensors too, which hold no numbers: it tells what would not fit before it is tried.
-    """
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no address is used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run()
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
 # %% tags=["nbval-check-output"]
@@ -1027,45 +991,20 @@ if __name__ == "__main__" and not table:
             print(f"{name:18s} {k!s:6s} {row['parameters']:11,}  {work[0]:>22s}  {work[1]:>12s}")
 
 
-# %%
-def draw_costs(networks, path):
-    """Draw parameters and GFLOPs a stage: networks is {title: (multistage, unified)}, by name."""
-    figure, axes = plt.subplots(1, 2 * len(networks), figsize=(12, 2.6))
-    for i, (title, names) in enumerate(networks.items()):
-        rows, unified = [cost(name) for name in names]
-        stages = [k for k in rows if isinstance(k, int)]
-        for ax, kind, unit in zip(axes[2 * i :], ("parameters", "gflops"), (1e6, 1), strict=False):
-            ax.bar(stages, [rows[k][kind] / unit for k in stages], 0.6, label="multistage")
-            ax.axhline(rows["shared"][kind] / unit, color="0.3", ls=":", label="its encoder")
-            ax.axhline(unified[0][kind] / unit, color="C1", label="unified")
-            ax.set(title=title, xlabel="stage (image to noise)", xticks=stages)
-            ax.set_ylabel("million parameters" if unit > 1 else "GFLOPs (paper's count)")
-    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.tight_layout()
-    workshop.show_figure(path)
-
-
-if __name__ == "__main__" and not table:
-    compared = {network: (network, f"{network}_unified"), "CIFAR-10": ("table5_1", "table7_1")}
-    draw_costs(compared, "figures/03_cost.png")
-
 # %% [markdown]
-# The multistage network spends most near the image and least near the noise, on top of the encoder
-# (dotted), which every stage pays for. Unified costs the same at all times, and so does `separate`,
-# whose stages have a network of unified's size each.
+# The multistage network spends most near the image and least near the noise, on top of the encoder,
+# which every stage pays for. Unified costs the same at all times, and so does `separate`, whose
+# stages have a network of unified's size each. The published network for CIFAR-10 has 36 layers a
+# side:
 
 # %%
 if __name__ == "__main__" and not table:
     with torch.device("meta"):  # which has shapes but no memory
-        for name in sorted({network, "table5_1"} - {"digits"}):
-            net = build_network(name)
-            x = torch.empty(1, net.channels, net.size, net.size)
-            path = "figures/03_published.png" if name == "table5_1" else f"figures/03_{name}.png"
-            draw_architecture(x, net.encoders[0], net.decoders, net.cuts, path)
+        net, x = build_network("table5_1"), torch.empty(1, 3, 32, 32)
+        parts = net.encoders[0], net.decoders, net.cuts
+        draw_architecture(x, 0.3, *parts, "figures/03_published.png")
 
 # %% [markdown]
-# The published network for CIFAR-10 has 36 layers a side, and is cut at the published times.
-#
 # ## Tables 5, 6 and 7
 #
 # Next to every number the published one. A table's *total* GFLOPs are an average over stages, and
@@ -1180,8 +1119,7 @@ if __name__ == "__main__" and not table:
             )
 
 # %% [markdown]
-# Equation 23 gives the direction and not the numbers. Within stage 0 it can only repeat $p_0$ (169
-# million or a width of 192), and the published first stages have 159 and 154 million, widths of 208
-# and 224; within stage 2 only $p_2$, and they have 32 and 21 million. The encoder shrinks
-# with the number of stages (128, 96, 64 channels) and the decoders take up part of what it loses:
-# a second choice, which the paper does not mention. We take the published widths as they are.
+# Equation 23 gives the direction and not the numbers. Within stage 0 it can only repeat $p_0$, and
+# the published first stages are smaller and yet wider; within stage 2 only $p_2$. The encoder
+# shrinks with the number of stages (128, 96, 64 channels) and the decoders take up part of what it
+# loses: a second choice, which the paper does not mention. We take the published widths as they are.

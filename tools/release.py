@@ -1,13 +1,14 @@
-"""Turn checkpoints of others into ones that the steps read. Only tensors are read, never code.
+"""Turn a checkpoint of the paper's authors, or LDM's first stage, into files that the steps read.
 
-    python tools/release.py model.ckpt runs/released    the paper's DPM-Solver and LDM networks: a run
-    python tools/release.py vq-f4.ckpt runs/released    LDM's first stage: autoencoder.pt in it
+    python tools/release.py checkpoint_9.pth runs/released    and then, as with a run of one's own:
+    python 05_sample_eval.py --name released
 
-Their parameters have other names, but their *order* is that of the modules here: going through both
-side by side fills a network. What differs is stored differently: 1×1 convolutions of attention as
-matrices (NCSN++) or over sequences (ADM), and q, k, v apart, interleaved, or head by head.
+Their networks for DPM-Solver, EDM and LDM become checkpoint.pt, VQ-f4 and KL-f4 autoencoder.pt.
+Only tensors are read, never code. EDM's .pkl files hold code: where you trust one, save its tensors
+in EDM's repository, torch.save({"ema": pickle.load(open(FILE, "rb"))["ema"].state_dict()}, "x.pt").
 """
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -25,145 +26,181 @@ BadInput = workshop.BadInput
 def match_release(model, named):
     """Pair the release's parameters with a network's: its state dict.
 
-    named: [(name, tensor)] in the release's order. Raises BadInput where they do not fit.
+    Names differ, but the *order* is that of the modules here. What is stored differently: 1×1
+    convolutions of attention as matrices (NCSN++) or over sequences (ADM), and q, k, v apart,
+    interleaved, or head by head. named: [(name, tensor)] in the release's order.
+    Raises BadInput where they do not fit.
     """
-    waiting, found = list(named)[::-1], {}
+    waiting, found = list(named), {}
     for name, layer in model.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.GroupNorm)):
             continue
-        apart = name.endswith("qkv") and waiting and 3 * len(waiting[-1][1]) == len(layer.weight)
-        pairs = 3 if apart else 1
-        taken = [waiting.pop() for _ in range(2 * pairs) if waiting]
-        if len(taken) < 2 * pairs:
+        apart = name.endswith("qkv") and waiting and 3 * len(waiting[0][1]) == len(layer.weight)
+        n = 6 if apart else 2  # weight and bias of each
+        taken, waiting = waiting[:n], waiting[n:]
+        if len(taken) < n:
             raise BadInput(f"the checkpoint ends before {name}")
         weight, bias = [tensor for _, tensor in taken[::2]], [tensor for _, tensor in taken[1::2]]
         if isinstance(layer, nn.Conv2d) and weight[0].dim() == 2:
             weight = [matrix.T for matrix in weight]  # NCSN++ has (in, out)
         weight, bias = torch.cat(weight), torch.cat(bias)
-        if name.endswith("qkv") and pairs == 1:  # head by head, or the three interleaved
-            attention = model.get_submodule(name[:-4])
-            first = getattr(attention, "heads", 1) if weight.dim() == 3 else len(bias) // 3
-            weight, bias = (
-                v.reshape(first, 3, -1).transpose(0, 1).reshape(v.shape) for v in (weight, bias)
-            )
+        if name.endswith("qkv") and not apart:  # head by head, or the three interleaved
+            heads = getattr(model.get_submodule(name[:-4]), "heads", 1)
+            n = heads if weight.dim() == 3 else len(bias) // 3
+            weight = weight.reshape(n, 3, -1).transpose(0, 1).reshape(weight.shape)
+            bias = bias.reshape(n, 3, -1).transpose(0, 1).reshape(bias.shape)
         weight = weight.reshape(*weight.shape, *[1] * (layer.weight.dim() - weight.dim()))
         for kind, tensor in (("weight", weight), ("bias", bias)):
-            if tensor.shape != getattr(layer, kind).shape:
-                raise BadInput(
-                    f"{taken[0][0]} has shape {tuple(tensor.shape)}, "
-                    f"where {name} has {tuple(getattr(layer, kind).shape)}"
-                )
+            theirs, ours = tuple(tensor.shape), tuple(getattr(layer, kind).shape)
+            if theirs != ours:
+                raise BadInput(f"{taken[0][0]} has shape {theirs}, where {name} has {ours}")
             found[f"{name}.{kind}"] = tensor.contiguous()
     if waiting:
-        raise BadInput(f"the checkpoint has {waiting[-1][0]}, for which there is no place")
+        raise BadInput(f"the checkpoint has {waiting[0][0]}, for which there is no place")
     return found
 
 
-def release_parameters(saved, averaged=True):
-    """List the network's parameters [(name, tensor)] in what a release checkpoint holds.
+def clean_names(state):
+    """Take torch.compile's and DistributedDataParallel's prefixes off the names of tensors."""
+    split = {name: name.split(".") for name, tensor in state.items() if torch.is_tensor(tensor)}
+    parts = {n: [p for p in split[n] if p not in ("_orig_mod", "module")] for n in split}
+    return {".".join(parts[name]): state[name] for name in parts}
 
-    The list is empty where it holds no multistage network.
+
+def release_parameters(saved):
+    """List a network's averaged parameters [(name, tensor)] in the order of the modules here.
+
+    saved: what the file holds. DPM-Solver's has "model" and, in "ema", a list of averages,
+    "shadow_params"; EDM's tensors are a state dict, "ema"; LDM's "state_dict" has both, under names
+    with "model.diffusion_model" and "model_ema". Raw weights are taken only where there is no
+    average at all, which is said. The list is empty where there is no multistage network.
     """
-    saved = saved if isinstance(saved, dict) else {}
-    state, shadow = saved.get("model", {}), saved.get("ema", {}).get("shadow_params")
-    if "state_dict" in saved:  # LDM
-        state, prefix = saved["state_dict"], "model.diffusion_model."
-        mean = lambda name: "model_ema.diffusion_model" + name.replace(".", "")  # noqa: E731
-        state = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-        shadow = [saved["state_dict"].get(mean(name), v) for name, v in state.items()]
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if not any(name.startswith("de_modules.") for name in state):
+    state, means = clean_names(saved.get("model", {})), None
+    if "state_dict" in saved:
+        every, prefix = clean_names(saved["state_dict"]), "model.diffusion_model."
+        state = {n.removeprefix(prefix): v for n, v in every.items() if n.startswith(prefix)}
+        glued = ["model_ema.diffusion_model" + name.replace(".", "") for name in state]
+        means = [every[name] for name in glued if name in every] or None
+    elif "shadow_params" in saved.get("ema", {}):
+        means = saved["ema"]["shadow_params"]
+    elif "ema" in saved:
+        state = clean_names(saved["ema"])
+    tables = ("sigmas", "resample_filter")  # are no parameters
+    state = {n.removeprefix("model."): v for n, v in state.items() if not n.endswith(tables)}
+    if not any(name.startswith(("de_modules.", "decs.")) for name in state):
         return []
-    named = [(n, v) for n, v in state.items() if n != "sigmas"]  # a table, no parameter
-    if averaged and shadow is not None:
-        if len(shadow) != len(named):
-            raise BadInput(f"{len(shadow)} averaged weights for {len(named)} parameters")
-        named = [(name, mean) for (name, _), mean in zip(named, shadow, strict=True)]
+    if means is not None:
+        if len(means) != len(state):
+            raise BadInput(f"{len(means)} averaged weights for {len(state)} parameters")
+        state = dict(zip(state, means, strict=True))
+    elif "ema" not in saved:
+        print("there are no averaged weights: taking the raw ones")
 
     def place(entry):  # LDM lists the last layers of all decoders at the end
         part, k, *_ = (*entry[0].split("."), "")
-        return (int(k), part == "outs") if part in ("de_modules", "outs") else (-1, False)
+        return (int(k), part == "outs") if part in ("de_modules", "decs", "outs") else (-1, False)
 
-    return sorted(named, key=place)
+    return sorted(state.items(), key=place)
 
 
-def find_network(saved, averaged=True):
-    """Find the network of NETWORKS that a release checkpoint fits: (its name, filled, in eval mode)."""
-    named, reason = release_parameters(saved, averaged), "it lacks their entries"
-    width = next((len(v) for _, v in named if v.dim() == 4), None)
+def find_network(named):
+    """Find the entry of NETWORKS that a release's parameters fit: (its name, its state dict)."""
+    width = next((len(tensor) for _, tensor in named if tensor.dim() == 4), None)
+    reason = f"none has an encoder of {width} channels"
     for name in [n for n, kind in unet.NETWORKS.items() if kind["encoder"] == width]:
         try:
             with torch.device("meta"):
-                found = match_release(unet.build_network(name), named)
+                model = unet.build_network(name)
+            return name, match_release(model, named)
         except BadInput as error:
             reason = f"{name}: {error}"
-            continue
-        model = unet.build_network(name)
-        model.load_state_dict(found)
-        return name, model.eval()
     raise BadInput(f"this is none of the published networks ({reason})")
 
 
-def from_release(state):
-    """Build an autoencoder from the state dict of LDM's first stage.
-
-    Raises BadInput for one with attention outside the middle, which LDM has at f = 8 and above.
-    """
-    tensors = {name.removeprefix("first_stage_model."): v for name, v in state.items()}
-    if any(".attn." in name for name in tensors):
+def build_first_stage(tensors):
+    """Build an autoencoder from the tensors {name: tensor} of LDM's first stage."""
+    if any(".attn." in name for name in tensors):  # as LDM has at f = 8 and above
         raise BadInput("this first stage has attention at several resolutions: take VQ-f4 or KL-f4")
-    width, channels = tensors["encoder.conv_in.weight"].shape[:2]
-    widths = []
-    while f"encoder.down.{len(widths)}.block.0.conv1.weight" in tensors:
-        widths.append(len(tensors[f"encoder.down.{len(widths)}.block.0.conv1.weight"]))
+    (width, channels), widths = tensors["encoder.conv_in.weight"].shape[:2], []
+    while (name := f"encoder.down.{len(widths)}.block.0.conv1.weight") in tensors:
+        widths.append(len(tensors[name]))
     blocks = sum(name.startswith("encoder.down.0.") and "conv1.w" in name for name in tensors)
     vectors = tensors.get("quantize.embedding.weight")
     plan = dict(kind="kl" if vectors is None else "vq", channels=channels, width=width)
     plan.update(blocks=blocks, mults=[c // width for c in widths])
     plan.update(code=len(tensors["post_quant_conv.weight"]))
-    plan.update(entries=None if vectors is None else len(vectors))
-
-    parts = ("encoder.", "quant_conv.", "post_quant_conv.", "decoder.")
-    named = [(n, v) for part in parts for n, v in tensors.items() if n.startswith(part)]
+    model = ldm.Autoencoder(**plan, entries=None if vectors is None else len(vectors))
+    parts = ["encoder", "quant_conv", "post_quant_conv", "decoder"]
 
     def place(entry):  # the release lists the decoder's levels from the picture inwards
         part, what, k, *_ = (*entry[0].split("."), "", "")
         order = ["conv_in", "mid", "up", "norm_out", "conv_out"]
         rank = order.index(what) if part == "decoder" else 0
-        return parts.index(f"{part}."), rank, -int(k) if (part, what) == ("decoder", "up") else 0
+        return parts.index(part), rank, -int(k) if (part, what) == ("decoder", "up") else 0
 
-    model = ldm.Autoencoder(**plan)
+    named = [(name, tensor) for name, tensor in tensors.items() if name.split(".")[0] in parts]
     found = match_release(model, sorted(named, key=place))
-    if model.kind == "vq":
+    if vectors is not None:
         found.update({"codebook.vectors": vectors, "codebook.used": model.codebook.used})
     model.load_state_dict(found)
     return model
 
 
 def read_tensors(path):
-    """Read a checkpoint as plain tensors; LDM's name a class of Lightning that nobody needs."""
+    """Read a checkpoint of others as tensors. Raises BadInput where that cannot be done."""
+    # LDM's files name a class of Lightning, which nobody needs
     stand_in = type("Inert", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-    with torch.serialization.safe_globals([stand_in]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([stand_in]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"there is no file {path}") from None
+    except Exception as error:  # a torn file fails in many ways
+        raise BadInput(f"{path} is damaged, or holds more than tensors: see --help") from error
+    return saved if isinstance(saved, dict) else {}
 
 
-def convert(path, run):
-    """Write what a release checkpoint holds into the folder of a run."""
-    saved = read_tensors(path)
-    if any("quant_conv" in name for name in saved.get("state_dict", {})):
-        model = from_release(saved["state_dict"])
+def convert(path, run, dataset=""):
+    """Write what a checkpoint holds, a network, a first stage or both, into a run: the files.
+
+    dataset: what the network was trained on; empty: celeba for LDM's, cifar10 for others.
+    Raises BadInput where there is neither, or where the run has such a file already.
+    """
+    saved, files = read_tensors(path), {}
+    state = clean_names(saved.get("state_dict", {}))
+    state = {name.removeprefix("first_stage_model."): v for name, v in state.items()}
+    if any(name.startswith("post_quant_conv.") for name in state):
+        model = build_first_stage(state)
         content = dict(options=model.options, model=model.state_dict(), step=0, of=0)
-        workshop.write_checkpoint(content, run, "autoencoder.pt")
-    if release_parameters(saved):
-        name, model = find_network(saved)
-        kind = unet.NETWORKS[name]
-        settings = dict(dataset="celeba" if kind.get("time") else "cifar10", network=name)
-        settings.update(process=kind.get("time", "vp"), boundaries=list(kind["boundaries"]))
-        step = saved.get("step", saved.get("global_step", 0))
-        content = dict(settings=settings, ema=model.state_dict(), step=int(step))
-        workshop.write_checkpoint(content, run)
-        workshop.write_json(settings, Path(run) / "settings.json")
+        files["autoencoder.pt"] = content
+    if named := release_parameters(saved):
+        network, weights = find_network(named)
+        time, cuts = (unet.NETWORKS[network].get(key) for key in ("time", "boundaries"))
+        if time == "edm" and len(cuts) == 2:
+            cuts = (2.5103, 7.6577)  # paper: 0.442 and 0.6308, which is 2.511 and 7.404
+        settings = dict(dataset=dataset or ("celeba" if time == "ldm" else "cifar10"))
+        settings.update(network=network, process=time or "vp", boundaries=list(cuts))
+        settings.update({"scale": 1.0} if time == "ldm" else {})  # of its latents
+        step = int(saved.get("step", saved.get("global_step", 0)))
+        files["checkpoint.pt"] = dict(settings=settings, ema=weights, step=step)
+    if not files:
+        raise BadInput(f"{path} holds neither a network of the paper nor a first stage of LDM")
+    for file in [Path(run) / name for name in files]:
+        if file.exists():
+            raise BadInput(f"{file} is there already: give another folder")
+    for name, content in files.items():
+        workshop.write_checkpoint(content, run, name)
+        if "settings" in content:
+            workshop.write_json(content["settings"], Path(run) / "settings.json")
+    return [str(Path(run) / name) for name in files]
 
 
 if __name__ == "__main__":
-    convert(*sys.argv[1:3])
+    sys.excepthook = workshop.report_bad_input
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("checkpoint", help="file of the release or of LDM, such as model.ckpt")
+    parser.add_argument("run", help="folder to write, such as runs/released")
+    parser.add_argument("--dataset", default="", help="of the network: celeba, where EDM's is")
+    given = parser.parse_args()
+    print("wrote", *convert(given.checkpoint, given.run, given.dataset))
