@@ -11,25 +11,11 @@ GPU bfloat16, channels_last and torch.compile.
 
 import argparse
 import importlib
-import statistics
-import sys
-from pathlib import Path
 
 import torch
-from stopwatch import GPU, machine, seconds
+from stopwatch import DEVICE, FORM, GPU, HALF, machine, medians
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-workshop = importlib.import_module("00_workshop")
-sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
-
-
-def medians(rounds, **works):
-    """Time each piece of work once a round, in turns: the median seconds by name."""
-    for work in works.values():
-        work()  # warm up
-    turns = [{name: seconds(work) for name, work in works.items()} for _ in range(rounds)]
-    return {name: statistics.median(turn[name] for turn in turns) for name in works}
 
 
 def main():
@@ -39,27 +25,27 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="turns; the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device, dtype = workshop.device(), torch.bfloat16 if GPU else torch.float32
-    form = torch.channels_last if GPU else torch.contiguous_format
-    model = unet.build_network(args.network, dropout=0.0).to(device).to(memory_format=form)
+    model = unet.build_network(args.network, dropout=0.0).to(DEVICE, memory_format=FORM)
     true = 1e9 * unet.cost(args.network)[0]["true_gflops"] * args.batch
-    x = torch.randn(args.batch, model.channels, model.size, model.size, device=device)
-    x, t = x.to(memory_format=form), torch.full((args.batch,), 0.1, device=device)
-    a = torch.randn(4096, 4096, device=device, dtype=dtype)
-    stage = lambda x, t: model.branch(x, t, 0)  # noqa: E731
-    stage = torch.compile(stage, fullgraph=True) if GPU else stage
+    x = torch.randn(args.batch, model.channels, model.size, model.size, device=DEVICE)
+    x, t = x.to(memory_format=FORM), torch.full((args.batch,), 0.1, device=DEVICE)
+    a = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
+    stage = lambda x, t: model(x, t, stage=0)  # noqa: E731
+    stage = torch.compile(stage) if GPU else stage
 
-    def forward():
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=GPU):
-            stage(x, t)
+    @torch.no_grad()
+    def forward(parts=((x, t),), run=stage):
+        with torch.autocast(**HALF):
+            for images, times in parts:
+                run(images, times)
 
     def both():
-        with torch.autocast(device.type, dtype, enabled=GPU):
+        with torch.autocast(**HALF):
             loss = stage(x, t).float().square().mean()
         loss.backward()
         model.zero_grad()
 
-    print(f"{machine()}, {dtype}")
+    print(f"{machine()}, {a.dtype}")
     print(f"{args.network}, stage 0, batch {args.batch}: {true / 1e9:.0f} GFLOP forward")
     found = medians(args.rounds, forward=forward, both=both, product=lambda: a @ a)
     peak = 2 * 4096**3 / found["product"]
@@ -72,22 +58,11 @@ def main():
     stages = len(model.decoders)
     cuts = [0.0, *model.boundaries.tolist(), min(model.latest, 80.0)]
     middles = [(a + b) / 2 for a, b in zip(cuts, cuts[1:], strict=False)]
-    times = torch.tensor(middles, device=device).repeat(-(-args.batch // stages))[: args.batch]
+    times = torch.tensor(middles, device=DEVICE).repeat(args.batch)[: args.batch]
     groups = [(times == tau).nonzero()[:, 0] for tau in middles]
-    groups = [(x[g].contiguous(memory_format=form), times[g]) for g in groups if len(g)]
-
-    @torch.no_grad()
-    def mixed():
-        with torch.autocast(device.type, dtype, enabled=GPU):
-            model(x, times)
-
-    @torch.no_grad()
-    def grouped():
-        with torch.autocast(device.type, dtype, enabled=GPU):
-            for images, tau in groups:
-                model(images, tau)
-
-    found = medians(args.rounds, mixed=mixed, grouped=grouped)
+    groups = [(x[g].contiguous(memory_format=FORM), times[g]) for g in groups if len(g)]
+    mixed = lambda: forward([(x, times)], model)  # noqa: E731
+    found = medians(args.rounds, mixed=mixed, grouped=lambda: forward(groups, model))
     print(
         f"{args.batch} images of {stages} stages: mixed {found['mixed']:.3f} s, grouped beforehand "
         f"{found['grouped']:.3f} s; ratio {found['mixed'] / found['grouped']:.3f}"

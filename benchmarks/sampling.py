@@ -9,16 +9,10 @@ the equivalent GFLOPs: those of the stages, weighted by the evaluations that fal
 
 import argparse
 import importlib
-import statistics
-import sys
-from pathlib import Path
 
 import torch
-from stopwatch import machine, seconds
+from stopwatch import DEVICE, FORM, machine, medians
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-workshop = importlib.import_module("00_workshop")
-sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
 evaluation = importlib.import_module("05_sample_eval")
 
@@ -32,35 +26,26 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="turns; the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device, form = workshop.device(), torch.contiguous_format
-    if device.type == "cuda":
-        form = torch.channels_last
-    names, how = (args.multistage, args.unified), dict(sampler="dpm-solver-3", nfe=args.nfe)
-    models = [unet.build_network(name).to(device, memory_format=form).eval() for name in names]
-
-    def draw(model):
-        evaluation.sample(model, "vp", args.batch, batch=args.batch, **how)
-
-    for model in models:
-        draw(model)  # warm up
-    turns = [
-        [seconds(lambda model=model: draw(model)) for model in models] for _ in range(args.rounds)
-    ]
-    times = [statistics.median(turn) for turn in zip(*turns, strict=True)]
+    how = dict(sampler="dpm-solver-3", nfe=args.nfe)
+    models, works = {}, {}
+    for name in (args.multistage, args.unified):
+        model = unet.build_network(name).to(DEVICE, memory_format=FORM).eval()
+        draw = lambda m=model: evaluation.sample(m, "vp", args.batch, batch=args.batch, **how)  # noqa: E731
+        models[name], works[name] = model, draw
+    times, work = medians(args.rounds, **works), {}
     print(f"{machine()}, {args.nfe} NFE")
-    work = []
-    for name, model, spent in zip(names, models, times, strict=True):
+    for name, model in models.items():
         _, share = evaluation.stage_shares(model, "vp", **how)
-        costs = unet.cost(name)
-        kinds = ("gflops", "true_gflops")
-        work.append([sum(part * costs[k][kind] for k, part in share.items()) for kind in kinds])
+        costs, kinds = unet.cost(name), ("gflops", "true_gflops")
+        work[name] = [sum(part * costs[k][kind] for k, part in share.items()) for kind in kinds]
+        counted, true = work[name]
         print(
-            f"{name:18s} {args.batch / spent:8.3f} pictures/s, equivalent GFLOPs {work[-1][0]:.2f} "
-            f"(paper's count), {work[-1][1]:.2f} (true)"
+            f"{name:18s} {args.batch / times[name]:8.3f} pictures/s, equivalent GFLOPs "
+            f"{counted:.2f} (paper's count), {true:.2f} (true)"
         )
-    ratio = times[0] / times[1]
-    counted, true = (work[0][i] / work[1][i] for i in (0, 1))
-    print(f"ratio of the times {ratio:.3f}, of the GFLOPs {counted:.3f} (true: {true:.3f})")
+    ratios = [a / b for a, b in zip(*work.values(), strict=True)]
+    ratio = times[args.multistage] / times[args.unified]
+    print(f"ratio of the times {ratio:.3f}, of the GFLOPs {ratios[0]:.3f} (true: {ratios[1]:.3f})")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,21 @@
 """Time work on this machine, waiting for its GPU where it has one."""
 
+import importlib
+import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+workshop = importlib.import_module("00_workshop")
+
 GPU = torch.cuda.is_available()
+DEVICE = workshop.device()
+FORM = torch.channels_last if GPU else torch.contiguous_format  # of networks and pictures
+HALF = dict(device_type=DEVICE.type, dtype=torch.bfloat16, enabled=GPU)  # for torch.autocast
 
 
 def now():
@@ -19,6 +30,14 @@ def seconds(work):
     begin = now()
     work()
     return now() - begin
+
+
+def medians(rounds, **works):
+    """Time each piece of work once a round, in turns: the median seconds by name."""
+    for work in works.values():
+        work()  # warm up
+    turns = [{name: seconds(work) for name, work in works.items()} for _ in range(rounds)]
+    return {name: statistics.median(turn[name] for turn in turns) for name in works}
 
 
 def machine():

@@ -11,15 +11,10 @@ weights; and what it is when clearing and clipping count as outside too.
 import argparse
 import importlib
 import statistics
-import sys
-from pathlib import Path
 
 import torch
-from stopwatch import machine, now
+from stopwatch import DEVICE, FORM, machine, now, seconds
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-workshop = importlib.import_module("00_workshop")
-sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
 
@@ -32,41 +27,39 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="turns; the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = workshop.device()
-    model = unet.build_network(args.network).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+    model = unet.build_network(args.network).to(DEVICE, memory_format=FORM)
     state = training.new_state(model, 1e-4, seed=0)
     shape = (2000, model.channels, model.size, model.size)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    inside = clipping = 0.0
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+    spent = dict(inside=0.0, clipping=0.0)
 
-    def watched(work, clips=False):
+    def watched(work, *kinds):
         def run(*args, **kw):
-            nonlocal inside, clipping
             begin = now()
             result = work(*args, **kw)
-            seconds = now() - begin
-            inside, clipping = inside + seconds, clipping + seconds * clips
+            for kind in ("inside", *kinds):
+                spent[kind] += now() - begin
             return result
 
         return run
 
+    optimizer, utils = state["optimizer"], torch.nn.utils
     state["forward"] = watched(model)
-    state["optimizer"].step = watched(state["optimizer"].step)
-    state["optimizer"].zero_grad = watched(state["optimizer"].zero_grad, clips=True)
-    torch.nn.utils.clip_grad_norm_ = watched(torch.nn.utils.clip_grad_norm_, clips=True)
+    optimizer.step = watched(optimizer.step)
+    optimizer.zero_grad = watched(optimizer.zero_grad, "clipping")
+    utils.clip_grad_norm_ = watched(utils.clip_grad_norm_, "clipping")
     torch.Tensor.backward = watched(torch.Tensor.backward)
-    shares = []
-    for turn in range(args.rounds + 1):
-        inside, clipping, begin = 0.0, 0.0, now()
-        for _ in training.train(state, images, state["step"] + args.steps, batch=args.batch):
-            pass
-        whole = now() - begin
-        if turn:  # the first one warms up
-            shares.append(1 - inside / whole)
-            more = shares[-1] + clipping / whole
-            print(f"{whole:.2f} s, of which outside {shares[-1]:.1%} (or {more:.1%})")
+
+    def turn():
+        list(training.train(state, images, state["step"] + args.steps, batch=args.batch))
+
+    shares, _ = [], turn()  # the first one warms up
+    for _ in range(args.rounds):
+        spent.update(inside=0.0, clipping=0.0)
+        whole = seconds(turn)
+        shares.append(1 - spent["inside"] / whole)
+        more = shares[-1] + spent["clipping"] / whole
+        print(f"{whole:.2f} s, of which outside {shares[-1]:.1%} (or {more:.1%})")
     rate = args.batch * args.steps / whole
     print(
         f"{machine()}, {args.network}, batch {args.batch}: "
