@@ -376,12 +376,12 @@ PLAIN = ("vp", "ldm")  # the network's output is the noise, and its time runs fr
 def kernel_of(process):
     """Return the kernel of a process: vp, ldm, flow, edm, pfgm (or pfgm-<D>); else BadInput."""
     name, _, D = process.partition("-")
-    known = dict(vp=sde.VP, ldm=sde.LDM, flow=sde.Flow, edm=sde.EDM, pfgm=sde.PFGM)
+    known = dict(vp=sde.VP, ldm=sde.LDM, flow=sde.Flow, edm=sde.EDM, pfgm=sde.PFGM(1))
     if process in known:
         return known[process]
     if name != "pfgm" or not D.replace(".", "", 1).isdecimal():
         raise BadInput(f"unknown process {process!r}: take {', '.join(known)} or such as pfgm-128")
-    return sde.PFGM.with_D(float(D))
+    return sde.PFGM(float(D))
 
 
 def predict_noise(model, x, t, process, **stage):

@@ -55,7 +55,7 @@ if __name__ == "__main__" and workshop.about(dataset).get("judge") != "digits":
 # %%
 if __name__ == "__main__":
     for kernel, t in ((sde.VP, 0.631), (sde.Flow, 0.875), (sde.Flow, 0.9)):
-        print(f"{kernel.__name__:4s} at t = {t}: sigma {float(kernel.sigma(t)):.2f}")
+        print(f"{kernel.name:4s} at t = {t}: sigma {float(kernel.sigma(t)):.2f}")
 
 # %% [markdown]
 # Three cuts between networks, in two clocks: the paper's $t_2$, and those of Wan2.2 (text to video,
@@ -126,7 +126,7 @@ if __name__ == "__main__":
         errors = clustering.standard_errors(curves, cuts)
         said = [f"{cut:.3f} ± {error:.3f}" for cut, error in zip(cuts, errors, strict=True)]
         as_vp = [f"{t:.3f}" for t in sde.match_snr(cuts, kernel, sde.VP)]
-        print(f"{kernel.__name__:4s} {', '.join(said)}; in VP's clock {', '.join(as_vp)}")
+        print(f"{kernel.name:4s} {', '.join(said)}; in VP's clock {', '.join(as_vp)}")
 
 # %% [markdown]
 # No: they are many standard errors apart. The paper's cuts belong to VP's clock. One may carry them
