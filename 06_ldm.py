@@ -393,9 +393,10 @@ if __name__ == "__main__" and lesson:
 #    <details><summary>Solution</summary>Samples add noise that the decoder was trained to ignore;
 #    the means are the cleaner data set. With a faint pull like ours the difference is
 #    small.</details>
-# 4. Train with the cuts that Algorithm 1 gives for the latents (`--boundaries`, as parts of 1) in
-#    place of the published ones. <details><summary>Solution</summary>Whichever wins: one seed is
-#    not enough to tell. Give `--seed` three values before you believe it.</details>
+# 4. The paper takes the cuts of pixels over to latents. Which does Algorithm 1 find for ours, and how
+#    does it do with them (`--boundaries`, as parts of 1)? <details><summary>Solution</summary>
+#    `importlib.import_module("02_clustering").algorithm_1(scale * h, kernel=sde.LDM)`: other ones.
+#    Whichever wins: one seed is not enough to tell; give `--seed` three values.</details>
 #
 # ## Below this line: faster, safer, as published
 #
@@ -438,10 +439,8 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-clustering = importlib.import_module("02_clustering")
 BadInput = workshop.BadInput
 
 # %% [markdown]
@@ -534,10 +533,7 @@ if __name__ == "__main__":
     with torch.device("meta"):  # shapes without numbers
         vq_f4 = Autoencoder(**workshop.VQ_F4)
         made = "×".join(map(str, vq_f4.encode(torch.empty(1, 3, 256, 256)).shape[1:]))
-    counts = [unet.count_parameters(part) for part in (vq_f4.encoder, vq_f4.decoder, vq_f4)]
-    print(
-        "VQ-f4 turns 3×256×256 into {}; {:,}, {:,} and in all {:,} parameters".format(made, *counts)
-    )
+    print(f"VQ-f4: {unet.count_parameters(vq_f4):,} parameters; 3×256×256 becomes {made}")
 
 # %% [markdown]
 # ### Its training and its latents
@@ -550,25 +546,16 @@ if __name__ == "__main__":
 
 # %%
 def fit_autoencoder(state, images, steps, batch, folder):
-    """Run `train_autoencoder` and leave autoencoder.pt and autoencoder.jsonl in `folder`.
-
-    Returns True when finished, False when Ctrl-C stopped it (the step is finished and saved).
-    Raises BadInput where the error is no longer finite.
-    """
-
-    def summarize(recent):
-        row = {key: float(f"{float(value):.5g}") for key, value in recent[-1].items()}
-        if row["error"] != row["error"]:
-            raise BadInput(f"the autoencoder fails at step {state['step']}: give another --kind")
-        return row
+    """Run `train_autoencoder` and leave autoencoder.pt and autoencoder.jsonl in `folder`."""
 
     def save(_):
+        about = dict(options=state["model"].options, of=steps)
         if workshop.ranks()[0] == 0:
-            options = dict(options=state["model"].options, of=steps)
-            workshop.write_checkpoint({**workshop.pack(state), **options}, folder, "autoencoder.pt")
+            workshop.write_checkpoint({**workshop.pack(state), **about}, folder, "autoencoder.pt")
 
+    summarize = lambda recent: {key: float(value) for key, value in recent[-1].items()}  # noqa: E731
     loop, log = train_autoencoder(state, images, steps, batch), folder / "autoencoder.jsonl"
-    return workshop.keep_training(loop, state, steps, log, summarize, save, desc="autoencoder")
+    workshop.keep_training(loop, state, steps, log, summarize, save, desc="autoencoder")
 
 
 def load_first_stage(path):
@@ -636,12 +623,6 @@ def describe_run(arch):
     return settings | dict(boundaries=cuts, cuts=own)
 
 
-def stop_script(step):
-    """Say that a training was stopped and saved, and end with the status of an interrupt."""
-    workshop.print_once(f"stopped and saved at step {step}: the same command with --resume goes on")
-    sys.exit(130)
-
-
 if __name__ == "__main__":
     known = workshop.about(dataset)
     training.check_settings(arch, "ldm", stages, 0, times, decay, weight)
@@ -655,11 +636,14 @@ if __name__ == "__main__":
     run = Path(out) / (name or f"{dataset}-latent")
     file = Path(first_stage or run / "autoencoder.pt")
     plan = known["autoencoder"] | ({"kind": kind} if kind else {})
-    plan = load_first_stage(file).options if first_stage else plan
+    ready = load_first_stage(file) if first_stage else None
+    plan = ready.options if ready else plan
     with torch.device("meta"):
         shape = known.get("shape", (3, size, size))
         code = Autoencoder(**plan).encode(torch.empty(1, *shape)).shape[1:]  # of a latent
     settings = describe_run(arch)
+    if ready:
+        settings["autoencoder"] = workshop.fingerprint(*ready.state_dict().values())
     if settings["batch"] % world:
         raise BadInput(f"batch = {settings['batch']} cannot be shared by {world} processes")
     training.prepare_state(settings)
@@ -682,41 +666,17 @@ if __name__ == "__main__":
         state = new_autoencoder_state(model, recipe["code_lr"], seed)
         if saved:
             workshop.unpack(state, saved)
-        if not fit_autoencoder(state, pixels, recipe["code_steps"], recipe["code_batch"], run):
-            stop_script(state["step"])
+        fit_autoencoder(state, pixels, recipe["code_steps"], recipe["code_batch"], run)
     with workshop.first_process_first():  # which has written it
         autoencoder = load_first_stage(file)
         codes, scale = encode_set(autoencoder, pixels, run / "latents.pt")
     if 4 * codes.numel() <= memory * 2**30:
         codes = codes.float().to(workshop.device())
     workshop.print_once(f"{len(codes):,} latents of {tuple(codes.shape[1:])}, scale {scale:.4f}")
+    if rank == 0:
+        draw_latents(autoencoder, pixels[:16], scale, run / "latents.png")
 
 # %% [markdown]
-# ### Where would the cuts lie?
-#
-# The paper takes the boundaries that it found on the pixels of CIFAR-10 over to the latents of
-# CelebA. Algorithm 1 needs no network, so it can be asked about the latents themselves. One choice is
-# open: $\eta$ = 2/256 is meant for pixels in [0, 1], while latents have unit variance. (The functions
-# are those of step 02 that `algorithm_1` consists of; it refuses where a cut is missing.)
-
-# %%
-if __name__ == "__main__" and rank == 0:
-    draw_latents(autoencoder, pixels[:16], scale, run / "latents.png")
-    some = codes[:5000].float().to(workshop.device())
-    low, high = some.min(), some.max()
-    for title, data in {
-        "as they are": some,
-        "stretched to [0, 1]": (some - low) / (high - low),
-    }.items():
-        curves = clustering.similarity_curves(data, sde.LDM, seed=seed)
-        tau, up, down = clustering.running_averages(curves)
-        t_1, t_2 = 1000 * tau[up >= 0.9].max(initial=0), 1000 * tau[down >= 0.9].min(initial=1)
-        print(f"latents {title:20s} cuts after step {f'{t_1:.0f}' if t_1 else 'none'}, {t_2:.0f}")
-
-# %% [markdown]
-# The answer depends on the reading. Stretched to [0, 1] latents are several times smaller against the same noise: no time is early enough to agree with the picture end, and
-# nearly all agree with the noise end. So we, too, take the paper's cuts; `--boundaries` takes others.
-#
 # ### Training and drawing
 #
 # On `digits` and `mnist` a unified network is trained as well, by the same recipe, for as many steps
@@ -734,8 +694,7 @@ def train_and_draw(settings, folder):
     state = training.prepare_state(settings, content, compile)
     if rank == 0:
         workshop.write_json(settings, folder / "settings.json")
-    if not training.fit(state, codes, settings, folder, decode=back):
-        stop_script(state["step"])
+    training.fit(state, codes, settings, folder, decode=back)
     kept = folder / "sets" / f"step{state['step']}-{sampler}-{nfe}-{grid or 'own'}-seed{seed + 1}"
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1, progress=True)
     how["batch"] = min(300, pictures_at_once(pixels.shape[-1]))
@@ -753,8 +712,6 @@ if __name__ == "__main__":
         own, unified = (statistics.fmean(evaluation.stage_gflops(network)) for network in pair)
         twin["steps"] = round(own / unified * settings["steps"])
         columns["unified / real"] = train_and_draw(twin, run / "unified")[1]
-    if world > 1:
-        dist.destroy_process_group()
     if rank > 0:
         sys.exit()  # the first process measures
 # %% [markdown]
