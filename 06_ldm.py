@@ -429,7 +429,7 @@ seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-latent
 out = "runs"  # the folder that holds the runs
 memory = 4.0  # GiB of pictures or latents held on the device; more are read later [0, 1000000]
-compile = False  # compile the network first (worth it for hours on a GPU)
+save_every = 0  # steps between checkpoints; 0: every ten minutes [0, 1000000000]
 resume = False  # go on with that run: train what is missing, then draw
 
 # %%
@@ -606,30 +606,23 @@ def encode_set(model, images, path):
 
 
 # %%
-def describe_run(arch):
+def plan_latents(arch):
     """Decide on a latent network and its training: the settings of a run."""
-    small = f"{dataset}_latent" if "latent_network" in known else ""
-    settings = dict(dataset=dataset, process="ldm", ema=0.9999, seed=seed, flip=False, arch=arch)
-    settings.update(network=training.network_name(small, dataset, arch, "ldm"))
-    widths = training.widths_of(settings["network"], *training.recipe_widths(recipe, arch))
-    settings.update(encoder=widths[0], decoders=widths[1], channels=code[0], size=code[1])
-    settings.update(training.choose_recipe(recipe, globals(), "ldm"))
-    settings.update({key: recipe[key] for key in ("steps", "batch", "lr", "warmup")})
-    cuts, own = list(unet.STEPS), None
-    if boundaries:
-        cuts = training.find_boundaries(boundaries, "", None, "ldm")
-    if arch == "unified":  # which may be dealt the times of the stages
-        cuts, own = [], cuts if settings["times"] == "stages" else None
-    return settings | dict(boundaries=cuts, cuts=own)
+    flags = {key: globals()[key] for key, *_ in workshop.read_parameters("06_ldm")}
+    flags.update(arch=arch, process="ldm", boundaries=boundaries or str(unet.STEPS))
+    flags.update(network=f"{dataset}_latent" if "latent_network" in known else "")
+    flags.update(encoder=recipe.get("encoder", 0))
+    settings = training.plan_run(flags, {**recipe, "flip": False}, blank)
+    owner = workshop.fingerprint(*ready.state_dict().values()) if ready else None
+    return settings | dict(autoencoder=owner)
 
 
 if __name__ == "__main__":
     known = workshop.about(dataset)
     training.check_settings(arch, "ldm", stages, 0, times, decay, weight)
     evaluation.times_asked(sampler, sde.LDM, nfe, grid)
-    recipe, given = known["latent_recipe"], ("code_steps", "steps", "batch", "lr")
-    recipe = recipe | {key: globals()[key] for key in given if globals()[key]}
-    if not (first_stage or recipe["code_steps"]):
+    recipe = known["latent_recipe"]
+    if not (first_stage or code_steps or recipe["code_steps"]):
         raise BadInput(f"{dataset} needs LDM's autoencoder: see tools/release.py, --first_stage")
     workshop.join_processes()
     rank, world = workshop.ranks()
@@ -639,16 +632,13 @@ if __name__ == "__main__":
     ready = load_first_stage(file) if first_stage else None
     plan = ready.options if ready else plan
     with torch.device("meta"):
-        shape = known.get("shape", (3, size, size))
-        code = Autoencoder(**plan).encode(torch.empty(1, *shape)).shape[1:]  # of a latent
-    settings = describe_run(arch)
-    if ready:
-        settings["autoencoder"] = workshop.fingerprint(*ready.state_dict().values())
-    if settings["batch"] % world:
-        raise BadInput(f"batch = {settings['batch']} cannot be shared by {world} processes")
+        pictures = torch.empty(1, *known.get("shape", (3, size, size)))
+        blank = Autoencoder(**plan).encode(pictures)  # a latent's shape
+    settings = plan_latents(arch)
     training.prepare_state(settings)
     if resume and (run / "checkpoint.pt").exists():
-        training.check_resumed(settings, workshop.read_checkpoint(run)["settings"], run)
+        old = workshop.read_checkpoint(run)["settings"]
+        workshop.check_same_settings(settings, old, run)
     saved = workshop.read_checkpoint(run, file.name) if resume and not first_stage else None
     if saved:
         workshop.check_same_settings(Autoencoder(**plan).options, saved["options"], file)
@@ -666,7 +656,7 @@ if __name__ == "__main__":
         state = new_autoencoder_state(model, recipe["code_lr"], seed)
         if saved:
             workshop.unpack(state, saved)
-        fit_autoencoder(state, pixels, recipe["code_steps"], recipe["code_batch"], run)
+        fit_autoencoder(state, pixels, settings["code_steps"], recipe["code_batch"], run)
     with workshop.first_process_first():  # which has written it
         autoencoder = load_first_stage(file)
         codes, scale = encode_set(autoencoder, pixels, run / "latents.pt")
@@ -690,11 +680,11 @@ def train_and_draw(settings, folder):
     settings, content = settings | dict(scale=scale), None
     if resume and (folder / "checkpoint.pt").exists():
         content = workshop.read_checkpoint(folder)
-        training.check_resumed(settings, content["settings"], folder)
-    state = training.prepare_state(settings, content, compile)
+        workshop.check_same_settings(settings, content["settings"], folder)
+    state = training.prepare_state(settings, content)
     if rank == 0:
         workshop.write_json(settings, folder / "settings.json")
-    training.fit(state, codes, settings, folder, decode=back)
+    training.fit(state, codes, settings, folder, decode=back, save_every=save_every)
     kept = folder / "sets" / f"step{state['step']}-{sampler}-{nfe}-{grid or 'own'}-seed{seed + 1}"
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1, progress=True)
     how["batch"] = min(300, pictures_at_once(pixels.shape[-1]))
@@ -707,10 +697,11 @@ if __name__ == "__main__":
     model, drawn = train_and_draw(settings, run)
     columns = {f"{arch} / real": drawn}
     if compare:
-        twin = describe_run("unified")
+        twin = plan_latents("unified")
         pair = model, workshop.move_to_device(training.network_of(twin))
         own, unified = (statistics.fmean(evaluation.stage_gflops(network)) for network in pair)
         twin["steps"] = round(own / unified * settings["steps"])
+        twin["decay"] = twin["steps"] if twin["decay"] else 0
         columns["unified / real"] = train_and_draw(twin, run / "unified")[1]
     if rank > 0:
         sys.exit()  # the first process measures
