@@ -141,7 +141,7 @@ def build_first_stage(tensors):
     named = [(name, tensor) for name, tensor in tensors.items() if name.split(".")[0] in parts]
     found = match_release(model, sorted(named, key=place))
     if vectors is not None:
-        found.update({"codebook.vectors": vectors, "codebook.used": model.codebook.used})
+        found.update({"codebook.vectors": vectors})
     model.load_state_dict(found)
     return model
 
