@@ -12,7 +12,8 @@
 # on a case with a known answer, draw digits with the network of step 04, and measure
 # them beside real ones.
 #
-# How long is a sampler? Six lines, with the best denoiser of step 01 in place of a network.
+# How long is a sampler? Six lines, with the best denoiser of step 01 in place of a network
+# (`optimal_denoiser`, there in its fast form).
 
 # %%
 import importlib
@@ -24,7 +25,6 @@ workshop = importlib.import_module("00_workshop")  # first: it readies the proce
 
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
@@ -32,38 +32,18 @@ from scipy.integrate import solve_ivp
 
 sde = importlib.import_module("01_sde_and_denoiser")
 training = importlib.import_module("04_train")
-
-# %% tags=["parameters"]
-name = "digits-multistage"  # name of the run to sample from
-out = "runs"  # the folder that holds the runs
-root = "data"  # where the run's data set lies or is downloaded to
-sampler = "dpm-solver-3"  # any of SAMPLERS: ddim, deis-3, dpm-solver++-2m, heun, ancestral, …
-nfe = 20  # evaluations of the network for one picture (heun: an odd number) [1, 10000]
-grid = ""  # where the solver stops: log-snr, time or quadratic; empty: the solver's own choice
-samples = 898  # pictures to draw and measure; at most half the data set [10, 10000000]
-batch = 300  # pictures drawn at a time [1, 1000000]
-seed = 1  # seed of the start noise [0, 4294967295]
-reference = ""  # a folder of pictures to compare with; empty: the run's data set
-weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
-features = ""  # besides Inception's: efficientnet-lite0, dinov2-vit-b-14, … or a TorchScript file
-compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
-label = -1  # draw this class alone, of a run with classes, and compare with it; -1: all [-1, 1000]
-guidance = "0"  # how far beyond the label's noise to go: w of all stages, or of each: 1,2,4
+lesson = workshop.is_lesson()
 
 # %%
-workshop.settings(globals(), "05_sample_eval")
-figures = Path("figures") if out == "runs" else Path(out) / "figures"
-
-# %%
-if __name__ == "__main__" and workshop.is_lesson():
+if __name__ == "__main__" and lesson:
     digits = workshop.to_network_space(workshop.load_images("digits")[0])
     sigmas = sde.VP.sigma(sde.log_snr_times(sde.VP, 20)).tolist()  # 21 noise levels, downwards
-    z = sigmas[0] * torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    z = sigmas[0] * torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     for sigma, sigma_next in pairwise(sigmas):
         t = sde.VP.time(-2 * math.log(sigma)).expand(len(z))
         e = sde.optimal_denoiser(sde.per_image(sde.VP.s(t), z) * z, t, sde.VP, digits)
         z = z + (sigma_next - sigma) * e
-    workshop.show_images([workshop.to_pictures(z)], ["The loop's digits"], figures / "05_first.png")
+    workshop.show_images([workshop.to_pictures(z)], ["The loop's digits"], "figures/05_first.png")
 
 # %% [markdown]
 # Digits come out of noise. They are the training pictures themselves, because the best
@@ -138,7 +118,7 @@ def noise_at(eps, kernel, z, sigma):
     return eps(kernel.s(t) * z, torch.full((len(z),), t, dtype=z.dtype))
 
 
-if __name__ == "__main__" and workshop.is_lesson():
+if __name__ == "__main__" and lesson:
     print("noise levels of 8 steps:", *(f"{v:.3g}" for v in levels(sde.VP, torch.ones(1), 8)[1]))
 
 # %%
@@ -183,14 +163,12 @@ def mixture_flow(kernel, x, end, means=MEANS, c=WIDTH):
 
 
 # %%
-def ddim(eps, kernel, x, nfe, generator=None, eta=0.0, grid="log-snr"):
-    """Sample by DDIM; eta 1 adds as much noise as DDPM. Source: Song, Meng, Ermon 2021, Eq. 12."""
+def ddim(eps, kernel, x, nfe, generator=None, grid="log-snr"):
+    """Sample by DDIM, in nfe evaluations. Source: Song, Meng, Ermon 2021, Eq. 12."""
     z, sigmas = levels(kernel, x, nfe, grid)
     for sigma, sigma_next in pairwise(sigmas):
         e = noise_at(eps, kernel, z, sigma)
         z = z + (sigma_next - sigma) * e  # DDIM
-        if eta:
-            z = z + exchange_noise(e, sigma, sigma_next, eta, generator)  # below the line
         yield unscale(kernel, z, sigma_next)
 
 
@@ -204,7 +182,7 @@ def measure_errors(solver, kernel, budgets, end=None):
     return [(found - exact).abs().max().item() for found in ends]
 
 
-if __name__ == "__main__" and workshop.is_lesson():
+if __name__ == "__main__" and lesson:
     errors = measure_errors(ddim, sde.VP, [10, 20, 40, 80])
     print("DDIM, 10, 20, 40, 80 evaluations:", *(f"{e:.4f}" for e in errors))
 
@@ -217,17 +195,14 @@ if __name__ == "__main__" and workshop.is_lesson():
 # method: after Euler's step it asks for the noise there, and goes again with the
 # average of both, $z'=z+(\sigma'-\sigma)\,\tfrac12(\epsilon+\epsilon')$. That costs two
 # evaluations a step, but for the last one to $\sigma=0$, which is Euler's. The noise
-# levels are evenly spaced in $\sigma^{1/7}$. `churn` makes the method stochastic (below
-# the line).
+# levels are evenly spaced in $\sigma^{1/7}$.
 
 
 # %%
-def heun(eps, kernel, x, nfe, generator=None, rho=7, churn=0.0, s_noise=1.0):
-    """Sample by EDM's Heun method, down to sigma = 0. Source: Karras et al. 2022, Algs. 1, 2."""
+def heun(eps, kernel, x, nfe, generator=None, rho=7):
+    """Sample by EDM's Heun method, down to sigma = 0. Source: Karras et al. 2022, Algorithm 1."""
     z, sigmas = x / kernel.s(kernel.t_max), heun_levels(kernel, nfe, rho)
     for sigma, sigma_next in pairwise(sigmas):
-        if churn:  # below the line
-            z, sigma = add_churn(z, sigma, sigmas, churn, s_noise, generator)
         e = noise_at(eps, kernel, z, sigma)
         if sigma_next > 0:
             e_next = noise_at(eps, kernel, z + (sigma_next - sigma) * e, sigma_next)
@@ -245,7 +220,7 @@ def heun_levels(kernel, nfe, rho):
     return [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]
 
 
-if __name__ == "__main__" and workshop.is_lesson():
+if __name__ == "__main__" and lesson:
     errors = measure_errors(heun, sde.VP, [19, 39, 79, 159], end=0)
     print("Heun, 19, 39, 79, 159 evaluations:", *(f"{e:.4f}" for e in errors))
 
@@ -291,7 +266,7 @@ def dpm_solver_3(eps, kernel, x, nfe, generator=None):
 
 
 # %%
-if __name__ == "__main__" and workshop.is_lesson():
+if __name__ == "__main__" and lesson:
     budgets = [15, 33, 63, 129, 255]  # divisible by 3, and odd for Heun
     for solver, order in ((sde.probability_flow, 1), (ddim, 1), (heun, 2), (dpm_solver_3, 3)):
         errors = measure_errors(solver, sde.VP, budgets, end=0 if solver is heun else None)
@@ -301,14 +276,23 @@ if __name__ == "__main__" and workshop.is_lesson():
     plt.minorticks_off()
     plt.gca().set(xlabel="evaluations", ylabel="largest error", xticks=budgets, xticklabels=budgets)
     plt.legend(fontsize=8)
-    workshop.show_figure(figures / "05_orders.png")
+    workshop.show_figure("figures/05_orders.png")
 
 # %% [markdown]
 # A solver of order $p$ must give a straight line of slope $-p$ on these axes once there
-# are enough steps, and all four come to it. The higher the order, the more a few
-# evaluations more are worth. With very few of them order is no help: at 15, Heun's
-# eight large steps are worse than DDIM's fifteen small ones. The paper's DPM-Solver
-# rows have 20: here 6 steps and 18; `dpm_solver` below uses all.
+# are enough steps, and so they do. Only Heun's comes out steeper: its last step, Euler's
+# from $\sigma_\min$ to 0, is as long with many evaluations as with few, and its error
+# takes something off that of the others; before that step the slope is 2.05.
+#
+# Equal order is not equal error. `probability_flow` of step 01 is Euler's method, too,
+# and with a kernel of scale $s=1$ it is DDIM. With VP it follows $x$ in $t$, a path that
+# bends less, and to both sides, so that the errors of its steps cancel in part; $z$ in
+# $\sigma$ bends to one side all the way.
+#
+# The higher the order, the more a few evaluations more are worth. With very few of them
+# order is no help: at 15, Heun's eight large steps are worse than DDIM's fifteen small
+# ones. The paper's DPM-Solver rows have 20: here 6 steps and 18; `dpm_solver` below uses
+# all.
 #
 # ## Fresh noise
 #
@@ -336,8 +320,8 @@ def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
         yield unscale(kernel, z, sigma_next)
 
 
-if __name__ == "__main__" and workshop.is_lesson():
-    dice = torch.Generator().manual_seed(seed)
+if __name__ == "__main__" and lesson:
+    dice = torch.Generator().manual_seed(1)
     start = torch.randn(20_000, 1, 1, 1, generator=dice)
     *_, x = ancestral(mixture_noise(sde.VP), sde.VP, start, 200, dice, grid="log-snr")
     print(f"DDPM, 200 evaluations: mean {x.mean():.2f}, standard deviation {x.std():.2f}")
@@ -349,33 +333,29 @@ if __name__ == "__main__" and workshop.is_lesson():
 #
 # ## Drawing with the network of step 04
 #
-# The solver gets a function of $(x,t)$ and never hears of stages: the function (step
-# 04's `noise_function`) asks the network which stage $t$ lies in and runs the one
-# decoder in charge. 48 pictures are drawn by DDIM, each with random numbers of its own;
-# here are three of them on their way.
+# Step 04's network, after 40,000 steps, comes with the project. (Below the line it is
+# yours.) Two functions of step 04 are borrowed: `averaged_model` rebuilds a network with
+# its averaged weights, and `noise_function` makes of it the `eps(x, t)` that solvers
+# want. They never hear of stages: it asks the network which stage $t$ lies in and runs
+# the one decoder in charge. `start_noise` of step 01 draws the noise to start from, as
+# loud as at $t_\max$, each picture from random numbers of its own. 48 pictures are drawn
+# by DDIM; here are three of them on their way.
 
 # %%
-if __name__ == "__main__":
-    workshop.join_processes()
-    run = Path(out) / name
-    content = workshop.read_checkpoint(run)
-    model, settings, made = training.averaged_model(content), content["settings"], content["step"]
-    if "scale" in settings:
-        raise workshop.BadInput(f"{run} draws latents: 06_ldm.py --resume samples from it")
-    process, n = settings["process"], min(samples, batch, 48)
-
-if __name__ == "__main__" and workshop.is_lesson():
+if __name__ == "__main__" and lesson:
+    content = workshop.read_checkpoint("pretrained/digits-multistage")
+    model, process = training.averaged_model(content), content["settings"]["process"]
     eps, kernel = training.noise_function(model, process), training.kernel_of(process)
-    dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in range(n)]
-    shape = n, model.channels, model.size, model.size
+    dice = [torch.Generator().manual_seed(1_000_003 + i) for i in range(48)]
+    x_T = torch.empty(48, 1, 8, 8, device=workshop.device())
     with torch.no_grad():
-        start = sde.start_noise(torch.empty(shape, device=workshop.device()), dice, kernel)
+        start = sde.start_noise(x_T, dice, kernel)
         states = [start, *ddim(eps, kernel, start, 15)][::-1]  # from image to noise
-    states = workshop.to_pictures(torch.stack(states)).cpu()  # (16, n, C, H, W)
+    states = workshop.to_pictures(torch.stack(states)).cpu()  # (16, 48, 1, 8, 8)
     times = [f"{t:.2g}" for t in reversed(sde.log_snr_times(kernel, 15).tolist())]
-    title = f"{name} after {made:,} steps: 15 steps of DDIM from right (noise) to left; on top, t"
-    strip = [states[:, :3].transpose(0, 1).flatten(0, 1)]  # of (3 * 16, C, H, W)
-    workshop.show_images(strip, [title], run / "strip.png", labels=times)
+    title = "15 steps of DDIM from right (noise) to left; on top, t"
+    strip = [states[:, :3].transpose(0, 1).flatten(0, 1)]  # of (3 * 16, 1, 8, 8)
+    workshop.show_images(strip, [title], "figures/05_strip.png", labels=times)
 
 # %% [markdown]
 # Read it from right to left. For half of the steps nothing is seen but noise, then the
@@ -404,14 +384,13 @@ def frechet_distance(a, b):
     return float(((m1 - m2) ** 2).sum() + C1.trace() + C2.trace() - 2 * root.sum())  # Frechet
 
 
-if __name__ == "__main__" and workshop.is_lesson():
-    pixels, _ = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
-    half, other = (pixels[order[: 2 * n]].float() / 255).tensor_split(2)
+if __name__ == "__main__" and lesson:
+    pixels, _ = workshop.load_images("digits")
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))
+    half, other = (pixels[order[:96]].float() / 255).tensor_split(2)
     quarters = lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # noqa: E731
-    if len(other) > 1:  # fewer are refused below
-        for kind, x in (("drawn", states[0]), ("real", other)):
-            print(f"{kind} / real: {frechet_distance(quarters(x), quarters(half)):.4f}")
+    for kind, x in (("drawn", states[0]), ("real", other)):
+        print(f"{kind} / real: {frechet_distance(quarters(x), quarters(half)):.4f}")
 
 # %% [markdown]
 # A number alone says nothing. The yardstick is **real / real**: what another set of
@@ -425,8 +404,9 @@ if __name__ == "__main__" and workshop.is_lesson():
 # ones, **recall** the share of real ones that lie among the samples.
 #
 # **You have** the solvers of the paper's best rows in the letters of their papers,
-# pictures of your own network, and a distance with a yardstick beside it. Step 06 does
-# the same in the latent space of an autoencoder.
+# pictures of a network, and a distance with a yardstick beside it. What follows draws
+# from your own run of step 04 and measures it in the same way. Step 06 does the same in
+# the latent space of an autoencoder.
 #
 # ### Exercises
 #
@@ -448,14 +428,33 @@ if __name__ == "__main__" and workshop.is_lesson():
 # %% [markdown]
 # ## Below this line: faster, safer, as published
 #
-# The other solvers of the paper's Table 1, large sets on disk, one run that serves a stage of another,
-# and the measures as published.
+# The other solvers of the paper's Table 1, large sets on disk, and the measures as published.
+
+# %% tags=["parameters"]
+name = "digits-multistage"  # name of the run to sample from
+out = "runs"  # the folder that holds the runs
+root = "data"  # where the run's data set lies or is downloaded to
+sampler = "dpm-solver-3"  # any of SAMPLERS: ddim, deis-3, dpm-solver++-2m, heun, ancestral, …
+nfe = 20  # evaluations of the network for one picture (heun: an odd number) [1, 10000]
+grid = ""  # where the solver stops: log-snr, time or quadratic; empty: the solver's own choice
+samples = 898  # pictures to draw and measure; at most half the data set [10, 10000000]
+batch = 300  # pictures drawn at a time [1, 1000000]
+seed = 1  # seed of the start noise [0, 4294967295]
+reference = ""  # a folder of pictures to compare with, brought to the size of the run's
+weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
+compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
+label = -1  # draw this class alone, of a run with classes, and compare with it; -1: all [-1, 1000]
+guidance = "0"  # how far beyond the label's noise to go: w of all stages, or of each: 1,2,4
 
 # %%
+workshop.settings(globals(), "05_sample_eval")
+
+import hashlib
 import inspect
 import sys
 import time
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
@@ -485,38 +484,13 @@ def time_grid(kernel, n, grid="log-snr"):
 # %% [markdown]
 # ### With fresh noise
 #
-# DDIM with $\eta>0$ exchanges a part of the predicted noise for fresh noise, and $\eta=1$ is DDPM.
-# **gDDIM** interpolates between the two in another way: it solves the SDE of noise strength
-# $\lambda$ exactly where the data are one point. Heun's *churn* adds noise before a step. **Score SDE**
-# alternates: a *predictor* step (here DDPM's), then a *corrector* step of Langevin dynamics at the
-# new noise level, whose length follows from a wanted ratio of signal to noise.
+# **gDDIM** goes from DDIM to DDPM: it solves the SDE of noise strength $\lambda$ exactly where the
+# data are one point. **Score SDE** alternates: a *predictor* step (here DDPM's), then a *corrector*
+# step of Langevin dynamics at the new noise level, whose length follows from a wanted ratio of
+# signal to noise.
 
 
 # %%
-def exchange_noise(e, sigma, sigma_next, eta, generator):
-    """Return what turns a step of DDIM into one with fresh noise in place of a part of e."""
-    v = (eta * sigma_next / sigma) ** 2 * (sigma**2 - sigma_next**2)  # the new noise's variance
-    return ((sigma_next**2 - v) ** 0.5 - sigma_next) * e + v**0.5 * sde.fresh_noise(e, generator)
-
-
-if __name__ == "__main__" and workshop.is_lesson():
-    x_T, found = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1), []
-    for solver in (partial(ddim, eta=1.0, grid="time"), ancestral):
-        dice = torch.Generator().manual_seed(seed)
-        found += [*solver(mixture_noise(sde.VP), sde.VP, x_T, 20, dice)][-1:]
-    torch.testing.assert_close(*found)
-    print("DDIM with eta = 1 is DDPM")
-
-
-def add_churn(z, sigma, sigmas, churn, s_noise, generator):
-    """Add noise before a step, but never beyond the first level: (z, sigma)."""
-    hotter = sigma * (1 + min(churn / (len(sigmas) - 1), 2**0.5 - 1))
-    if hotter > sigmas[0]:
-        return z, sigma
-    more = (hotter**2 - sigma**2) ** 0.5 * s_noise
-    return z + more * sde.fresh_noise(z, generator), hotter
-
-
 def gddim(eps, kernel, x, nfe, generator=None, lam=0.5, grid="quadratic"):
     """Sample by gDDIM with noise strength lam: 0 is DDIM, 1 is DDPM.
 
@@ -609,8 +583,9 @@ def deis(eps, kernel, x, nfe, generator=None, order=3, grid="quadratic"):
 #   (c,u,m)=(-1,z,\epsilon)\ \text{or}\ (1,z/\sigma,\hat z_0),$$
 #
 # so one function covers both, in all orders. What has to be known are the integrals of powers,
-# $I_k=\int_0^h e^{c(\tau-h)}(\tau/h)^k\,\mathrm d\tau=c\,(1-\tfrac kh I_{k-1})$. **Multistep** solvers
-# take the earlier evaluations in place of those inside a step.
+# $I_k=\int_0^h e^{c(\tau-h)}(\tau/h)^k\,\mathrm d\tau$: $I_0=c\,(1-e^{-ch})$, and by parts
+# $I_k=c\,(1-\tfrac kh I_{k-1})$ for $k\ge1$. **Multistep** solvers take the earlier evaluations in
+# place of those inside a step.
 
 
 # %%
@@ -672,7 +647,8 @@ def dpm_solver(
         yield unscale(kernel, z, sigma_next)
 
 
-if __name__ == "__main__" and workshop.is_lesson():
+if __name__ == "__main__" and lesson:
+    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1)
     *_, plain = dpm_solver_3(mixture_noise(sde.VP), sde.VP, x_T, 15)
     *_, general = dpm_solver(mixture_noise(sde.VP), sde.VP, x_T, 15, orders=[3] * 5)
     torch.testing.assert_close(general, plain, rtol=1e-12, atol=1e-12)
@@ -739,21 +715,14 @@ ORDER["deis-3"] = 3  # 4 but for its first steps, which have to be of lower orde
 ORDER.update({name: int(name.rstrip("m")[-1]) for name in SAMPLERS if name.startswith("dpm")})
 
 
-def evaluations(name, n):
-    """Return the evaluations that n full steps of a sampler take (and a lower last one may)."""
-    if name == "heun":
-        return 2 * n - 1
-    singlestep = name.startswith("dpm") and not name.endswith("m")
-    return n * ORDER[name] + ORDER[name] - 1 if singlestep else n
-
-
 def solver_errors(name, kernel, steps):
-    """Measure the largest error of a sampler on the mixture for several numbers of steps."""
-    budgets, end = [evaluations(name, n) for n in steps], 0 if name == "heun" else None
-    return measure_errors(SAMPLERS[name], kernel, budgets, end)
+    """Measure the largest error of a sampler on the mixture for several numbers of full steps."""
+    p = ORDER[name] if name.startswith("dpm") and not name.endswith("m") else 1  # a step's
+    budgets = [2 * n - 1 if name == "heun" else n * p + p - 1 for n in steps]  # last: lower orders
+    return measure_errors(SAMPLERS[name], kernel, budgets, end=0 if name == "heun" else None)
 
 
-if __name__ == "__main__" and workshop.is_lesson():
+if __name__ == "__main__" and lesson:
     for kind, order in ORDER.items():
         errors = solver_errors(kind, sde.VP, [80, 160])
         slope = math.log2(errors[0] / errors[1])
@@ -782,19 +751,6 @@ def solver_of(sampler, grid=""):
     return partial(SAMPLERS[sampler], grid=grid)
 
 
-def times_asked(sampler, kernel, nfe, grid=""):
-    """List the times at which a sampler evaluates the noise, found on the mixture: floats.
-
-    Raises BadInput where it cannot work so: worth a try before hours go into what comes first.
-    """
-    if nfe < 1:
-        raise BadInput(f"nfe = {nfe} must be 1 or more")
-    times, exact = [], mixture_noise(kernel)
-    eps = lambda x, t: times.append(float(t[0])) or exact(x, t)  # noqa: E731
-    list(solver_of(sampler, grid)(eps, kernel, torch.ones(1, 1, 1, 1), nfe, torch.Generator()))
-    return times
-
-
 def read_guidance(text):
     """Read w, or one for each stage, comma-separated: tuple of floats; BadInput for other text."""
     try:
@@ -805,19 +761,17 @@ def read_guidance(text):
 
 def check_labels(model, label, guidance, n):
     """Bring labels to a tensor (n,), or None; BadInput where the network cannot draw them."""
-    known, stages = getattr(model, "classes", 0), len(model.decoders)
+    stages = len(model.decoders)
     if len(guidance) not in (1, stages):
         raise BadInput(f"guidance {list(guidance)} must be one number, or {stages}: one a stage")
     if label is None and any(guidance):
         raise BadInput(f"guidance {list(guidance)} leads to a label: give one")
     if label is None:
         return None
-    if not known:
-        raise BadInput("the network knows no labels: train one with --classes, or give no label")
     label = torch.as_tensor(label).expand(n)
-    if not ((label >= 0) & (label < known)).all():
-        bad = int(label[(label < 0) | (label >= known)][0])
-        raise BadInput(f"label {bad} is none of the network's, which are 0 to {known - 1}")
+    if bad := [k for k in label.tolist() if not 0 <= k < model.classes]:
+        known = f"0 to {model.classes - 1}" if model.classes else "none: train with --classes"
+        raise BadInput(f"label {bad[0]} is not among the network's, which are {known}")
     return label
 
 
@@ -831,7 +785,6 @@ def sample(
     seed=0,
     batch=300,
     calls=None,
-    progress=False,
     first=0,
     grid="",
     label=None,
@@ -851,10 +804,9 @@ def sample(
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
-    label = check_labels(model, label, guidance, n)
+    label, done = check_labels(model, label, guidance, n), []
     half = sampler != "rk45"  # rounding would look like an error of the step to one that adapts it
-    parts, done = torch.arange(first, first + n).split(batch), []
-    for part in tqdm(parts, "sampling", disable=not progress, leave=False):
+    for part in torch.arange(first, first + n).split(batch):
         own = label if label is None else label[part - first].to(where)
         eps = training.noise_function(model, process, calls, half, own, guidance)
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
@@ -864,8 +816,8 @@ def sample(
     return torch.cat(done)
 
 
-if __name__ == "__main__" and workshop.is_lesson() and workshop.device().type == "cpu":
-    again = workshop.to_pictures(sample(model, process, 3, "ddim", 15, seed))
+if __name__ == "__main__" and lesson and workshop.device().type == "cpu":
+    again = workshop.to_pictures(sample(model, process, 3, "ddim", 15, seed=1))
     torch.testing.assert_close(again, states[0, :3], rtol=0, atol=1e-3)
     print("`sample` draws the pictures of the strip")
 
@@ -876,23 +828,35 @@ def to_bytes(images):
     return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
 
 
-def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, **how):
-    """Draw n pictures with `sample`, kept in shards under `folder`: uint8 (n, C, H, W).
+def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, also=(), **how):
+    """Draw n pictures with `sample`, kept in shards on disk: uint8 (n, C, H, W).
 
-    decode: brings what the network draws to pictures in [0, 1].
+    decode: brings what the network draws to pictures in [0, 1]; also: tensors that this depends on;
+    how: as in `sample`. A hash of the weights and of all these ends the folder's name, so that
+    pictures that were drawn in another way never stand in for these.
     """
-    (rank, world), folder = workshop.ranks(), Path(folder)
-    for j, first in enumerate(range(0, n, shard)):
-        path, size = folder / f"{first:07}.npy", min(shard, n - first)
-        have = np.load(path, mmap_mode="r") if path.exists() else []
-        if j % world == rank and len(have) < size:
-            x = decode(sample(model, process, size, first=first, **how))
-            with workshop.replacing(path) as aside, open(aside, "wb") as file:
-                np.save(file, to_bytes(x).numpy())
+    (rank, world), begin = workshop.ranks(), time.perf_counter()
+    made_by = workshop.fingerprint(*model.state_dict().values(), *also)
+    key = hashlib.sha256(f"{process} {made_by} {sorted(how.items())}".encode()).hexdigest()[:12]
+    paths = {first: Path(f"{folder}-{key}") / f"{first:07}.npy" for first in range(0, n, shard)}
+    sizes = {first: min(shard, n - first) for first in paths}
+    have = {first: len(np.load(p, mmap_mode="r")) for first, p in paths.items() if p.exists()}
+    missing = [first for first in paths if have.get(first, 0) < sizes[first]]
+    if world > 1:
+        dist.barrier()  # all have looked before one begins to draw
+    for first in tqdm(
+        missing[rank::world], "sampling", disable=rank > 0 or not missing, leave=False
+    ):
+        x = decode(sample(model, process, sizes[first], first=first, **how))
+        with workshop.replacing(paths[first]) as aside, open(aside, "wb") as file:
+            np.save(file, to_bytes(x).numpy())
     if world > 1:
         dist.barrier()
-    parts = [np.load(folder / f"{first:07}.npy")[: n - first] for first in range(0, n, shard)]
-    return torch.from_numpy(np.concatenate(parts))
+    new, took = sum(sizes[first] for first in missing), time.perf_counter() - begin
+    speed = f"{took:.1f} s on {workshop.device()}: {new / took:.0f}/s"
+    said = f"{new} of {n} pictures drawn in {speed}" if new else f"{n} pictures, already drawn"
+    workshop.print_once(said)
+    return torch.from_numpy(np.concatenate([np.load(paths[f])[: sizes[f]] for f in paths]))
 
 
 def stage_shares(model, process, sampler, nfe, grid=""):
@@ -902,95 +866,25 @@ def stage_shares(model, process, sampler, nfe, grid=""):
     return len(calls), {k: calls.count(k) / len(calls) for k in sorted(set(calls))}
 
 
-def check_number(n, real, least=10):
-    """Raise BadInput where real pictures do not suffice for two sets of n, or n is below least."""
-    if len(real) < 2 * least:
-        raise BadInput(
-            f"{len(real)} real pictures are too few to measure: give {2 * least} or more"
-        )
-    if n < least:
-        raise BadInput(f"samples = {n} is too few to measure: take {least} or more")
-    if n > len(real) // 2:
-        raise BadInput(f"samples = {n} is more than half the data set: take {len(real) // 2}")
-
-
-# %% [markdown]
-# The
-# equivalent GFLOPs of Table 2 are those of the stages, weighted by the evaluations in each.
-
-
-# %%
 @torch.no_grad()
 def stage_gflops(model):
-    """List the GFLOPs (paper's count) of one evaluation in each stage, whoever serves it."""
+    """List the GFLOPs (paper's count) of one evaluation in each stage.
+
+    Weighted by `stage_shares` they are the equivalent GFLOPs of Table 2.
+    """
     x = torch.zeros(1, model.channels, model.size, model.size, device=workshop.device())
-    cuts = getattr(model, "model", model).cuts
-    # a time in each stage: another network that serves one is a unified one, or has the same cuts
-    times = [0.999 * cut for cut in cuts] + [1.001 * max(cuts, default=0.5)]
+    times = [0.999 * cut for cut in model.cuts] + [1.001 * max(model.cuts, default=0.5)]
     runs = [partial(model, x, x.new_full((1,), t), stage=k) for k, t in enumerate(times)]
     return [unet.macs_as_published(run, model) / 1e9 for run in runs]
 
 
-# %%
-if __name__ == "__main__":
-    folder = run / "sets" / f"step{made}-{sampler}-{nfe}{grid and '-'}{grid}-seed{seed}"
-    if reference and model.channels != 3:
-        raise BadInput(f"reference {reference} is in colour, {name} draws grey: leave it out")
-    told = dict(label=None if label < 0 else label, guidance=read_guidance(guidance))
-    check_labels(model, **told, n=1)
-    if label >= 0:
-        folder = folder.with_name(f"{folder.name}-label{label}-guidance{guidance}")
-        theirs = workshop.load_images(settings["dataset"], root)[1] == label
-        samples = min(samples, int(theirs.sum()) // 2)
-    rank, world = workshop.ranks()
-    if rank == 0:  # what is compared with later must be there before hours go into drawing
-        pixels, labels = workshop.load_images(settings["dataset"], root, settings.get("size") or 32)
-        alike = pixels if label < 0 else pixels[theirs]
-        known = read_reference(reference, model.size) if reference else alike
-        check_number(samples, known)
-    count, share = stage_shares(model, process, sampler, nfe, grid)
-    costs = stage_gflops(model)
-    if compile:
-        model.compile()
-    begin = time.perf_counter()
-    how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, progress=True)
-    drawn = draw_set(model, process, folder, samples, **how, **told).float() / 255
-    took = time.perf_counter() - begin
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        sys.exit()  # the first process measures
-    print(f"{samples} pictures in {took:.1f} s on {workshop.device()}: {samples / took:.0f}/s")
-    print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
-    both = [1 + bool(w and label >= 0) for w in told["guidance"]]  # with the label and without it
-    gflops = sum(part * costs[k] * both[k % len(both)] for k, part in share.items())
-    print(f"equivalent GFLOPs (paper's count): {gflops:.4g}")
-    title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
-    workshop.show_images([drawn[:96]], [title], run / "samples.png")
-
 # %% [markdown]
-# Are they copies? Under each of the first samples the training picture that is nearest in pixels.
-
-# %%
-if __name__ == "__main__":
-    some, known = drawn[:16], pixels[:50_000].float() / 255
-    gap, nearest = torch.cdist(some.flatten(1), known.flatten(1)).min(1)
-    titles = ["samples", "the nearest training pictures"]
-    workshop.show_images([some, known[nearest]], titles, run / "nearest.png")
-    between = torch.cdist(known[:500].flatten(1), known.flatten(1))
-    between = between.topk(min(2, len(known)), largest=False).values[:, -1]  # not with itself
-    gap, between = (v.mean() / some[0].numel() ** 0.5 for v in (gap, between))
-    print(f"root mean square to the nearest training picture: {gap:.3f} a pixel;", end=" ")
-    print(f"between training pictures {between:.3f}")
-
-# %% [markdown]
-# ### Measuring, with torch-fidelity
+# ### Measures
 #
-# Colour pictures are measured with Inception's features, where its weights can be had (FID, with
-# 50,000 samples; with 5,000 it is called FID-5k, and is larger). For 8×8 digits that makes no sense,
-# so a small classifier is trained on their labels and *registered* with torch-fidelity. **Its
-# distances are no FIDs** and compare only with each other; the same holds for features of your own
-# (`--features FILE`).
+# They are torch-fidelity's, in features of Inception (then the Fréchet distance is FID, with 50,000
+# samples; with 5,000 it is called FID-5k, and is larger). For small digits these make no sense: a
+# classifier of their labels comes with the project. **Its distances are no FIDs** and compare only
+# with each other.
 
 
 # %%
@@ -1014,80 +908,59 @@ class DigitClassifier(nn.Module):
 
 @cache
 def load_classifier(dataset):
-    """Load the classifier of a data set that pretrained/export.py trained: (it, its accuracy)."""
+    """Load the classifier of a data set that pretrained/export.py wrote: (it, its accuracy)."""
     kept = workshop.read_pretrained(workshop.ROOT / f"pretrained/{dataset}-classifier.safetensors")
     classifier = DigitClassifier()
     classifier.load_state_dict(kept["ema"])
-    return classifier.eval(), kept["accuracy"]
+    return classifier.eval().requires_grad_(False), kept["accuracy"]
 
 
-# %%
-OWN = {}  # features that are registered with torch-fidelity: {name: function}
+def pick_extractor(dataset, weights=""):
+    """Choose features for a data set: (function of uint8 (B, C, H, W) to (B, d), its name).
 
-
-def register_features(body, width, name=""):
-    """Register `body`, uint8 (B, C, H, W) to features (B, width), with torch-fidelity: its name."""
-    import torch_fidelity
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    class Features(torch_fidelity.FeatureExtractorBase):
-        def __init__(self, name, features_list, **kwargs):
-            super().__init__(name, features_list)
-
-        get_provided_features_list = staticmethod(lambda: (str(width),))
-        get_default_feature_layer_for_metric = staticmethod(lambda metric: str(width))
-        can_be_compiled = staticmethod(lambda: False)
-        forward = lambda self, x: (body(x),)  # noqa: E731 - torch-fidelity wants a tuple
-
-    name = name or f"own-{len(FEATURE_EXTRACTORS_REGISTRY)}"  # each can be registered only once
-    OWN[name] = body
-    torch_fidelity.register_feature_extractor(name, Features)
-    return name
-
-
-def pick_extractor(dataset, images, labels=None, features=""):
-    """Choose features for a data set: (name for torch-fidelity, name for the reader).
-
-    features: a name that torch-fidelity knows, or one that `register_features` gave.
+    weights: file of Inception's; "": torch's cache, or the download. BadInput where it fails.
     """
-    if features:
-        return features, f"features of {features}"
-    if workshop.about(dataset).get("judge") != "digits":
-        return "inception-v3-compat", "Inception features"
-    classifier, accuracy = load_classifier(dataset)
-    # it stays on the CPU, wherever torch-fidelity wants its features
-    body = lambda x: classifier.body(x.cpu().float() / 255).to(x.device)  # noqa: E731
-    named = f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
-    return register_features(body, 64), named
+    if workshop.about(dataset).get("judge") == "digits":
+        classifier, accuracy = load_classifier(dataset)  # stays on the CPU
+        named = f"features of a digit classifier, {accuracy:.1%} right on unseen digits"
+        return lambda x: classifier.body(x.cpu().float() / 255), named
+    from torch_fidelity.utils import create_feature_extractor
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # else a file of weights could run code
+    how = dict(cuda=torch.cuda.is_available(), feature_extractor_weights_path=weights or None)
+    try:
+        net = create_feature_extractor("inception-v3-compat", ["2048"], verbose=False, **how)
+    except Exception as error:  # torch-fidelity and the download each fail in their own way
+        raise BadInput(
+            f"Inception's weights cannot be had ({workshop.shorten(error)}): give their file with "
+            f"--weights, or put it into {torch.hub.get_dir()}/checkpoints"
+        ) from error
+    return lambda x: net(x.to(workshop.device()))[0], "Inception features"
 
 
 # %%
-class Pictures(torch.utils.data.TensorDataset):
-    """Serve pictures as torch-fidelity wants them: uint8 (C, H, W), not in a tuple."""
-
-    def __getitem__(self, i):
-        return super().__getitem__(i)[0]
-
-
 METRICS = {  # torch-fidelity's names, and those of the table
     "frechet": ("frechet_inception_distance", "Fréchet distance ↓"),
     "kid": ("kernel_inception_distance_mean", "KID ↓"),
     "kid_std": ("kernel_inception_distance_std", ""),
     "precision": ("precision", "precision ↑"),
     "recall": ("recall", "recall ↑"),
-    "inception_score": ("inception_score_mean", "inception score ↑"),
 }
 
 
-def evaluate(images, reference, extractor, weights=""):
+@torch.no_grad()
+def features_of(images, features):
+    """Compute features of pictures, uint8 or in [0, 1], a part of the set at a time: (N, d)."""
+    return torch.cat([features(to_bytes(part)).cpu() for part in images.split(64)])
+
+
+def evaluate(images, reference, features):
     """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
-    extractor: a name registered with torch-fidelity; with "inception-v3-compat" the Fréchet
-    distance is FID, and the inception score is there too; weights: a file of its weights.
-    Keys: those of METRICS, inception_score with Inception alone, and samples.
-    Raises BadInput for sets that are too small or do not fit, or weights that cannot be had.
+    features: function of uint8 (B, C, H, W) to (B, d). Keys: those of METRICS, and samples. Raises
+    BadInput for sets that are too small or do not fit.
     """
-    import torch_fidelity
+    from torch_fidelity import metric_fid, metric_kid, metric_prc  # takes seconds
 
     n = min(len(images), len(reference))
     if images.shape[1:] != reference.shape[1:] or n < 10:
@@ -1095,72 +968,123 @@ def evaluate(images, reference, extractor, weights=""):
             f"cannot compare {tuple(images.shape)} with {tuple(reference.shape)}: "
             "give two sets of 10 or more pictures of one size"
         )
-    inception = extractor.startswith("inception")
-    how = dict(cuda=torch.cuda.is_available(), save_cpu_ram=True, verbose=False, cache=False)
-    how.update(isc=inception, fid=True, kid=True, prc=True, kid_subset_size=min(n // 2, 1000))
-    how.update(feature_extractor=extractor, feature_extractor_weights_path=weights or None)
-    try:
-        found = torch_fidelity.calculate_metrics(
-            input1=Pictures(to_bytes(images)), input2=Pictures(to_bytes(reference)), **how
-        )
-    except Exception as error:  # torch-fidelity and the download each fail in their own way
-        if extractor in OWN:
-            raise
-        raise BadInput(
-            f"{extractor} cannot be had or used ({workshop.shorten(error)}): give the file of its "
-            f"weights with --weights, or put it into {torch.hub.get_dir()}/checkpoints"
-        ) from error
-    kept = {key: found[theirs] for key, (theirs, _) in METRICS.items() if theirs in found}
-    return {**kept, "samples": n}
+    a, b = features_of(images, features), features_of(reference, features)
+    how = dict(kid_subset_size=min(n // 2, 1000), save_cpu_ram=True, verbose=False)
+    found = metric_kid.kid_features_to_metric(a, b, **how)
+    found |= metric_prc.prc_features_to_metric(a, b, **how)
+    clouds = [metric_fid.fid_features_to_statistics(f) for f in (a, b)]
+    found |= metric_fid.fid_statistics_to_metric(*clouds, verbose=False)
+    return {key: found[theirs] for key, (theirs, _) in METRICS.items()} | {"samples": n}
 
 
 def real_halves(images, n):
     """Cut a data set (N, C, H, W) into two random sets of n pictures; BadInput if it has fewer."""
-    check_number(n, images, least=1)
+    if not 10 <= n <= len(images) // 2:
+        raise BadInput(
+            f"samples = {n} must be 10 or more, and at most half of the {len(images)} real pictures"
+        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[:n]], images[order[n : 2 * n]]
 
 
-def read_reference(folder, size):
-    """Read a folder of pictures of size × size to compare with: uint8 (N, 3, size, size)."""
-    return workshop.load_images("folder", folder, size)[0]
-
-
-def distance_name(extractor, n):
-    """Name the Fréchet distance for what it is: FID only with Inception, with the count."""
-    if extractor.startswith("own-"):
-        return "Fréchet distance ↓"
-    if not extractor.startswith("inception"):
-        return f"FD-{extractor} ↓"
-    return "FID ↓" if n == 50_000 else f"FID-{n / 1000:g}k ↓"
-
-
-def print_metrics(table, title, distance="Fréchet distance ↓"):
-    """Print {column: metrics} as a table with a metric a line."""
+def print_metrics(table, title, named):
+    """Print {column: metrics} as a table with a metric a line; named: the features."""
     print(f"{title}\n{'':20s}" + "".join(f"{column:>24s}" for column in table))
     for key, (_, label) in METRICS.items():
-        if label and all(key in metrics for metrics in table.values()):
-            label = distance if key == "frechet" else label
+        if key == "frechet" and named.startswith("Inception"):  # it is FID with these alone
+            n = min(metrics["samples"] for metrics in table.values())
+            label = "FID ↓" if n == 50_000 else f"FID-{n / 1000:g}k ↓"
+        if label:
             print(f"{label:20s}" + "".join(f"{metrics[key]:24.4f}" for metrics in table.values()))
 
 
+# %% [markdown]
+# ### Your own run
+#
+# All that can be refused is refused before hours go into drawing.
+
 # %%
 if __name__ == "__main__":
-    extractor, named = pick_extractor(settings["dataset"], pixels, labels, features)
-    real = read_reference(reference, model.size) if reference else alike
-    half, other_half = real_halves(real, samples)
+    workshop.join_processes()
+    rank, world = workshop.ranks()
+    run = Path(out) / name
+    content = workshop.read_checkpoint(run)
+    settings, made = content["settings"], content["step"]
+    if "scale" in settings:
+        raise BadInput(f"{run} draws latents: 06_ldm.py --resume samples from it")
+    model, process = training.averaged_model(content), settings["process"]
+    told = dict(label=None if label < 0 else label, guidance=read_guidance(guidance))
+    check_labels(model, **told, n=1)
+    dataset, size = settings["dataset"], settings.get("size") or 32
+    with workshop.first_process_first():
+        pixels, labels = workshop.load_images(dataset, root, size)
+        real = pixels if label < 0 else pixels[labels == label]
+        samples = samples if label < 0 else min(samples, len(real) // 2)
+        if reference:
+            real = workshop.load_images("folder", reference, model.size)[0]
+        half, other_half = real_halves(real, samples)
+        extractor, named = pick_extractor(dataset, weights)
+    if half.shape[1:] != (model.channels, model.size, model.size):
+        raise BadInput(f"{reference or dataset} has not the shape of the pictures that {run} draws")
+
+# %%
+if __name__ == "__main__":
+    count, share = stage_shares(model, process, sampler, nfe, grid)
+    costs = stage_gflops(model)
+    if compile:
+        model.compile()
+    how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, **told)
+    drawn = draw_set(model, process, run / "sets" / f"step{made}-{sampler}-{nfe}", samples, **how)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        sys.exit()  # the first process measures
+    print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
+    both = [1 + bool(w and label >= 0) for w in told["guidance"]]  # with the label and without it
+    gflops = sum(part * costs[k] * both[k % len(both)] for k, part in share.items())
+    print(f"equivalent GFLOPs (paper's count): {gflops:.4g}")
+    title = f"{name} after {made:,} steps: {sampler}, {nfe} NFE, seed {seed}"
+    workshop.show_images([drawn[:96] / 255], [title], run / "samples.png")
+
+# %% [markdown]
+# Are they copies? Under each of the first samples the training picture that is nearest in pixels.
+
+
+# %%
+def distances(x, images, chunk=2000):
+    """Measure the root mean square, a pixel, between uint8 pictures: (len(x), len(images))."""
+    flat = lambda x: x.flatten(1).float() / 255  # noqa: E731
+    parts = [torch.cdist(flat(x), flat(part)) for part in images.split(chunk)]
+    return torch.cat(parts, 1) / x[0].numel() ** 0.5
+
+
+if __name__ == "__main__":
+    gap, nearest = distances(drawn[:16], pixels).min(1)
+    titles = ["samples", "the nearest training pictures"]
+    workshop.show_images([drawn[:16] / 255, pixels[nearest] / 255], titles, run / "nearest.png")
+    second = [distances(x, pixels).topk(2, largest=False) for x in pixels[:500].split(100)]
+    between = torch.cat([found.values[:, 1] for found in second]).mean()  # not with itself
+    print(f"root mean square to the nearest training picture: {gap.mean():.3f} a pixel;", end=" ")
+    print(f"between training pictures {between:.3f}")
+    copies = int((gap < between / 2).sum())
+    print(f"nearer than half of that, as copies would be: {copies} of {len(gap)} samples")
+
+# %% [markdown]
+# How good are they? Beside the distance of the lesson stands torch-fidelity's.
+
+# %%
+if __name__ == "__main__":
     pairs = {"samples / real": drawn, "real / real": other_half}
-    table = {key: evaluate(images, half, extractor, weights) for key, images in pairs.items()}
-    against = f"a random half of {reference or settings['dataset']}" + f", {label}" * (label >= 0)
+    table = {key: evaluate(images, half, extractor) for key, images in pairs.items()}
+    against = f"a random half of {reference or dataset}" + f", {label}" * (label >= 0)
     title = f"{samples} pictures a set against {against}, {named};"
     title += f"\n{sampler}, {count} evaluations, averaged weights, seed {seed}"
-    print_metrics(table, title, distance_name(extractor, samples))
-    if extractor in OWN and not features and 64 < samples <= 2000:  # more pictures than features
-        with torch.no_grad():
-            sets = [OWN[extractor](to_bytes(images)) for images in (drawn, half)]
-        theirs = table["samples / real"]["frechet"]
-        print(f"the five lines: {frechet_distance(*sets):.6f}, torch-fidelity: {theirs:.6f}")
-        assert math.isclose(frechet_distance(*sets), theirs, rel_tol=1e-3)
+    print_metrics(table, title, named)
+    sets = [features_of(images, extractor) for images in (drawn, half)]
+    if samples > sets[0].shape[1]:  # else the covariances have no full rank
+        by_hand, theirs = frechet_distance(*sets), table["samples / real"]["frechet"]
+        print(f"the five lines: {by_hand:.6f}, torch-fidelity: {theirs:.6f}")
+        assert math.isclose(by_hand, theirs, rel_tol=1e-3)
     record = dict(run=str(run), step=made, sampler=sampler, nfe=count, equivalent_gflops=gflops)
     record.update(grid=grid or "own", seed=seed, weights="averaged", features=named)
     record.update(label=label, guidance=guidance)
