@@ -935,7 +935,7 @@ def pick_extractor(dataset, weights=""):
             f"Inception's weights cannot be had ({workshop.shorten(error)}): give their file with "
             f"--weights, or put it into {torch.hub.get_dir()}/checkpoints"
         ) from error
-    return lambda x: net(x.to(workshop.device()))[0], "Inception features"
+    return lambda x: net(x)[0], "Inception features"
 
 
 # %%
@@ -950,8 +950,9 @@ METRICS = {  # torch-fidelity's names, and those of the table
 
 @torch.no_grad()
 def features_of(images, features):
-    """Compute features of pictures, uint8 or in [0, 1], a part of the set at a time: (N, d)."""
-    return torch.cat([features(to_bytes(part)).cpu() for part in images.split(64)])
+    """Compute features of pictures, uint8 or in [0, 1], a part at a time on the device: (N, d)."""
+    parts = (to_bytes(part).to(workshop.device()) for part in images.split(64))
+    return torch.cat([features(part).cpu() for part in parts])
 
 
 def evaluate(images, reference, features):

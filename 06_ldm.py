@@ -645,7 +645,7 @@ if __name__ == "__main__":
     with workshop.first_process_first():
         pixels = workshop.open_data_set(dataset, root, size, memory)
     if rank == 0:
-        evaluation.check_number(samples, pixels)  # which are compared in the end
+        evaluation.real_halves(pixels, samples)  # refuses a number that cannot be compared
         workshop.claim_folder(run, resume)
 
 # %%
@@ -686,8 +686,9 @@ def train_and_draw(settings, folder):
         workshop.write_json(settings, folder / "settings.json")
     training.fit(state, codes, settings, folder, decode=back, save_every=save_every)
     kept = folder / "sets" / f"step{state['step']}-{sampler}-{nfe}-{grid or 'own'}-seed{seed + 1}"
-    how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1, progress=True)
+    how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1)
     how["batch"] = min(300, pictures_at_once(pixels.shape[-1]))
+    how["also"] = [*autoencoder.state_dict().values(), torch.tensor(scale)]
     return state["ema"], evaluation.draw_set(state["ema"], "ldm", kept, samples, decode=back, **how)
 
 
@@ -715,8 +716,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     half, other_half = (part.cpu() for part in evaluation.real_halves(pixels, samples))
-    labels = workshop.load_images(dataset, root)[1] if known.get("judge") == "digits" else None
-    extractor, named = evaluation.pick_extractor(dataset, pixels.cpu(), labels)
+    extractor, named = evaluation.pick_extractor(dataset)
     rebuilt = back(encode_pictures(autoencoder, other_half) * scale)
     error = F.mse_loss(rebuilt, other_half / 255)
     print(f"squared error of a reconstruction: {error:.5f} a pixel", end="; ")
@@ -726,7 +726,7 @@ if __name__ == "__main__":
     workshop.show_images(rows, titles, run / "samples.png")
     table = {key: evaluation.evaluate(x, half, extractor) for key, x in columns.items()}
     title = f"{samples} pictures a set, {named};\n{sampler}, {nfe} evaluations, seed {seed + 1}"
-    evaluation.print_metrics(table, title, evaluation.distance_name(extractor, samples))
+    evaluation.print_metrics(table, title, named)
     record = dict(run=str(run), sampler=sampler, nfe=nfe, grid=grid or "own", seed=seed + 1)
     workshop.write_json({**record, "features": named, **table}, run / "metrics.json")
 

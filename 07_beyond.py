@@ -188,7 +188,7 @@ def tell(values, digits=2):
 if __name__ == "__main__":
     classifier, accuracy = evaluation.load_classifier(dataset)
     read = lambda x: classifier(x).argmax(1).detach()  # noqa: E731
-    extractor, _ = evaluation.pick_extractor(dataset, pixels, labels)
+    extractor, _ = evaluation.pick_extractor(dataset)
     half, other = evaluation.real_halves(pixels, samples)
     floor = evaluation.evaluate(other, half, extractor)["frechet"]
     print(f"the classifier is right on {accuracy:.1%} of real digits; real / real: {floor:.2f}")

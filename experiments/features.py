@@ -71,7 +71,7 @@ def prepare(x):
 
 
 def resnet56(path):
-    """Register its 64 features before the decision: the name under which they are known."""
+    """Load the function of its 64 features before the decision."""
     if not path:
         raise workshop.BadInput(
             "CIFAR-10 is measured in features of a ResNet-56: give its checkpoint as --features "
@@ -83,14 +83,14 @@ def resnet56(path):
     def body(x):
         return net.features(prepare(x)).to(x.device)
 
-    return evaluation.register_features(body, 64)
+    return body
 
 
 # ---- reduced digits: a classifier trained in place ---------------------------------------------
 
 
 def digit_classifier(images, labels, steps=400, seed=0):
-    """Train step 05's classifier on 4/5 of grey images (uint8, labels) and register its features.
+    """Train step 05's classifier on 4/5 of grey images (uint8, labels): its features.
 
     Two machines that round differently come to slightly different features.
     """
@@ -107,7 +107,7 @@ def digit_classifier(images, labels, steps=400, seed=0):
         F.cross_entropy(classifier(images[i]), labels[i]).backward()
         optimizer.step()
     body = classifier.eval().requires_grad_(False).body
-    return evaluation.register_features(lambda x: body(x.cpu().float() / 255).to(x.device), 64)
+    return lambda x: body(x.cpu().float() / 255)
 
 
 # ---- any colour pictures: EfficientNet-Lite0, of Tan and Le 2019 -------------------------------
@@ -115,7 +115,7 @@ def digit_classifier(images, labels, steps=400, seed=0):
 
 @functools.cache
 def efficientnet_lite0():
-    """Register the 1,280 features of a classifier of ImageNet whose weights come in a package.
+    """Load the 1,280 features of a classifier of ImageNet whose weights come in a package.
 
     Raises BadInput where the two packages are missing.
     """
@@ -141,7 +141,7 @@ def efficientnet_lite0():
         # two at a time on a CPU: beyond 32 MiB activations are paged in anew, four times slower
         return torch.cat([few(y) for y in x.split(len(x) if x.is_cuda else 2)]).to(x.device)
 
-    return evaluation.register_features(body, 1280, "EfficientNetLite0")
+    return body
 
 
 RULERS = {"efficientnet-lite0": efficientnet_lite0}  # by the names that experiments give

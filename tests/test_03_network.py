@@ -366,7 +366,9 @@ def test_the_edm_network_is_the_released_one(unet, evaluation, training):
         model = unet.build_network("edm")
     norms = [part for part in model.modules() if isinstance(part, torch.nn.GroupNorm)]
     assert max(norm.num_groups for norm in norms) == 16
-    times = evaluation.times_asked("heun", training.kernel_of("edm"), 35)
+    kernel, times = training.kernel_of("edm"), []
+    eps = lambda x, t: times.append(float(t[0])) or x  # noqa: E731
+    list(evaluation.heun(eps, kernel, torch.ones(1, 1, 1, 1), 35))
     stages = [sum(t >= cut for cut in unet.EDM_CUTS) for t in times]
     assert [stages.count(k) for k in range(3)] == [18, 4, 13]
 
