@@ -8,6 +8,7 @@ whole scripts of earlier steps, so that no week depends on the one before.
 """
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -25,14 +26,9 @@ GAPS = {
     "the kernel's σ": dict(
         step="01_sde_and_denoiser",
         lines="""
-    sigma = classmethod(lambda cls, t: torch.sqrt(torch.expm1(cls.B(t))))  # expm1(B) = e^B - 1
+        return torch.sqrt(torch.expm1(self.B(t)))  # expm1(B) = e^B - 1
 """,
-        says="write VP's sigma(t), of t's shape, from cls.B(t): s² (1 + σ²) = 1",
-        gap="""
-    @classmethod
-    def sigma(cls, t):
-        {raises}
-""",
+        says="return sigma_t, of t's shape, from self.B(t): s² (1 + σ²) = 1",
         check="""
 t = torch.tensor([0.01, 0.1, 0.5, 1.0])
 kept = VP.s(t) ** 2 * (1 + VP.sigma(t) ** 2)
@@ -40,10 +36,10 @@ assert torch.allclose(kept, torch.ones_like(kept)), f"variance is not preserved:
 """,
         wrong={
             "the noise in x_t, sσ, for σ": """
-    sigma = classmethod(lambda cls, t: torch.sqrt(-torch.expm1(-cls.B(t))))
+        return torch.sqrt(-torch.expm1(-self.B(t)))
 """,
             "the square root forgotten": """
-    sigma = classmethod(lambda cls, t: torch.expm1(cls.B(t)))
+        return torch.expm1(self.B(t))
 """,
         },
     ),
@@ -285,27 +281,37 @@ def opened(source, gap, lines=None):
     if lines is None:
         indent = own[: len(own) - len(own.lstrip())]
         raises = f'raise NotImplementedError("{gap["says"]}")  # in place of this line'
-        lines = gap.get("gap", indent + "{raises}").format(raises=raises)
+        lines = indent + raises
     return source.replace(own, lines.strip("\n"))
 
 
-def with_gaps(step, chosen=None, answers=None):
-    """Make the notebook of a step with its gaps, or some; answers: {gap: lines} to put there."""
+def cut_behind(source, lines):
+    """Cut a cell behind its gap, so that the check comes before what uses it: (first, second)."""
+    before, rest = source.split(lines)
+    function, main, use = rest.partition('\n\n\nif __name__ == "__main__"')
+    if main:  # the gap is in a function, and what follows uses it
+        return before + lines + function, main.strip() + use
+    *_, head = re.findall('^if __name__ == "__main__".*$', before, re.MULTILINE) or [""]
+    if head and rest:
+        return before + lines, head + rest
+    return source, ""
+
+
+def with_gaps(step, chosen=None):
+    """Make the notebook of a step with its gaps, or those chosen, and a check behind each."""
     notebook = jupytext.read(ROOT / f"{step}.py")
     for name, gap in GAPS.items():
         if gap["step"] != step:
             continue
-        (i,) = [i for i, c in enumerate(notebook.cells) if gap["lines"].strip("\n") in c.source]
+        lines = gap["lines"].strip("\n")
+        (i,) = [i for i, cell in enumerate(notebook.cells) if lines in cell.source]
         cell = notebook.cells[i]
+        cell.source, use = cut_behind(cell.source, lines)
         body = textwrap.indent(gap["check"].strip(), "    ")  # leaves the lesson's names alone
-        check = nbformat.v4.new_code_cell(f"# check: {name}\ndef check():\n{body}\n\n\ncheck()")
-        notebook.cells.insert(i + 1, check)
-        function, main, use = cell.source.partition('\n\n\nif __name__ == "__main__"')
-        if main and gap["lines"].strip("\n") in function:  # checked before it is used
-            notebook.cells.insert(i + 2, nbformat.v4.new_code_cell(main.strip() + use))
-            cell.source = function
+        more = [f"# check: {name}\ndef check():\n{body}\n\n\ncheck()", use]
+        notebook.cells[i + 1 : i + 1] = [nbformat.v4.new_code_cell(code) for code in more if code]
         if chosen is None or name in chosen:
-            cell.source = opened(cell.source, gap, (answers or {}).get(name))
+            cell.source = opened(cell.source, gap)
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "exercise"]
     return notebook
 

@@ -31,7 +31,7 @@ def lesson(step, monkeypatch):
 def test_checks_tell_right_from_wrong(step, monkeypatch):
     """Runs a lesson once; at every gap also with the gap, and with the wrong answers."""
     if step == STEPS[5]:  # which draws from a run
-        command(4, "--steps", 3)
+        command(4, "--steps", 3, "--boundaries", "0.1,0.44")
     gaps, seen = {name: gap for name, gap in student.GAPS.items() if gap["step"] == step}, set()
     for source, check, names in lesson(step, monkeypatch):
         for name, gap in gaps.items():
