@@ -19,6 +19,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 notebooks: .venv/ready
+	$(BIN)/python docs/lines.py
 	$(BIN)/python notebooks/execute.py --update
 
 site: .venv/ready

@@ -2,8 +2,8 @@
 
     python docs/build.py             # into site/, where index.html is the start
 
-Nothing is run again. Links between files become links between pages, and the index of equations
-leads to the functions in the steps' pages.
+Nothing is run again. Links between files become links between pages, and links to lines of the
+steps lead to their functions in the steps' pages.
 """
 
 import argparse
@@ -18,61 +18,26 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = sorted(path.stem for path in ROOT.glob("0[0-9]_*.py"))
 PAGES = {"README.md": "index.md", "RESULTS.md": "RESULTS.md"}
-INDEX = "### Where is equation 7?"
-FUNCTION = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
-
-
-def functions():
-    """Find the page of every function and class: {name: step}."""
-    found = {}
-    for step in reversed(STEPS):  # of two with one name the earlier step's wins
-        text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
-        found.update(dict.fromkeys(FUNCTION.findall(text), step))
-    return found
+MORE = "equations reproduced samples commands machines differences"
+MORE = ["RESULTS", *MORE.split(), "house", "teaching", "troubleshooting"]
+PLACE = re.compile(r"^(?:def |class |(?=[A-Z]\w* = ))(\w+)", re.MULTILINE)
 
 
 def relink(text):
     """Turn links to scripts and folders of the project into links to pages."""
-    text = re.sub(r"\]\((?:\.\./)?(0\d_\w+)\.py\)", r"](\1.ipynb)", text)
-    text = re.sub(r"\[([^][]+)\]\(notebooks\)", r"\1", text)  # the steps are listed at the side
-    text = re.sub(r"\]\((?:\.\./|docs/)?(\w+)\.md", r"](\1.md", text)
+    place = r'<a href="\2.html#\1"><code>\1</code></a>'
+    text = text.replace("](../", "](")
+    text = re.sub(r"\[`(\w+)`\]\((0\d_\w+)\.py#L\d+\)", place, text)
+    text = re.sub(r"\]\((?:notebooks/)?(0\d_\w+)\.(?:py|ipynb)\)", r"](\1.ipynb)", text)
+    text = re.sub(r"\]\((?:docs/)?(\w+)\.md", r"](\1.md", text)
     return text.replace("](README.md", "](index.md")
-
-
-def index_of_equations(text, where):
-    """Link every function of the README's index to its place in a page."""
-    lines = []
-    for line in text.splitlines():
-        step = re.search(r"\]\((0\d_\w+)\.ipynb\)", line)
-        if line.startswith("|") and step:
-            cells = line.split("|")
-            link = lambda m: (  # noqa: E731
-                f'<a href="{where[m[1]]}.html#{m[1]}"><code>{m[1]}</code></a>'
-                if m[1] in where
-                else m[0]
-            )
-            cells[2] = re.sub(r"`(\w+)`", link, cells[2])
-            line = "|".join(cells)
-        lines.append(line)
-    return "\n".join(lines) + "\n"
 
 
 def write_pages(source):
     """Write the pages' sources into a folder."""
-    where = functions()
-    texts = {new: relink((ROOT / old).read_text(encoding="utf-8")) for old, new in PAGES.items()}
-    begin = texts["index.md"].index(INDEX)
-    end = texts["index.md"].index("\n## ", begin)
-    found = index_of_equations(texts["index.md"][begin:end], where)
-    texts["equations.md"] = found.replace("### ", "# ", 1)
-    link = "[Where is equation 7?](equations.md) leads from each equation to its line.\n"
-    texts["index.md"] = texts["index.md"][:begin] + link + texts["index.md"][end:]
-    more = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-    texts.update(
-        {name: relink((ROOT / "docs" / name).read_text(encoding="utf-8")) for name in more}
-    )
-    texts["index.md"] += toctree("The steps", STEPS)
-    texts["index.md"] += toctree("More", ["equations", "RESULTS", *(Path(n).stem for n in more)])
+    pages = PAGES | {f"docs/{name}.md": f"{name}.md" for name in MORE[1:]}
+    texts = {new: relink((ROOT / old).read_text(encoding="utf-8")) for old, new in pages.items()}
+    texts["index.md"] += toctree("The steps", STEPS) + toctree("More", MORE)
     for name, text in texts.items():
         (source / name).write_text(text, encoding="utf-8")
     for step in STEPS:
@@ -92,12 +57,12 @@ def toctree(caption, pages):
 
 
 def with_places(notebook):
-    """Give a notebook a place to link to before every function, and links to pages."""
+    """Give a notebook places to link to, and links to pages."""
     cells = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source)
-        elif names := FUNCTION.findall(cell.source):
+        elif names := PLACE.findall(cell.source):
             marks = "".join(f'<span id="{name}"></span>' for name in names)
             cells.append(nbformat.v4.new_markdown_cell(marks))
         cells.append(cell)

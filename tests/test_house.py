@@ -1,6 +1,6 @@
 """The shape of the house: what stands above the line in each step, and a data set in one place."""
 
-import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -133,32 +133,32 @@ def test_a_data_set_is_added_in_one_place(tmp_path):
         assert (tmp_path / "runs" / name / "checkpoint.pt").exists()
 
 
-def sources(step):
-    """Read the functions and classes of a step: {name: source}."""
-    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-    lines = text.splitlines()  # whole ones: a tag stands behind the code
-    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes}
-
-
 WANTED = [f"Eq. {n}" for n in (*range(1, 9), 14, *range(17, 24))]
 WANTED += ["Prop. 1", "Algorithm 1", "Algorithm 2", "footnote 4"]
 
 
-def test_every_entry_of_the_index_is_where_it_says(evaluation):
-    """The README's rows | equation or idea | function | file |, against lines tagged with it."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([^|]+) \| `(\w+)`[^|]* \| \[(0\d)\]\((\w+)\.py\) \|", readme, re.M)
-    found = {step: sources(step) for step in STEPS}
-    for what, function, number, step in rows:
-        assert step.startswith(number)
-        source = found[step][function]
+def test_every_entry_of_the_index_is_where_it_says(evaluation, monkeypatch):
+    """Rows | equation or idea | [function](file#line) |, against lines tagged with it."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    lines = importlib.import_module("lines")
+    texts = [page.read_text(encoding="utf-8") for page in lines.PAGES]
+    for text in texts:
+        assert lines.relink(text) == text, "lines have moved: python docs/lines.py"
+    rows = re.findall(r"^\| ([^|]+) \| \[`(\w+)`\]\(\S*(0\d_\w+)\.py#L", "\n".join(texts), re.M)
+    for what, function, step in rows:
         if what in WANTED:
-            assert re.search(rf"# {re.escape(what)}(?!\d)", source), f"{what}: {function} of {step}"
-    entries = {what for what, *_ in rows}
-    assert set(WANTED) <= entries
-    functions = {function for _, function, _, step in rows if step == evaluation.__name__}
-    functions |= {function for _, function, _, step in rows if step.startswith("01")}
+            assert f"# {what}" in lines.find_line(step, function, what)[1], (what, function)
+    assert set(WANTED) <= {what for what, *_ in rows} and texts[0].count("py#L") == 10
+    functions = {f for _, f, step in rows if step in (STEPS[1], evaluation.__name__)}
     solvers = [getattr(solver, "func", solver).__name__ for solver in evaluation.SAMPLERS.values()]
     assert set(solvers) <= functions
+
+
+def test_the_readme_is_short_and_its_distances_are_those_of_the_study():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("\n") <= 180
+    study = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| open: ", readme)
+    assert len(rows) == 4
+    for one, three in rows:
+        assert re.search(rf"\| {one} ± \S+ \| {three} ± \S+ \| \d \|", study), (one, three)

@@ -1,4 +1,4 @@
-"""Weights that come with the project: what they draw is what the README says, and they are kept."""
+"""Weights that come with the project: what they draw is what docs/samples.md says, and they are kept."""
 
 import importlib
 import json
@@ -14,12 +14,12 @@ sys.path.insert(0, str(ROOT / "pretrained"))
 exporting = importlib.import_module("export")
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SAID = re.findall(r"^\| `(digits-\w+)` \|.*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
+SAMPLES = (ROOT / "docs" / "samples.md").read_text(encoding="utf-8")
+SAID = re.findall(r"^\| `(digits-\w+)` \|.*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", SAMPLES, re.M)
 
 
 @pytest.mark.parametrize("name, said", [(name, said) for name, *said in SAID])
-def test_the_weights_draw_what_the_readme_says(name, said, tmp_path):
+def test_the_weights_draw_what_is_said(name, said, tmp_path):
     asked = [sys.executable, ROOT / "05_sample_eval.py", "--name", f"pretrained/{name}"]
     asked += ["--out", tmp_path]
     done = subprocess.run(asked, capture_output=True, text=True, cwd=tmp_path)
@@ -31,14 +31,14 @@ def test_the_weights_draw_what_the_readme_says(name, said, tmp_path):
     assert (folder / "samples.png").is_file()
     if name == "digits-demo":  # is the network of the first column
         for label, key in (("Fréchet distance ↓", "frechet"), ("precision ↑", "precision")):
-            (value,) = re.findall(rf"^\| {label} \| ([\d.]+) \|", README, re.M)
+            (value,) = re.findall(rf"^\| {label} \| ([\d.]+) \|", SAMPLES, re.M)
             assert found[key] == pytest.approx(float(value), abs=0.03)
 
 
-def test_the_readme_knows_all_weights_and_they_are_small():
+def test_the_page_knows_all_weights_and_they_are_small():
     files = sorted((ROOT / "pretrained").glob("*.safetensors"))
     assert {path.stem for path in files if "classifier" not in path.stem} == set(
-        re.findall(r"^\| `((?:digits|mnist)-\w+)` \|", README, re.M)
+        re.findall(r"^\| `((?:digits|mnist)-\w+)` \|", SAMPLES, re.M)
     )
     assert len(SAID) == 3 and sum(path.stat().st_size for path in files) < 12e6
 
