@@ -1,4 +1,4 @@
-"""Weights that come with the project: what they draw is what docs/samples.md says, and they are kept."""
+"""Weights that come with the project draw what docs/samples.md says, and are kept."""
 
 import importlib
 import json
