@@ -121,7 +121,7 @@ def machine(args):
         yield {name: product_rate(args, torch.float32) / 1e12}
 
 
-def agree_networks(args):
+def agree_networks(args, names=()):
     """Compare networks on both devices, [output, gradients], in three precisions.
 
     A batch has a picture of each stage. "rounding" is what bfloat16 does on the CPU: the card may
@@ -130,7 +130,8 @@ def agree_networks(args):
     small = [name for name in unet.NETWORKS if name.startswith(tuple(unet.SMALL_NETWORKS))]
     first = [*small, *PUBLISHED]  # all kinds; then the others, as far as the time goes
     others = [name for name in unet.NETWORKS if name not in first]
-    for name in ("digits", "table5_1", "edm", "ldm") if args.quick else [*first, *others]:
+    quick = ("digits", "table5_1", "edm", "ldm")
+    for name in names or (quick if args.quick else [*first, *others]):
         torch.manual_seed(0)
         model = unet.build_network(name, dropout=0.0, **TINY if args.quick else {})
         for p in model.parameters():  # what starts at zero would hide all that is before it

@@ -6,9 +6,9 @@ does not tell speed, rounding or memory. To torch's C++ the tensors are the CPU'
 """
 
 import collections
-import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from traceback import walk_stack
 from unittest import mock
 
 import torch
@@ -25,17 +25,14 @@ class OnGPU(torch.Tensor):
 
     device = GPU
     __torch_function__ = torch._C._disabled_torch_function_impl
+    __reduce_ex__ = lambda self, how: self.held.detach().__reduce_ex__(how)  # noqa: E731 - saved
 
     @staticmethod
     def __new__(cls, held):
         same = dict(strides=held.stride(), dtype=held.dtype, device="cpu")
-        return torch.Tensor._make_wrapper_subclass(cls, held.shape, **same)
-
-    def __init__(self, held):
-        self.held = held
-
-    def __reduce_ex__(self, protocol):  # on disk it is a tensor like any other
-        return self.held.detach().__reduce_ex__(protocol)
+        new = torch.Tensor._make_wrapper_subclass(cls, held.shape, **same)
+        new.held = held
+        return new
 
     def __deepcopy__(self, memo):
         copy, parameter = OnGPU(self.held.detach().clone()), isinstance(self, torch.nn.Parameter)
@@ -73,10 +70,8 @@ def check(func, args, tensors):
 
 def wait(what):
     """Count a wait, at the line of the steps that it happens in."""
-    frame = sys._getframe(1)
-    while frame and Path(frame.f_code.co_filename).parent != ROOT:
-        frame = frame.f_back
-    WAITS[what, frame and f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"] += 1
+    places = ((Path(f.f_code.co_filename), n) for f, n in walk_stack(None))
+    WAITS[what, next((f"{path.name}:{n}" for path, n in places if path.parent == ROOT), "")] += 1
 
 
 def move(x, *where, device=None, dtype=None, memory_format=torch.preserve_format, **_):
@@ -95,18 +90,16 @@ class Calls(TorchFunctionMode):
     """Take part where Python still knows the device that was asked for."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        device, dice, first = kwargs.get("device"), kwargs.get("generator"), (*args, None)[0]
+        kwargs, first = dict(kwargs or {}), (*args, None)[0]
         if func is torch.Tensor.to or (func is torch.as_tensor and torch.is_tensor(first)):
             return move(*args, **kwargs)
-        if isinstance(first, OnGPU) and func in (torch.Tensor.cpu, torch.Tensor.tolist):
+        here, device, dice = isinstance(first, OnGPU), kwargs.get("device"), kwargs.get("generator")
+        if here and func in (torch.Tensor.cpu, torch.Tensor.tolist):
             return func(move(first, "cpu"))
-        if isinstance(first, OnGPU) and func is torch.Tensor.numpy:
+        if here and func is torch.Tensor.numpy:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        if isinstance(first, OnGPU) and device is None:
-            return func(*args, **kwargs)
         there = torch.device(device or "cpu").type == "cuda"
-        if dice is not None and there != (dice.device.type == "cuda"):
+        if dice is not None and not here and there != (dice.device.type == "cuda"):
             raise RuntimeError(f"Expected a generator of the device that is drawn on: {func}")
         if not there:
             return func(*args, **kwargs)
@@ -133,16 +126,14 @@ def pretended_gpu():
     clip, autocast, state = torch.nn.utils.clip_grad, torch.autocast, torch.zeros(16).byte()
     group = clip._group_tensors_by_device_and_dtype  # asks C++, which knows of no GPU here
     groups = lambda v: {(v[0][0].device, kind): g for (_, kind), g in group(v).items()}  # noqa: E731
-    on_cpu = lambda kind, *args, **how: autocast("cpu", *args, **how)  # noqa: E731
     cuda = dict(is_available=lambda: True, is_bf16_supported=lambda **_: True)
     cuda.update(get_rng_state=lambda *_: state, set_rng_state=lambda *_: None)
+    plain = dict(autocast=lambda kind, *a, **how: autocast("cpu", *a, **how), Generator=Generator)
     asks_driver = {"_accelerator_graph_capture_health_check": lambda optimizer: None}
+    places = {torch.cuda: cuda, torch: plain, clip: {group.__name__: groups}}
     WAITS.clear()
     with ExitStack() as stack:
-        for place, new in (
-            *((torch.cuda, cuda), (torch, dict(autocast=on_cpu, Generator=Generator))),
-            *((clip, {group.__name__: groups}), (torch.optim.Optimizer, asks_driver)),
-        ):
+        for place, new in (places | {torch.optim.Optimizer: asks_driver}).items():
             stack.enter_context(mock.patch.multiple(place, **new))
         swap = torch.__future__.set_overwrite_module_params_on_conversion
         stack.callback(swap, swap(True) or False)
