@@ -665,8 +665,9 @@ def posterior_mean(x, t, kernel, images, chunk=0):
     # Rounding moves a logit by some eps |q| |d| / sigma^2, and so a pixel of the mean by
     # eps std sqrt(n) std / sigma: with this margin less than 1e-5 for pixels in [0, 1].
     near = sigma[:, 0] < 0.04 * y[:chunk].std() * y.shape[1] ** 0.5
-    for rows, average in ((near, average_nearest), (~near, average_all)):
-        if rows.any():
+    for some, average in ((near, average_nearest), (~near, average_all)):
+        rows = some.nonzero()[:, 0]  # numbers once, because a GPU waits for each mask
+        if len(rows):
             mean[rows] = average(z[rows], sigma[rows], y, chunk, torch.float32).to(x.dtype)
     return mean.reshape(x.shape)
 
@@ -701,15 +702,15 @@ def average_nearest(z, sigma, y, chunk, dtype, best=8):
         likely, which = [*likely, logits], [*which, where + first]
     order = torch.cat(likely, 1).topk(min(best, len(y))).indices
     which = torch.cat(which, 1).gather(1, order)  # (B, best)
-    mean, unsure = torch.empty_like(z, dtype=dtype), []
+    mean, behind = [], []
     for rows in torch.arange(len(z), device=z.device).split(2**18 // y.shape[1] + 1):
         picked = y[which[rows]].double()  # (some, best, n)
         logits = -(z[rows, None] - picked).square().sum(2) / (2 * sigma[rows] ** 2)
-        mean[rows] = (torch.softmax(logits, 1)[..., None] * picked).sum(1).to(dtype)
-        unsure.append(logits.amax(1) - logits[:, -1] < 25)  # pictures beyond may have weight
-    unsure = torch.cat(unsure)
-    if unsure.any():
-        mean[unsure] = average_all(z[unsure], sigma[unsure], y, chunk, torch.float64).to(dtype)
+        mean.append((torch.softmax(logits, 1)[..., None] * picked).sum(1))
+        behind.append(logits.amax(1) - logits[:, -1])
+    mean, unsure = torch.cat(mean), (torch.cat(behind) < 25).nonzero()[:, 0]
+    if len(unsure):  # there pictures beyond the nearest may have weight
+        mean[unsure] = average_all(z[unsure], sigma[unsure], y, chunk, torch.float64)
     return mean
 
 
