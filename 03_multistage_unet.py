@@ -79,12 +79,11 @@ if __name__ == "__main__" and not table:
 # | an encoder with several decoders is better than both | with two better than unified; with three not |
 #
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
-# Steps 04 and 05 train and measure it. What fails at this scale is not refuted at the paper's.
+# What fails at this scale is not refuted at the paper's.
 #
 # The idea in one sentence: *share what all times have in common, the encoder, and separate what
-# they have not, the decoders*. A decoder can then be as wide as the work of its stage asks for.
-# Its weights are changed by the gradients of its own stage only. The encoder sees all pictures at
-# all times, so that it should be hard to overfit.
+# they have not, the decoders*. A decoder can then be as wide as its stage asks for, and learns from
+# its own stage only. The encoder learns from all pictures at all times: that should be hard to overfit.
 #
 # ## The parts of a U-Net
 #
@@ -103,8 +102,8 @@ if __name__ == "__main__" and not table:
 # than one. `norm(c)` builds the normalisation of $c$ channels. `skip` is a convolution only where
 # the number of channels changes, so that the sum has a meaning; elsewhere it does nothing. Parts
 # stand in rows, `Layers`, and those that have no use for the time ignore it. (With e = 0 a block
-# knows no time. Step 06 builds an autoencoder of such blocks.) Two pictures of 4 channels and their
-# times, told by 3 numbers each, become two of 8 channels:
+# knows no time, as in step 06.) Two pictures of 4 channels, their times told by 3 numbers each,
+# become two of 8 channels:
 
 
 # %%
@@ -197,9 +196,9 @@ class Up(nn.Module):
 # $$\sin(999\,t\cdot\omega_i),\ \cos(999\,t\cdot\omega_i),\qquad
 #   \omega_i = 10\,000^{-i/(w/2-1)},\quad i=0,\dots,w/2-1.$$
 #
-# Two linear layers of the encoder make `emb` of them. Two times should be told apart even where
-# only a thousandth of the timeline lies between them, and more clearly where it is most of it. Here
-# are two such distances. Each vector has length 4, so 5.7 means nothing in common:
+# Two linear layers of the encoder make `emb` of them. Two times should be told apart even where only
+# a thousandth of the timeline lies between them. Each vector has length 4, so a distance of 5.7 means
+# nothing in common:
 
 
 # %%
@@ -224,8 +223,7 @@ if __name__ == "__main__" and not table:
 #
 # Each level of resolution has `blocks` residual blocks of `mult` times `width` channels. Where
 # its `size` is one of `attention`, each is followed by attention. `make` holds the functions that
-# build the parts, each from numbers of channels: here they are those from above, and below the
-# line those of other networks.
+# build the parts, each from numbers of channels; below the line they build other networks.
 
 
 # %%
@@ -259,10 +257,9 @@ class Encoder(nn.Module):
 
 # %% [markdown]
 # The encoder of `digits` has 32 channels at 8×8 and 64 at 4×4, where it attends. What becomes of
-# five pictures, whose times are those from above? (Here noise stands in for pictures, and no
-# weight is trained: the shapes are the same.) The entries of `make` are the parts from above,
-# with all that a network decides once filled in: how many numbers `emb` has, and how values are
-# normalised.
+# five pictures, whose times are those from above? (Noise stands in for pictures, and no weight is
+# trained: the shapes are the same.) The entries of `make` are the parts from above, with all that a
+# network decides once filled in: how many numbers `emb` has, and how values are normalised.
 
 
 # %%
@@ -298,10 +295,9 @@ if __name__ == "__main__" and not table:
 # behind the last block of a level, and then comes the doubling.
 #
 # Its width is its own, and this is where the paper saves: a decoder near the noise may be narrow.
-# The skips keep the encoder's channels, so a decoder of 16 channels may read from an encoder of
-# 32: the first convolution of a block takes all channels and gives 16. The paper has decoders of
-# 192, 128 and 16 channels beside an encoder of 128. Those of `digits` have 48, 32 and 16 beside
-# 32: a quarter each, but for the last.
+# A decoder of 16 channels may read the skips of an encoder of 32, because the first convolution of
+# a block takes all channels and gives 16. The paper has decoders of 192, 128 and 16 channels beside
+# an encoder of 128. Those of `digits` have 48, 32 and 16 beside 32.
 
 
 # %%
@@ -376,9 +372,7 @@ if __name__ == "__main__" and not table:
 # times of its own stage. Neither needs a second kind of network.
 #
 # **A picture trains the decoder of its own stage**, no other: the gradients of all others are not
-# zero, they do not exist. The encoder learns from all pictures. So with one stage drawn for each
-# batch (step 04) the encoder takes a step with each, and each of three decoders with a third of
-# them.
+# zero, they do not exist. The encoder learns from all pictures.
 
 # %%
 if __name__ == "__main__" and not table:
@@ -392,43 +386,39 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## What it looks like
 #
-# Drawn from the modules themselves: a bar is a layer, its length the channels, its colour the
-# size of its maps. A layer of a decoder stands beside that of the encoder whose skip it reads (the
-# grey lines). The dark arrows are the way of a picture at $t$ = 0.3.
+# A bar is a layer, its length the channels. A layer of a decoder stands beside that of the encoder
+# whose skip it reads (the grey lines). The dark arrows are the way of a picture at $t$ = 0.3.
 
 
 # %%
 def draw_architecture(x, t, encoder, decoders, cuts, path):
     """Draw encoder, middle and decoders as a U, and the way of a picture x (1, C, H, W) at t."""
-    skips, edges, columns = encoder(x, torch.ones(1))[1], (0, *cuts, 1), [encoder.skip_widths]
-    columns += [[layer[0].conv1.out_channels for layer in d.layers][::-1] for d in decoders]
-    sizes, n, gap = [h.shape[2] for h in skips], len(skips), 1.35 * max(map(max, columns))
-    colors = {size: f"C{i}" for i, size in enumerate(dict.fromkeys(sizes))}
-    figure, ax = plt.subplots(figsize=(9, 2.2 + 0.08 * max(n, 16)))
+    sizes, edges = [h.shape[2] for h in encoder(x, torch.ones(1))[1]], (0, *cuts, 1)
+    columns = [[layer[0].conv1.out_channels for layer in d.layers][::-1] for d in decoders]
+    columns, n = [encoder.skip_widths, *columns], len(sizes)
+    gap, half = 1.35 * max(map(max, columns)), encoder.skip_widths[-1] / 2
+    figure, ax = plt.subplots(figsize=(9, 3.2))
     text = partial(ax.text, ha="center", va="center", fontsize=9)
-    top, bottom, unit = -0.5, n - 0.5, max(n, 8) / 8  # ends of the columns; height of the rest
     ax.hlines(range(n), 0, gap * len(decoders), color="0.85", lw=0.8, zorder=0)  # the skips
-    half, level = columns[0][-1] / 2, bottom + 1.5 * unit
-    ax.barh(level, 2 * half, unit, -half, color="0.7")
-    text(0, level, "middle")
+    ax.barh(n + 0.5, 2 * half, 0.8, -half, color="0.7")
+    text(0, n + 0.5, "middle")
     for j, (part, widths) in enumerate(zip([encoder, *decoders], columns, strict=True)):
-        left, own = [j * gap - width / 2 for width in widths], True
-        ax.barh(range(n), widths, 0.8, left, color=[colors[size] for size in sizes])
-        million = f"{sum(p.numel() for p in part.parameters()) / 1e6:.3g}M parameters"
-        text(j * gap, top - 2 * unit, (f"decoder {j - 1}\n" if j else "encoder\n") + million)
-        arrows = [(0, top - unit), (0, top)], [(0, bottom), (0, bottom + unit)]
+        left = [j * gap - width / 2 for width in widths]
+        ax.barh(range(n), widths, 0.8, left, color=[f"C{sizes.index(size)}" for size in sizes])
+        name, own = f"decoder {j - 1}" if j else "encoder", j == 0 or edges[j - 1] <= t < edges[j]
+        million = sum(p.numel() for p in part.parameters()) / 1e6
+        text(j * gap, -2.3, f"{name}\n{million:.3g}M parameters")
+        arrows = [(0, -1.5), (0, -0.5)], [(0, n - 0.5), (0, n + 0.1)]
         if j:
-            own = edges[j - 1] <= t < edges[j]
-            text(j * gap, bottom + 2 * unit, f"t from {edges[j - 1]:.3g} to {edges[j]:.3g}")
-            arrows = [(j * gap, top), (j * gap, top - unit)], [(half, level), (j * gap, bottom)]
+            text(j * gap, n + 1, f"t from {edges[j - 1]:.3g} to {edges[j]:.3g}")
+            arrows = [(half, n + 0.5), (j * gap, n - 0.5)], [(j * gap, -0.5), (j * gap, -1.5)]
         for start, end in arrows:
-            line = dict(arrowstyle="->", connectionstyle="angle,angleA=0,angleB=90", lw=1.5)
-            line.update(color="black" if own else "0.6", shrinkA=0, shrinkB=0)
-            ax.annotate("", end, start, arrowprops=line, zorder=2 + own)
-    for size, color in colors.items():
-        ax.barh(0, 0, color=color, label=f"{size}×{size}")
-    ax.set(ylim=(bottom + 2.5 * unit, top - 3 * unit), xticks=[], yticks=[], frame_on=False)
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+            way = dict(arrowstyle="->", connectionstyle="angle,angleA=0,angleB=90", lw=1.5)
+            way.update(color="black" if own else "0.6", shrinkA=0, shrinkB=0)
+            ax.annotate("", end, start, arrowprops=way, zorder=2 + own)
+    ax.set_yticks(range(n), [f"{size}×{size}" for size in sizes])
+    ax.tick_params(length=0)
+    ax.set(ylim=(n + 1.3, -3), xticks=[], frame_on=False)
     workshop.show_figure(path)
 
 
@@ -442,14 +432,13 @@ if __name__ == "__main__" and not table:
 # and serves more than half.
 #
 # Bars show widths, not work: a layer of equal width costs four times as much at 8×8 as at 4×4.
-# What a stage costs is counted below the line. There the network turns out to cost 1.7 times as
-# much as unified in stage 0, as much in stage 1, and half as much in stage 2. What a sampler pays
-# depends on how often its solver visits which stage. With the cuts of `digits`, the 20 evaluations
-# of step 05 cost on average as much as unified's, to within half a percent (RESULTS.md, Table 3).
+# Counted below the line, the network costs 1.7 times as much as unified in stage 0, as much in
+# stage 1, and half as much in stage 2. What a sampler pays depends on how often it visits which
+# stage: with the cuts of `digits`, the 20 evaluations of step 05 cost on average as much as
+# unified's, to within half a percent (RESULTS.md, Table 3).
 #
 # **You have** the architecture of the paper: an encoder, decoders, and a few lines that decide
-# which decoder a picture gets. One stage of it is the plain U-Net that everybody trains, so that
-# the two can be compared by a change of arguments. Step 04 trains them.
+# which decoder a picture gets. Step 04 trains it, and the plain U-Net that is one stage of it.
 #
 # ### Exercises (after running what is below)
 #
@@ -478,8 +467,8 @@ BadInput = workshop.BadInput
 # ## In bfloat16
 #
 # A GPU that can computes in bfloat16 (*autocast*). Two layers have their own mind about it: norms,
-# which would fall back to float32 and then spend more time on moving numbers than all convolutions
-# do on theirs, and the last layer, whose output is the prediction.
+# which would fall back to float32 and take longer than all convolutions, and the last layer, whose
+# output is the prediction.
 
 
 # %%
@@ -532,13 +521,12 @@ class Filter(nn.Module):
         self.change = change
 
     def forward(self, h):
-        c, taps = h.shape[1], self.f.shape[-1]
+        c, taps = h.shape[1], self.f.shape[-1]  # an even number
         f = self.f.to(h.dtype).expand(c, 1, taps, taps)
-        if self.change == "up":
-            return F.conv_transpose2d(h, f, stride=2, padding=taps // 2 - 1 + taps % 2, groups=c)
-        if self.change == "down":
-            return F.conv2d(h, f, stride=2, padding=taps // 2 - 1 + taps % 2, groups=c)
-        return F.conv2d(h, f, padding=taps // 2, groups=c)
+        if self.change == "blur":
+            return F.conv2d(h, f, padding=taps // 2, groups=c)
+        conv = F.conv_transpose2d if self.change == "up" else F.conv2d
+        return conv(h, f, stride=2, padding=taps // 2 - 1, groups=c)
 
 
 class Pyramid(nn.Module):
@@ -654,50 +642,37 @@ class PublishedDecoder(Decoder):
 # ## The multistage network
 #
 # The module that the next steps train. `unified` is one stage of it, `separate` has an encoder of its
-# own for each decoder. The first eleven arguments make the small networks, the others the published.
+# own for each decoder. The arguments from `time` on make the published networks.
 
 
 # %%
 class MultistageUNet(nn.Module):
     """Predict noise with a shared encoder and a decoder for each stage of the timeline.
 
-    channels, size: of the pictures. encoder: channels of the encoder; decoders: those of each
-    decoder, from the image end to the noise end; boundaries: the inner boundaries, ascending, one
-    fewer than decoders. mults: channel multiplier of each resolution level; blocks: residual blocks
-    a level (one more in decoders); attention: the sizes that get self-attention. shared=False gives
-    every decoder its own encoder (`separate`). add_input: predict x plus what the decoder says.
-
-    time: the kernel that times belong to, "vp", "edm" or "ldm". norm: groups at most, channels a
-    group at least, eps. taps: of the filter that changes the resolution inside residual blocks,
-    whose sums are then scaled by 1/sqrt(2); None: convolutions do, nothing is scaled. pyramid: add
-    the filtered input at each resolution. heads: channels of an attention head; None: one head.
-    attended: the decoders' blocks with attention, "last", "every" or "none", one for all or one
-    each. middle: the part that has the middle of the U, "encoder" or "decoder". classes: number of
-    labels that it can be told, 0 to classes - 1; one more stands for none.
-    Raises BadInput for contradictory settings. Source: paper, Section 3.1 and Figure 1(c).
+    Raises BadInput for contradictory arguments. Source: paper, Section 3.1 and Figure 1(c).
     """
 
     def __init__(
         self,
-        channels,
-        size,
-        encoder,
-        decoders,
-        boundaries=(),
-        mults=(1, 2),
-        blocks=1,
-        attention=(),
+        channels,  # of the pictures
+        size,  # of the pictures; their height and width
+        encoder,  # channels of the encoder
+        decoders,  # channels of each decoder, from the image end to the noise end
+        boundaries=(),  # inner boundaries of the stages, ascending, one fewer than decoders
+        mults=(1, 2),  # channel multiplier of each resolution level
+        blocks=1,  # residual blocks a level (one more in decoders)
+        attention=(),  # the sizes that get self-attention
         dropout=0.0,
-        shared=True,
-        add_input=False,
-        time="vp",
-        norm=(16, 4, 1e-6),
-        taps=None,
-        pyramid=False,
-        heads=None,
-        attended="last",
-        middle="encoder",
-        classes=0,
+        shared=True,  # False: an encoder for each decoder (`separate`)
+        add_input=False,  # predict x plus what the decoder says
+        time="vp",  # the kernel that times belong to: "vp", "edm" or "ldm"
+        norm=(16, 4, 1e-6),  # groups at most, channels a group at least, eps
+        taps=None,  # of the filters in residual blocks, which are scaled; None: convolutions
+        pyramid=False,  # add the filtered input at each resolution
+        heads=None,  # channels of an attention head; None: one head
+        attended="last",  # blocks of decoders with attention: "last", "every", "none", or one each
+        middle="encoder",  # the part that has the middle of the U, or "decoder"
+        classes=0,  # labels 0 to classes - 1 that it can be told; one more stands for none
     ):
         super().__init__()
         self.channels, self.size, self.classes = channels, size, classes
@@ -813,28 +788,25 @@ def initialize_part(part):
 # %% [markdown]
 # ## Named networks
 #
-# A network is a dictionary of arguments. First those of this course, small, for pictures of 8 to 32
-# pixels, each in three forms.
+# A network is a dictionary of arguments. First those of this course, small, each in three forms.
 
 # %%
 PUBLISHED = (0.442, 0.6308)  # t_1, t_2 of the paper; step 04 puts those of the data set in place
 STEPS = (0.4425, 0.6315)  # amid two steps of LDM: 442 and 631 are the times 0.443 and 0.632
-LATENT = dict(boundaries=STEPS, time="ldm")
 
-NETWORKS = {}
+NETWORKS, ALONE = {}, dict(shared=False)
 for name, known in workshop.DATASETS.items():
     if "network" not in known:
         continue  # of those the paper's are trained
     (C, size, _), code = known["shape"], known["autoencoder"]
-    latent = dict(channels=code["code"], size=size // 2 ** (len(code["mults"]) - 1))
-    for kind, small in {
-        name: dict(channels=C, size=size, boundaries=PUBLISHED, **known["network"]),
-        f"{name}_latent": {**latent, **LATENT, **known["latent_network"]},
-    }.items():
-        NETWORKS[kind] = small = {**small, "add_input": True}
-        NETWORKS[f"{kind}_unified"] = {**small, "decoders": (small["encoder"],), "boundaries": ()}
-        NETWORKS[f"{kind}_separate"] = {**small, "decoders": (small["encoder"],) * 3}
-        NETWORKS[f"{kind}_separate"]["shared"] = False
+    pixels = dict(channels=C, size=size, boundaries=PUBLISHED, **known["network"])
+    latent = dict(channels=code["code"], size=size // 2 ** (len(code["mults"]) - 1), time="ldm")
+    latent.update(boundaries=STEPS, **known["latent_network"])
+    for kind, small in ((name, pixels), (f"{name}_latent", latent)):
+        small, one = {**small, "add_input": True}, (small["encoder"],)
+        NETWORKS[kind] = small
+        NETWORKS[f"{kind}_unified"] = {**small, "decoders": one, "boundaries": ()}
+        NETWORKS[f"{kind}_separate"] = {**small, "decoders": one * 3, **ALONE}
 SMALL_NETWORKS = [name for name in NETWORKS if not name.endswith(("_unified", "_separate"))]
 
 # %% [markdown]
@@ -856,7 +828,6 @@ ADM |= {"time": "ldm", "norm": (32, 1, 1e-5), "attended": "every"}
 FIRST = dict(attended=("every", "none", "none"))
 CIFAR, CELEBA = (NCSNPP, PUBLISHED), ({**ADM, **FIRST}, STEPS)
 EDM_CUTS = tuple(sde.match_snr(PUBLISHED, sde.VP, sde.EDM))
-ALONE = dict(shared=False)
 for name, (backbone, edges), width, widths, more in [
     ("table5_1", CIFAR, 128, (192, 128, 16), {}),
     ("table5_2", CIFAR, 160, (160, 128, 16), {}),
@@ -883,10 +854,7 @@ for name, (backbone, edges), width, widths, more in [
 
 
 def build_network(name, **changes):
-    """Build a network of NETWORKS by name, with some arguments of `MultistageUNet` changed.
-
-    Raises BadInput for an unknown name.
-    """
+    """Build a network of NETWORKS, some arguments changed. Raises BadInput for an unknown name."""
     if name not in NETWORKS:
         raise BadInput(f"unknown network {name!r}: take one of {', '.join(sorted(NETWORKS))}")
     return MultistageUNet(**{**NETWORKS[name], **changes})
@@ -993,33 +961,21 @@ if __name__ == "__main__" and not table:
 
 # %% [markdown]
 # The multistage network spends most near the image and least near the noise, on top of the encoder,
-# which every stage pays for. Unified costs the same at all times, and so does `separate`, whose
-# stages have a network of unified's size each. The published network for CIFAR-10 has 36 layers a
-# side:
-
-# %%
-if __name__ == "__main__" and not table:
-    with torch.device("meta"):  # which has shapes but no memory
-        net, x = build_network("table5_1"), torch.empty(1, 3, 32, 32)
-        parts = net.encoders[0], net.decoders, net.cuts
-        draw_architecture(x, 0.3, *parts, "figures/03_published.png")
-
-# %% [markdown]
+# which every stage pays for. Unified and `separate` cost the same at all times.
+#
 # ## Tables 5, 6 and 7
 #
-# Next to every number the published one. A table's *total* GFLOPs are an average over stages, and
-# what reproduces them differs from table to table:
+# Next to every number the published one. A table's *total* GFLOPs are an average over stages:
 #
 # * **Table 5** says "weighted by NFE". Its totals are averages over *uniform times* with the cuts
 #   0.426 and 0.626, which are Algorithm 2's for three stages and not the network's. (DPM-Solver's 20
-#   evaluations, evenly spread in log-SNR, fall 11, 2 and 7 times into the stages: 20.4 GFLOPs for
-#   the first row, not 18.65.)
+#   evaluations fall 11, 2 and 7 times into the stages: 20.4 GFLOPs for the first row, not 18.65.)
 # * **Table 6**: 20 uniform steps, of which 8, 4 and 8 fall into the stages.
 # * **Table 7**: the lengths of the intervals.
 #
-# Three printed entries fit no network and are taken for slips: the total GFLOPs of Table 5's last
-# row (they repeat the row above), the GFLOPs of Table 7's two stages (those of other widths than
-# its parameters) and its 230M for three stages, which are Table 5's 237M.
+# Three printed entries fit no network: the total GFLOPs of Table 5's last row (they repeat the row
+# above), the GFLOPs of Table 7's two stages (those of other widths than its parameters) and its
+# 230M for three stages, which are Table 5's 237M.
 
 # %%
 # row: published (million parameters, GFLOPs) of each stage, shared, total; None: not printed
@@ -1094,15 +1050,11 @@ if __name__ == "__main__":
 
 # %%
 def interpolate_parameters(interval, boundaries, p):
-    """Average p, one value a stage, over an interval (t_a, t_b) of [0, 1]: a float.
-
-    boundaries: those of the stages that p belongs to. Source: paper, Eq. 23.
-    """
+    """Average p, a value for each stage between boundaries, over an interval (t_a, t_b): a float."""
     (t_a, t_b), edges = interval, (0.0, *boundaries, 1.0)
     overlap = [max(0.0, min(t_b, end) - max(t_a, start)) for start, end in pairwise(edges)]
-    return sum(length * value for length, value in zip(overlap, p, strict=True)) / (
-        t_b - t_a
-    )  # Eq. 23
+    total = sum(length * value for length, value in zip(overlap, p, strict=True))
+    return total / (t_b - t_a)  # Eq. 23
 
 
 # %%
@@ -1119,7 +1071,6 @@ if __name__ == "__main__" and not table:
             )
 
 # %% [markdown]
-# Equation 23 gives the direction and not the numbers. Within stage 0 it can only repeat $p_0$, and
-# the published first stages are smaller and yet wider; within stage 2 only $p_2$. The encoder
-# shrinks with the number of stages (128, 96, 64 channels) and the decoders take up part of what it
-# loses: a second choice, which the paper does not mention. We take the published widths as they are.
+# Equation 23 gives the direction and not the numbers: within a stage it can only repeat $p_k$. In the
+# paper the encoder shrinks, too, with the number of stages (128, 96, 64 channels), and decoders take
+# up part of what it loses. That is not said there. We take the published widths as they are.
