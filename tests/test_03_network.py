@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import command
 from torch import nn
 
 
@@ -290,7 +291,7 @@ def test_outputs_equal_those_of_the_release(
 
 
 def test_step_05_draws_from_what_the_converter_writes(
-    unet, release, golden, root, monkeypatch, command, capsys
+    unet, release, golden, root, monkeypatch, capsys
 ):
     """A network for grey pictures, made as the recorded one for colour."""
     kind, _, named = recorded(unet, golden, "dpm")
@@ -322,14 +323,13 @@ def test_the_first_stage_of_ldm_loads_and_agrees(
 ):
     """VQ-f4 with random weights as its authors' code runs it."""
     found, state = draw_weights(golden / "vq_autoencoder.npz")
-    names = ["pytorch_lightning", "callbacks", "model_checkpoint"]  # which LDM's files name
-    for path in (".".join(names[:n]) for n in (1, 2, 3)):
-        monkeypatch.setitem(sys.modules, path, type(sys)(path))
-    callback = type("ModelCheckpoint", (), {"__module__": path})
-    monkeypatch.setattr(sys.modules[path], "ModelCheckpoint", callback, raising=False)
     state = {prefix + name: value for name, value in state} | {"loss.logvar": torch.zeros(1)}
-    torch.save({"state_dict": state, "callbacks": {callback: {"best": 1.0}}}, "model.ckpt")
-    monkeypatch.undo()
+    path = "pytorch_lightning.callbacks.model_checkpoint"
+    callback = type("ModelCheckpoint", (), {"__module__": path})  # which LDM's files name
+    with monkeypatch.context() as patch:
+        for name in (path[:17], path[:27], path):
+            patch.setitem(sys.modules, name, SimpleNamespace(ModelCheckpoint=callback))
+        torch.save({"state_dict": state, "callbacks": {callback: {"best": 1.0}}}, "model.ckpt")
     assert release.convert("model.ckpt", "runs/vq") == ["runs/vq/autoencoder.pt"]
     model = ldm.load_first_stage("runs/vq/autoencoder.pt")
     assert model.options == workshop.VQ_F4
@@ -434,7 +434,7 @@ def test_one_stage_compiles_as_one_graph(unet, golden):
         kind, _, _ = recorded(unet, golden, which)
         model = unet.randomize(unet.MultistageUNet(**kind))
         run = partial(model.branch, k=1)
-        stage = torch.compile(run, fullgraph=True, backend="aot_eager")
+        stage = torch.compile(run, fullgraph=True, backend="eager")
         x, t = torch.randn(2, 3, 16, 16), torch.tensor([0.5, 0.5])
         torch.testing.assert_close(stage(x, t), model.branch(x, t, 1), rtol=1e-4, atol=1e-4)
 
@@ -484,7 +484,8 @@ def test_under_autocast_norms_are_in_bfloat16_and_the_last_layer_is_not(unet):
     model, kinds = unet.build_network("digits"), {}
     note = lambda part, x, out: kinds.setdefault(type(part), set()).add(out.dtype)  # noqa: E731
     for part in model.modules():
-        part.register_forward_hook(note)
+        if isinstance(part, (nn.Conv2d, nn.GroupNorm)):
+            part.register_forward_hook(note)
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 1, 8, 8), torch.rand(2), stage=1)
     assert kinds[unet.GroupNorm] == kinds[nn.Conv2d] == {torch.bfloat16}
