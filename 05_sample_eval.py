@@ -8,9 +8,8 @@
 # %% [markdown]
 # # 05 · Drawing samples, and saying how good they are
 #
-# **You will** derive DDIM, Heun, DPM-Solver and DDPM from one line, check their order
-# on a case with a known answer, draw digits with the network of step 04, and measure
-# them beside real ones.
+# **You will** derive DDIM, Heun, DPM-Solver and DDPM from one line, check their order on a case
+# with a known answer, draw digits with the network of step 04, and measure them beside real ones.
 #
 # How long is a sampler? Six lines, with the best denoiser of step 01 in place of a network
 # (`optimal_denoiser`, there in its fast form).
@@ -46,58 +45,52 @@ if __name__ == "__main__" and lesson:
     workshop.show_images([workshop.to_pictures(z)], ["The loop's digits"], "figures/05_first.png")
 
 # %% [markdown]
-# Digits come out of noise. They are the training pictures themselves, because the best
-# denoiser of a finite set knows them by heart (step 01). A network does not reach it,
-# and that is why its pictures are new. Everything else in this step is about that loop:
-# why its last line is right, how to get along with fewer turns of it, and how to say
-# what its pictures are worth.
+# Digits come out of noise. They are the training pictures themselves, because the best denoiser of
+# a finite set knows them by heart (step 01). A network does not reach it, and that is why its
+# pictures are new. Everything else in this step is about that loop: why its last line is right, how
+# to get along with fewer turns of it, and how to say what its pictures are worth.
 #
 # ## One line behind all solvers
 #
-# Why is the loop right? Start from the probability-flow ODE of step 01 and put in the
-# score, which is $-\epsilon_\theta/(s\sigma)$:
+# Why is the loop right? Start from the probability-flow ODE of step 01 and put in the score, which
+# is $-\epsilon_\theta/(s\sigma)$:
 #
 # $$\frac{\mathrm dx}{\mathrm dt}=f\,x+\frac{g^2}{2s\sigma}\,\epsilon_\theta .$$
 #
-# Eq. (2), differentiated, says $\dot s=f\,s$ for the scale, and
-# $2\sigma\dot\sigma=g^2/s^2$ for the noise level. Now divide the picture by its scale,
-# $z=x/s$, and differentiate $z$ by time:
+# Eq. (2), differentiated, says $\dot s=f\,s$ for the scale, and $2\sigma\dot\sigma=g^2/s^2$ for the
+# noise level. Now divide the picture by its scale, $z=x/s$, and differentiate $z$ by time:
 #
-# 1. $\dot z=\dot x/s-x\,\dot s/s^2=\dot x/s-f\,x/s$ by the quotient rule and the first
-#    half of eq. (2);
-# 2. $\dot z=\dfrac{g^2}{2s^2\sigma}\,\epsilon_\theta$ by the ODE: the drift $f$
-#    cancels;
-# 3. $\dot z=\dot\sigma\,\epsilon_\theta$ by the second half of eq. (2): $g$ and $s$
-#    cancel as well.
+# 1. $\dot z=\dot x/s-x\,\dot s/s^2=\dot x/s-f\,x/s$ by the quotient rule and the first half of eq.
+#    (2);
+# 2. $\dot z=\dfrac{g^2}{2s^2\sigma}\,\epsilon_\theta$ by the ODE: the drift $f$ cancels;
+# 3. $\dot z=\dot\sigma\,\epsilon_\theta$ by the second half of eq. (2): $g$ and $s$ cancel as well.
 #
 # Measure time by the noise level itself, and what is left is
 #
 # $$\frac{\mathrm dz}{\mathrm d\sigma}=\epsilon_\theta .$$
 #
-# No kernel is left in it. So a solver for this line is a solver for all kernels, and a
-# plot of its errors for one of them is a plot for all. All solvers of this step
-# integrate this line, some with fresh noise on the way. They have the same arguments: a
-# function `eps(x, t)` that predicts noise, the kernel, the start noise `x` (B, C, H, W)
-# at `kernel.t_max`, the number of evaluations `nfe`, and a generator where they draw
-# noise. They yield their states, the last of which is the picture, and never change
-# what they are given. An evaluation of the network is what costs; the rest is
+# No kernel is left in it. So a solver for this line is a solver for all kernels, and a plot of its
+# errors for one of them is a plot for all. All solvers of this step integrate this line, some with
+# fresh noise on the way. They have the same arguments: a function `eps(x, t)` that predicts noise,
+# the kernel, the start noise `x` (B, C, H, W) at `kernel.t_max`, the number of evaluations `nfe`,
+# and a generator where they draw noise. They yield their states, the last of which is the picture,
+# and never change what they are given. An evaluation of the network is what costs; the rest is
 # arithmetic.
 #
-# Three helpers go around it. `levels` goes from $x$ to $z$ and lists the noise levels
-# to stop at, equally spaced in $\log\sigma$, because the fine detail is decided where
-# noise is low. `unscale` goes back from $z$ to $x$. `noise_at` asks the network, which
-# wants $x=s\,z$ and the time in place of $z$ and $\sigma$. Noise levels are plain
-# numbers, so that no GPU has to be waited for.
+# Three helpers go around it. `levels` goes from $x$ to $z$ and lists the noise levels to stop at,
+# equally spaced in $\log\sigma$, because the fine detail is decided where noise is low. `unscale`
+# goes back from $z$ to $x$. `noise_at` asks the network, which wants $x=s\,z$ and the time in place
+# of $z$ and $\sigma$. Noise levels are plain numbers, so that no GPU has to be waited for.
 #
 # ## A case with a known answer
 #
-# Whether a solver is right cannot be seen in pictures. So take data of which everything
-# is known: a mixture of Gaussians $\mathcal N(\mu_i,c^2)$. Its best noise prediction is
+# Whether a solver is right cannot be seen in pictures. So take data of which everything is known: a
+# mixture of Gaussians $\mathcal N(\mu_i,c^2)$. Its best noise prediction is
 #
 # $$\epsilon=\sigma\sum_iw_i\,\frac{z-\mu_i}{c^2+\sigma^2},$$
 #
-# with $w_i$ the chance that $z$ came from the $i$-th Gaussian. A Runge–Kutta solution
-# of the one line with a tolerance of $10^{-11}$ is the yardstick.
+# with $w_i$ the chance that $z$ came from the $i$-th Gaussian. A Runge–Kutta solution of the one
+# line with a tolerance of $10^{-11}$ is the yardstick.
 
 
 # %%
@@ -151,15 +144,15 @@ def mixture_flow(kernel, x, end, means=MEANS, c=WIDTH):
 # %% [markdown]
 # ## DDIM
 #
-# The simplest way along the line: hold the noise still during a step (Euler's method).
-# That is DDIM,
+# The simplest way along the line: hold the noise still during a step (Euler's method). That is
+# DDIM,
 #
 # $$z'=z+(\sigma'-\sigma)\,\epsilon .$$
 #
-# To go along the tangent is an error of the order of the step squared, and $n$ steps
-# make $n$ of them: what remains is a multiple of $1/n$. In general a solver has *order*
-# $p$ when it is wrong by a multiple of $n^{-p}$ after $n$ evaluations. Measure it: the
-# largest error on the mixture, over start noise of $-2$ to 2 standard deviations.
+# To go along the tangent is an error of the order of the step squared, and $n$ steps make $n$ of
+# them: what remains is a multiple of $1/n$. In general a solver has *order* $p$ when it is wrong by
+# a multiple of $n^{-p}$ after $n$ evaluations. Measure it: the largest error on the mixture, over
+# start noise of $-2$ to 2 standard deviations.
 
 
 # %%
@@ -191,11 +184,11 @@ if __name__ == "__main__" and lesson:
 #
 # ## Heun
 #
-# The next idea is to look where a step leads before taking it. **EDM** uses Heun's
-# method: after Euler's step it asks for the noise there, and goes again with the
-# average of both, $z'=z+(\sigma'-\sigma)\,\tfrac12(\epsilon+\epsilon')$. That costs two
-# evaluations a step, but for the last one to $\sigma=0$, which is Euler's. The noise
-# levels are evenly spaced in $\sigma^{1/7}$.
+# The next idea is to look where a step leads before taking it. **EDM** uses Heun's method: after
+# Euler's step it asks for the noise there, and goes again with the average of both,
+# $z'=z+(\sigma'-\sigma)\,\tfrac12(\epsilon+\epsilon')$. That costs two evaluations a step, but for
+# the last one to $\sigma=0$, which is Euler's. The noise levels are evenly spaced in
+# $\sigma^{1/7}$.
 
 
 # %%
@@ -229,21 +222,19 @@ if __name__ == "__main__" and lesson:
 #
 # ## DPM-Solver
 #
-# Both methods take the line as it is. **DPM-Solver** (Lu et al. 2022a) writes the line
-# in $\lambda=-\log\sigma$, half the log-SNR:
-# $\mathrm dz=-e^{-\lambda}\epsilon\,\mathrm d\lambda$. The exponential is known, so it
-# is integrated exactly; only $\epsilon$ is unknown, and is expanded in a Taylor series.
-# Over a step from $\lambda$ to $\lambda+h$ its first two terms give, with
+# Both methods take the line as it is. **DPM-Solver** (Lu et al. 2022a) writes the line in
+# $\lambda=-\log\sigma$, half the log-SNR: $\mathrm dz=-e^{-\lambda}\epsilon\,\mathrm d\lambda$. The
+# exponential is known, so it is integrated exactly; only $\epsilon$ is unknown, and is expanded in
+# a Taylor series. Over a step from $\lambda$ to $\lambda+h$ its first two terms give, with
 # $\dot\epsilon$ the slope of the noise in $\lambda$,
 #
 # $$z'=z-e^{-(\lambda+h)}\Big[(e^h-1)\,\epsilon+(e^h-1-h)\,\dot\epsilon+\dots\Big].$$
 #
-# The first term alone is DDIM once more. For the second, DPM-Solver-3 asks for the
-# noise at two points inside the step, $u_1$ at the share $r_1=\frac13$ of it and $u_2$
-# at $r_2=\frac23$, which it reaches in the same way, and estimates the slope from the
-# differences $D_1$ and $D_2$. Three evaluations a step; the choice $r_2=\frac23$ makes
-# up for the third term. The letters are Lu's, and `expm1` is $e^h-1$ without the digits
-# that a small $h$ would cost.
+# The first term alone is DDIM once more. For the second, DPM-Solver-3 asks for the noise at two
+# points inside the step, $u_1$ at the share $r_1=\frac13$ of it and $u_2$ at $r_2=\frac23$, which
+# it reaches in the same way, and estimates the slope from the differences $D_1$ and $D_2$. Three
+# evaluations a step; the choice $r_2=\frac23$ makes up for the third term. The letters are Lu's,
+# and `expm1` is $e^h-1$ without the digits that a small $h$ would cost.
 
 
 # %%
@@ -279,28 +270,26 @@ if __name__ == "__main__" and lesson:
     workshop.show_figure("figures/05_orders.png")
 
 # %% [markdown]
-# A solver of order $p$ must give a straight line of slope $-p$ on these axes once there
-# are enough steps, and so they do. Only Heun's comes out steeper: its last step, Euler's
-# from $\sigma_\min$ to 0, is as long with many evaluations as with few, and its error
-# takes something off that of the others; before that step the slope is 2.05.
+# A solver of order $p$ must give a straight line of slope $-p$ on these axes once there are enough
+# steps, and so they do. Only Heun's comes out steeper: its last step, Euler's from $\sigma_\min$ to
+# 0, is as long with many evaluations as with few, and its error takes something off that of the
+# others; before that step the slope is 2.05.
 #
-# Equal order is not equal error. `probability_flow` of step 01 is Euler's method, too,
-# and with a kernel of scale $s=1$ it is DDIM. With VP it follows $x$ in $t$, a path that
-# bends less, and to both sides, so that the errors of its steps cancel in part; $z$ in
-# $\sigma$ bends to one side all the way.
+# Equal order is not equal error. `probability_flow` of step 01 is Euler's method, too, and with a
+# kernel of scale $s=1$ it is DDIM. With VP it follows $x$ in $t$, a path that bends less, and to
+# both sides, so that the errors of its steps cancel in part; $z$ in $\sigma$ bends to one side all
+# the way.
 #
-# The higher the order, the more a few evaluations more are worth. With very few of them
-# order is no help: at 15, Heun's eight large steps are worse than DDIM's fifteen small
-# ones. The paper's DPM-Solver rows have 20: here 6 steps and 18; `dpm_solver` below uses
-# all.
+# The higher the order, the more a few evaluations more are worth. With very few of them order is no
+# help: at 15, Heun's eight large steps are worse than DDIM's fifteen small ones. The paper's
+# DPM-Solver rows have 20: here 6 steps and 18; `dpm_solver` below uses all.
 #
 # ## Fresh noise
 #
-# **DDPM** also goes down step by step, but puts some noise back. It predicts the
-# picture, $\hat z_0=z-\sigma\epsilon$, and draws $z'$ from the posterior of Gaussian
-# noise, given $z$ and $\hat z_0$. With $\kappa=\sigma'^2/\sigma^2$ that is a Gaussian
-# with the mean $\kappa z+(1-\kappa)\hat z_0$ and the variance $\sigma'^2(1-\kappa)$ (Ho
-# et al. 2020, eq. 7, written for $z=x/s$).
+# **DDPM** also goes down step by step, but puts some noise back. It predicts the picture, $\hat
+# z_0=z-\sigma\epsilon$, and draws $z'$ from the posterior of Gaussian noise, given $z$ and $\hat
+# z_0$. With $\kappa=\sigma'^2/\sigma^2$ that is a Gaussian with the mean $\kappa z+(1-\kappa)\hat
+# z_0$ and the variance $\sigma'^2(1-\kappa)$ (Ho et al. 2020, eq. 7, written for $z=x/s$).
 
 
 # %%
@@ -327,19 +316,17 @@ if __name__ == "__main__" and lesson:
     print(f"DDPM, 200 evaluations: mean {x.mean():.2f}, standard deviation {x.std():.2f}")
 
 # %% [markdown]
-# The mixture has 0.07 and 0.91. There is no exact path to compare with, only the
-# distribution. Fresh noise has its price: in the paper's Table 1 DDPM takes 1,000
-# evaluations, DPM-Solver 20.
+# The mixture has 0.07 and 0.91. There is no exact path to compare with, only the distribution.
+# Fresh noise has its price: in the paper's Table 1 DDPM takes 1,000 evaluations, DPM-Solver 20.
 #
 # ## Drawing with the network of step 04
 #
-# Step 04's network, after 40,000 steps, comes with the project. (Below the line it is
-# yours.) Two functions of step 04 are borrowed: `averaged_model` rebuilds a network with
-# its averaged weights, and `noise_function` makes of it the `eps(x, t)` that solvers
-# want. They never hear of stages: it asks the network which stage $t$ lies in and runs
-# the one decoder in charge. `start_noise` of step 01 draws the noise to start from, as
-# loud as at $t_\max$, each picture from random numbers of its own. 48 pictures are drawn
-# by DDIM; here are three of them on their way.
+# Step 04's network, after 40,000 steps, comes with the project. (Below the line it is yours.) Two
+# functions of step 04 are borrowed: `averaged_model` rebuilds a network with its averaged weights,
+# and `noise_function` makes of it the `eps(x, t)` that solvers want. They never hear of stages: it
+# asks the network which stage $t$ lies in and runs the one decoder in charge. `start_noise` of step
+# 01 draws the noise to start from, as loud as at $t_\max$, each picture from random numbers of its
+# own. 48 pictures are drawn by DDIM; here are three of them on their way.
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -358,22 +345,21 @@ if __name__ == "__main__" and lesson:
     workshop.show_images(strip, [title], "figures/05_strip.png", labels=times)
 
 # %% [markdown]
-# Read it from right to left. For half of the steps nothing is seen but noise, then the
-# shape is decided within a few, and the last ones clean a picture that is known: noise,
-# decision and cleaning are what the paper's stages divide the work by.
+# Read it from right to left. For half of the steps nothing is seen but noise, then the shape is
+# decided within a few, and the last ones clean a picture that is known: noise, decision and
+# cleaning are what the paper's stages divide the work by.
 #
 # ## How good are they?
 #
-# One picture cannot be marked, a set can: compare it with a set of real ones, in some
-# space of features. The **Fréchet distance** takes both for Gaussian clouds, with means
-# $m_i$ and covariances $C_i$, and is the squared distance between these clouds:
+# One picture cannot be marked, a set can: compare it with a set of real ones, in some space of
+# features. The **Fréchet distance** takes both for Gaussian clouds, with means $m_i$ and
+# covariances $C_i$, and is the squared distance between these clouds:
 #
 # $$d^2=\|m_1-m_2\|^2+\operatorname{tr}\big(C_1+C_2-2\,(C_1C_2)^{1/2}\big).$$
 #
-# The trace of a matrix root is the sum of the roots of the eigenvalues. With the
-# features of Inception, a classifier of ImageNet, and 50,000 samples the distance is
-# called **FID**. To see it at work, four features will do here: the brightness of each
-# quarter of a picture.
+# The trace of a matrix root is the sum of the roots of the eigenvalues. With the features of
+# Inception, a classifier of ImageNet, and 50,000 samples the distance is called **FID**. To see it
+# at work, four features will do here: the brightness of each quarter of a picture.
 
 
 # %%
@@ -393,37 +379,34 @@ if __name__ == "__main__" and lesson:
         print(f"{kind} / real: {frechet_distance(quarters(x), quarters(half)):.4f}")
 
 # %% [markdown]
-# A number alone says nothing. The yardstick is **real / real**: what another set of
-# real pictures gets is what perfect samples would get. It is not zero, because means
-# and covariances of few pictures are estimates, and it falls when there are more. So
-# both comparisons must use as many pictures. And a distance sees no more than its
-# features do: whoever paints each quarter as bright as it should be passes this test,
-# whatever it shows. Below the line come features that know digits, and three more
-# marks. **KID** compares with a kernel in place of a Gaussian and has no bias from the
-# number of pictures; **precision** is the share of samples that lie among the real
+# A number alone says nothing. The yardstick is **real / real**: what another set of real pictures
+# gets is what perfect samples would get. It is not zero, because means and covariances of few
+# pictures are estimates, and it falls when there are more. So both comparisons must use as many
+# pictures. And a distance sees no more than its features do: whoever paints each quarter as bright
+# as it should be passes this test, whatever it shows. Below the line come features that know
+# digits, and three more marks. **KID** compares with a kernel in place of a Gaussian and has no
+# bias from the number of pictures; **precision** is the share of samples that lie among the real
 # ones, **recall** the share of real ones that lie among the samples.
 #
-# **You have** the solvers of the paper's best rows in the letters of their papers,
-# pictures of a network, and a distance with a yardstick beside it. What follows draws
-# from your own run of step 04 and measures it in the same way. Step 06 does the same in
-# the latent space of an autoencoder.
+# **You have** the solvers of the paper's best rows in the letters of their papers, pictures of a
+# network, and a distance with a yardstick beside it. What follows draws from your own run of step
+# 04 and measures it in the same way. Step 06 does the same in the latent space of an autoencoder.
 #
 # ### Exercises
 #
-# 1. Measure `--nfe 5`, 10, 20 and 50 with `ddim` and `dpm-solver-3`. Where do they
-#    meet? <details><summary>Solution</summary>`python 05_sample_eval.py --sampler ddim
-#    --nfe 5`, and so on. They cross between 5 and 10, where the third-order solver
-#    gains from its steps, and have not met again at 50.</details>
-# 2. How much of the Fréchet distance between real and real is due to the number of
-#    pictures?
+# 1. Measure `--nfe 5`, 10, 20 and 50 with `ddim` and `dpm-solver-3`. Where do they meet?
+#    <details><summary>Solution</summary>`python 05_sample_eval.py --sampler ddim --nfe 5`, and so
+#    on. They cross between 5 and 10, where the third-order solver gains from its steps, and have
+#    not met again at 50.</details>
+# 2. How much of the Fréchet distance between real and real is due to the number of pictures?
 #    <details><summary>Solution</summary>`[frechet_distance(torch.randn(n, 4), torch.randn(n, 4))
 #    for n in (50, 500, 5000)]`: two sets of one distribution, and the distance falls like
 #    1/n.</details>
-# 3. Write the midpoint method: Euler to the middle of a step, then the whole step with
-#    the noise that is found there. What is its order?
-#    <details><summary>Solution</summary>`middle = (sigma * sigma_next) ** 0.5` in the loop of
-#    `ddim`, then `z_middle = z + (middle - sigma) * e` and `z = z + (sigma_next - sigma) *
-#    noise_at(eps, kernel, z_middle, middle)`. Order 2: in log-SNR this is the middle.</details>
+# 3. Write the midpoint method: Euler to the middle of a step, then the whole step with the noise
+#    that is found there. What is its order? <details><summary>Solution</summary>`middle = (sigma *
+#    sigma_next) ** 0.5` in the loop of `ddim`, then `z_middle = z + (middle - sigma) * e` and `z =
+#    z + (sigma_next - sigma) * noise_at(eps, kernel, z_middle, middle)`. Order 2: in log-SNR this
+#    is the middle.</details>
 
 # %% [markdown]
 # ## Below this line: faster, safer, as published
@@ -442,14 +425,12 @@ batch = 300  # pictures drawn at a time [1, 1000000]
 seed = 1  # seed of the start noise [0, 4294967295]
 reference = ""  # a folder of pictures to compare with, brought to the size of the run's
 weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else its download
-compile = False  # compile the network first (worth it for thousands of pictures on a GPU)
 label = -1  # draw this class alone, of a run with classes, and compare with it; -1: all [-1, 1000]
 guidance = "0"  # how far beyond the label's noise to go: w of all stages, or of each: 1,2,4
 
 # %%
 workshop.settings(globals(), "05_sample_eval")
 
-import hashlib
 import inspect
 import sys
 import time
@@ -529,10 +510,9 @@ def predictor_corrector(eps, kernel, x, nfe, generator=None, snr=0.16, grid="tim
 # ### Without
 #
 # **RK45** leaves the steps to scipy's adaptive Runge–Kutta method: it takes the evaluations that
-# its tolerance asks for, whatever `nfe` says. **DEIS** (tAB) lays a polynomial in $t$ through the last
-# evaluations and integrates that exactly, here by Gauss–Legendre quadrature:
-# $z'=z+\sum_j C_j\,\epsilon_{i-j}$ with $C_j=\int\ell_j\,\mathrm d\sigma$ and $\ell_j$ the Lagrange
-# polynomials.
+# its tolerance asks for, whatever `nfe` says. **DEIS** (tAB) lays a polynomial in $t$ through the
+# last evaluations and integrates that exactly, here by Gauss–Legendre quadrature: $z'=z+\sum_j
+# C_j\,\epsilon_{i-j}$ with $C_j=\int\ell_j\,\mathrm d\sigma$ and $\ell_j$ the Lagrange polynomials.
 
 
 # %%
@@ -689,8 +669,7 @@ def dpm_multistep(
 
 
 # %% [markdown]
-# All of them by name, with the rule for the number of evaluations, and the order that the
-# deterministic ones claim. Do they keep their word?
+# All of them by name, and the order that the deterministic ones claim. Do they keep their word?
 
 # %%
 SAMPLERS = {
@@ -708,8 +687,6 @@ SAMPLERS = {
     **{f"dpm-solver++-{p}m": partial(dpm_multistep, order=p, plus=True) for p in (2, 3)},
     "heun": heun,
 }
-NFE_RULE = {name: "any number" for name in SAMPLERS}
-NFE_RULE.update({"rk45": "as many as it takes", "heun": "2n - 1", "predictor-corrector": "2n"})
 ORDER = {"probability-flow": 1, "ddim": 1, "heun": 2, "deis-0": 1, "deis-1": 2, "deis-2": 3}
 ORDER["deis-3"] = 3  # 4 but for its first steps, which have to be of lower order
 ORDER.update({name: int(name.rstrip("m")[-1]) for name in SAMPLERS if name.startswith("dpm")})
@@ -836,27 +813,24 @@ def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, 
     pictures that were drawn in another way never stand in for these.
     """
     (rank, world), begin = workshop.ranks(), time.perf_counter()
-    made_by = workshop.fingerprint(*model.state_dict().values(), *also)
-    key = hashlib.sha256(f"{process} {made_by} {sorted(how.items())}".encode()).hexdigest()[:12]
-    paths = {first: Path(f"{folder}-{key}") / f"{first:07}.npy" for first in range(0, n, shard)}
-    sizes = {first: min(shard, n - first) for first in paths}
-    have = {first: len(np.load(p, mmap_mode="r")) for first, p in paths.items() if p.exists()}
-    missing = [first for first in paths if have.get(first, 0) < sizes[first]]
+    told = torch.tensor(list(f"{process} {sorted(how.items())}".encode()))
+    folder = f"{folder}-{workshop.fingerprint(told, *also, *model.state_dict().values())}"
+    sizes = {first: min(shard, n - first) for first in range(0, n, shard)}
+    paths = {first: Path(folder) / f"{first:07}-{size}.npy" for first, size in sizes.items()}
+    missing = [first for first in paths if not paths[first].exists()]
     if world > 1:
         dist.barrier()  # all have looked before one begins to draw
-    for first in tqdm(
-        missing[rank::world], "sampling", disable=rank > 0 or not missing, leave=False
-    ):
+    bar = dict(desc="sampling", disable=rank > 0 or not missing, leave=False)
+    for first in tqdm(missing[rank::world], **bar):
         x = decode(sample(model, process, sizes[first], first=first, **how))
         with workshop.replacing(paths[first]) as aside, open(aside, "wb") as file:
             np.save(file, to_bytes(x).numpy())
     if world > 1:
         dist.barrier()
     new, took = sum(sizes[first] for first in missing), time.perf_counter() - begin
-    speed = f"{took:.1f} s on {workshop.device()}: {new / took:.0f}/s"
-    said = f"{new} of {n} pictures drawn in {speed}" if new else f"{n} pictures, already drawn"
-    workshop.print_once(said)
-    return torch.from_numpy(np.concatenate([np.load(paths[f])[: sizes[f]] for f in paths]))
+    said = f"{new} drawn in {took:.1f} s on {workshop.device()}: {new / took:.0f}/s"
+    workshop.print_once(f"{n} pictures, {said if new else 'already drawn'}")
+    return torch.from_numpy(np.concatenate([np.load(path) for path in paths.values()]))
 
 
 def stage_shares(model, process, sampler, nfe, grid=""):
@@ -958,18 +932,13 @@ def features_of(images, features):
 def evaluate(images, reference, features):
     """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
-    features: function of uint8 (B, C, H, W) to (B, d). Keys: those of METRICS, and samples. Raises
-    BadInput for sets that are too small or do not fit.
+    features: function of uint8 (B, C, H, W) to (B, d). Keys: those of METRICS, and samples, of
+    which the smaller set has ten or more.
     """
     from torch_fidelity import metric_fid, metric_kid, metric_prc  # takes seconds
 
-    n = min(len(images), len(reference))
-    if images.shape[1:] != reference.shape[1:] or n < 10:
-        raise BadInput(
-            f"cannot compare {tuple(images.shape)} with {tuple(reference.shape)}: "
-            "give two sets of 10 or more pictures of one size"
-        )
     a, b = features_of(images, features), features_of(reference, features)
+    n = min(len(a), len(b))
     how = dict(kid_subset_size=min(n // 2, 1000), save_cpu_ram=True, verbose=False)
     found = metric_kid.kid_features_to_metric(a, b, **how)
     found |= metric_prc.prc_features_to_metric(a, b, **how)
@@ -1032,8 +1001,6 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     count, share = stage_shares(model, process, sampler, nfe, grid)
     costs = stage_gflops(model)
-    if compile:
-        model.compile()
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, **told)
     drawn = draw_set(model, process, run / "sets" / f"step{made}-{sampler}-{nfe}", samples, **how)
     if world > 1:
