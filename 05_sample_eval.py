@@ -286,10 +286,11 @@ if __name__ == "__main__" and lesson:
 #
 # ## Fresh noise
 #
-# **DDPM** also goes down step by step, but puts some noise back. It predicts the picture, $\hat
-# z_0=z-\sigma\epsilon$, and draws $z'$ from the posterior of Gaussian noise, given $z$ and $\hat
-# z_0$. With $\kappa=\sigma'^2/\sigma^2$ that is a Gaussian with the mean $\kappa z+(1-\kappa)\hat
-# z_0$ and the variance $\sigma'^2(1-\kappa)$ (Ho et al. 2020, eq. 7, written for $z=x/s$).
+# **DDPM** also goes down step by step, but puts some noise back. It predicts the picture,
+# $\hat z_0=z-\sigma\epsilon$, and draws $z'$ from the posterior of Gaussian noise, given $z$ and
+# $\hat z_0$. With $\kappa=\sigma'^2/\sigma^2$ that is a Gaussian with the mean
+# $\kappa z+(1-\kappa)\hat z_0$ and the variance $\sigma'^2(1-\kappa)$ (Ho et al. 2020, eq. 7,
+# written for $z=x/s$).
 
 
 # %%
@@ -511,8 +512,9 @@ def predictor_corrector(eps, kernel, x, nfe, generator=None, snr=0.16, grid="tim
 #
 # **RK45** leaves the steps to scipy's adaptive Runge–Kutta method: it takes the evaluations that
 # its tolerance asks for, whatever `nfe` says. **DEIS** (tAB) lays a polynomial in $t$ through the
-# last evaluations and integrates that exactly, here by Gauss–Legendre quadrature: $z'=z+\sum_j
-# C_j\,\epsilon_{i-j}$ with $C_j=\int\ell_j\,\mathrm d\sigma$ and $\ell_j$ the Lagrange polynomials.
+# last evaluations and integrates that exactly, here by Gauss–Legendre quadrature:
+# $z'=z+\sum_j C_j\,\epsilon_{i-j}$ with $C_j=\int\ell_j\,\mathrm d\sigma$ and $\ell_j$ the Lagrange
+# polynomials.
 
 
 # %%
@@ -754,38 +756,27 @@ def check_labels(model, label, guidance, n):
 
 @torch.no_grad()
 def sample(
-    model,
-    process,
-    n,
-    sampler="dpm-solver-3",
-    nfe=20,
-    seed=0,
-    batch=300,
-    calls=None,
-    first=0,
-    grid="",
-    label=None,
-    guidance=(0.0,),
+    model, process, n, sampler="dpm-solver-3", nfe=20, seed=0, batch=300, first=0, grid="", **told
 ):
     """Draw pictures first to first + n - 1 of the endless set that a seed names.
 
     Returns (n, C, H, W) in the network's space [-1, 1], on the CPU. Every picture has random
     numbers of its own, so the set does not depend on how it is divided into batches, calls or
     processes (but for rounding, and for the step lengths of predictor-corrector and rk45, which
-    look at the whole batch). calls: a list that gets, for each evaluation of the network, its
-    stage. sampler, grid: as in `solver_of`. label: of all pictures, or (n,) of each; guidance: as
-    in `noise_function`. Raises BadInput as `check_labels` and `solver_of` do, and for an impossible
-    number of evaluations.
+    look at the whole batch). sampler, grid: as in `solver_of`. told: label (of all, or (n,) of
+    each), guidance and calls, as in `noise_function`. Raises BadInput as `check_labels` and
+    `solver_of` do, and for an impossible number of evaluations.
     """
     solver = solver_of(sampler, grid)
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
-    label, done = check_labels(model, label, guidance, n), []
-    half = sampler != "rk45"  # rounding would look like an error of the step to one that adapts it
+    label = check_labels(model, told.get("label"), told.get("guidance", (0.0,)), n)
+    told["half"] = sampler != "rk45"  # to one that adapts, rounding would look like a step's error
+    done = []
     for part in torch.arange(first, first + n).split(batch):
-        own = label if label is None else label[part - first].to(where)
-        eps = training.noise_function(model, process, calls, half, own, guidance)
+        told["label"] = label if label is None else label[part - first].to(where)
+        eps = training.noise_function(model, process, **told)
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
         x_T = torch.empty(len(part), model.channels, model.size, model.size, device=where)
         *_, x = solver(eps, kernel, sde.start_noise(x_T, dice, kernel), nfe, dice)
