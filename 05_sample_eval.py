@@ -874,7 +874,7 @@ class DigitClassifier(nn.Module):
 @cache
 def load_classifier(dataset):
     """Load the classifier of a data set that pretrained/export.py wrote: (it, its accuracy)."""
-    kept = workshop.read_pretrained(workshop.ROOT / f"pretrained/{dataset}-classifier.safetensors")
+    kept = workshop.read_checkpoint(f"pretrained/{dataset}-classifier")
     classifier = DigitClassifier()
     classifier.load_state_dict(kept["ema"])
     return classifier.eval().requires_grad_(False), kept["accuracy"]

