@@ -39,7 +39,8 @@ lesson = workshop.is_lesson()
 # A training example is a picture $x_0$, a time $t$ and noise $\epsilon$. The network is given the
 # mixture $x_t=s_t(x_0+\sigma_t\,\epsilon)$ of eq. (1) and the time, and is asked for the noise.
 # (Networks see pixels in [−1, 1], twice the spread of steps 01 and 02; the cuts stay those of [0,
-# 1].)
+# 1]. Step 00's `workshop` loads pictures, maps them there and back, and shows them; `perturb` is
+# eq. (1), from step 01.)
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -101,8 +102,8 @@ if __name__ == "__main__" and lesson:
 # Those are the losses at the ten times of the picture. Noise has variance 1, so a network that
 # always says 0 has a loss of 1 whatever the time. To return the input is worse than that near the
 # image, and nearly perfect near the noise. Our small networks start just so: they add their input
-# to what the decoder says, and `build_network` lets them begin with saying 0. The best that can be
-# had is the loss of the optimal denoiser of step 01.
+# to what the decoder says, and step 03 lets that be 0 at first. The best that can be had is the
+# loss of the optimal denoiser of step 01.
 #
 # ## Which times?
 #
@@ -159,7 +160,8 @@ if __name__ == "__main__" and lesson:
 # linearly to zero, so that the last steps, too small to jitter, settle what the large ones found.
 #
 # A batch of one stage has no gradient for the other decoders: they and their averages in Adam stay
-# as they are. Does it learn? Ask it for one batch, again and again.
+# as they are. Does it learn? Take the network for digits from step 03 (`build_network`), and ask it
+# for one batch, again and again.
 
 
 # %%
@@ -262,7 +264,8 @@ if __name__ == "__main__" and lesson:
 #
 # Who knows the noise knows the picture. Solved for it, eq. (1) reads
 # $\hat x_0=x_t/s_t-\sigma_t\,\epsilon_\theta(x_t,t)$. Here is one digit at eight times, seen by the
-# averaged network, and beside it by the optimal denoiser of step 01, which has all digits at hand.
+# averaged network, and beside it by the optimal denoiser of step 01, which has all digits at hand
+# (`posterior_mean`, from below that step's line, is its fast form).
 
 
 # %%
@@ -355,18 +358,17 @@ BadInput = workshop.BadInput
 # %% [markdown]
 # ### The loss of other processes
 #
-# **vp** is that of above. **ldm** is vp with latent diffusion's schedule of 1,000 steps, for step
-# 06. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is wrapped so that its
-# input and its target have unit variance at every $\sigma$. EDM writes this for a denoiser
-# $D=c_\text{skip}x+c_\text{out}F$; in terms of the noise, $\epsilon_\theta=(x-D)/\sigma$, it is
-# linear in $F$ and its weight $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
+# **vp** is that of above; **ldm** the same with latent diffusion's schedule of 1,000 steps, for
+# step 06. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is wrapped so that its
+# input and its target have unit variance at every $\sigma$. In terms of the noise their denoiser
+# $D=c_\text{skip}x+c_\text{out}F$ is $\epsilon_\theta=(x-D)/\sigma$, linear in $F$, and their weight
+# $\lambda(\sigma)=(\sigma^2+\sigma_d^2)/(\sigma\sigma_d)^2$ becomes
 # $\omega=(\sigma^2+\sigma_d^2)/\sigma_d^2$. **pfgm-D** is edm with heavy-tailed noise (PFGM++; Xu
 # et al. 2023), a rival of the paper's Table 1: only the draw of $\epsilon$ changes.
 #
-# **flow** (flow matching; Liu et al. 2023, Lipman et al. 2023): the picture goes straight to the
-# noise, $x_t=(1-t)x_0+t\epsilon$, and the network predicts the velocity $v=\epsilon-x_0$. Put
-# $x_0=x_t-tv$ in: $\epsilon=x_t+(1-t)v$, so that an error of $v$ is one of the noise times $1-t$,
-# and their plain squared error of $v$ is eq. (4) with $\omega=1/(1-t)^2$.
+# **flow** (flow matching; Liu et al. 2023, Lipman et al. 2023): $x_t=(1-t)x_0+t\epsilon$ goes
+# straight to the noise, and the network predicts the velocity $v=\epsilon-x_0$. So
+# $\epsilon=x_t+(1-t)v$, and the squared error of $v$ is eq. (4) with $\omega=1/(1-t)^2$.
 
 # %%
 SIGMA_DATA = 0.5  # of pictures in [-1, 1], as in EDM
@@ -442,21 +444,19 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # log-normal distribution picks the stage, and the batch is drawn from its part there.
 #
 # `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
-# weighted by its chance over its share of the batch: the same objective, with the expectation in
-# place of the draw of a stage.
+# weighted by its chance over its share of the batch: the expectation in place of the draw.
 #
 # `--times` says how often a stage is drawn. As the release has it a stage is as likely as any other
 # (`stages`), and a unified network, which has but one, gets times uniform over the timeline
 # (`uniform`). So the two differ in *two* things, and a comparison needs its control: either can be
 # asked of any network. A unified one with `--times stages` is dealt the times of the three stages.
 #
-# `--weight min-snr` takes weight from small times, where the noise can hardly be told and a picture
-# is all but done: $\omega(t)=\min(1, 5\,\sigma_t^2)$. In terms of the picture, whose error is
+# `--weight min-snr` is $\omega(t)=\min(1, 5\,\sigma_t^2)$: in terms of the picture, whose error is
 # $\sigma_t$ times that of the noise, no time weighs more than 5 (Hang et al. 2023).
 #
-# The recipe of `digits` takes all of these (and a falling learning rate, and a network a quarter as
-# wide as step 03's), for networks of one decoder as of three: RESULTS.md has what each of them
-# gains. `--stages uniform --weight none --decay none --encoder 32` is the paper's way.
+# The recipe of `digits` takes all of these, a falling learning rate and a narrow network, for
+# networks of one decoder as of three: RESULTS.md has what each of them gains. The paper's way is
+# `--stages uniform --weight none --decay none --encoder 32`.
 
 
 # %%
@@ -497,14 +497,6 @@ def draw_times(edges, process, k, generator):
     return u if process in ("vp", "flow") else torch.exp(1.2 * torch.special.ndtri(u) - 1.2)
 
 
-def min_snr(t, kernel):
-    """Weigh errors of predicted noise at times t (B,) by min(SNR, 5) / SNR: (B,).
-
-    Source: Hang et al. 2023, Section 3.4; SNR is 1 / sigma^2, as for x0 in [-1, 1].
-    """
-    return (5 * kernel.sigma(t) ** 2).clamp(max=1)
-
-
 # %%
 DROPPED = 0.1  # share of the labels that a network is not told (Ho and Salimans 2022)
 
@@ -535,7 +527,7 @@ def train(
     stages="uniform",
     times="",
     cuts=None,
-    weight="",
+    weight="none",
     decay=0,
     labels=None,
 ):
@@ -585,8 +577,8 @@ def train(
         stage = turns if len(turns) > 1 else turns[0]
         with workshop.half_precision(device):
             error = weighted_error(state["forward"], x0, eps, t, process, stage=stage, **told)
-        if weight == "min-snr":
-            share = share * min_snr(t, kernel)
+        if weight == "min-snr":  # min(SNR, 5) / SNR, with the SNR 1 / sigma^2 of x0 in [-1, 1]
+            share = share * (5 * kernel.sigma(t) ** 2).clamp(max=1)
         # the processes' gradients are averaged, their losses shall be summed
         loss = world * (share.to(error) * error).sum()
         training_step(model, optimizer, loss, step, warmup, decay)
@@ -676,9 +668,11 @@ def averaged_model(content):
     """Build the averaged network of a checkpoint's content, in eval mode on the device.
 
     With early stopping each stage has the weights of its best look at held-out pictures.
+    Raises BadInput where they do not fit.
     """
-    model = network_of(content["settings"])
-    model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
+    with workshop.reading("the checkpoint"):
+        model = network_of(content["settings"])
+        model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
     return workshop.move_to_device(model).eval()
 
 
@@ -691,7 +685,7 @@ def averaged_model(content):
 # %%
 # paper: one stage a batch, all of Eq. 4's weights 1, a constant learning rate; here: what is
 # neither asked for nor in a recipe is so, and a recipe may know better (RESULTS.md)
-PAPERS_WAY = dict(stages="uniform", times="", weight="", decay="none", encoder=0, decoders="")
+PAPERS_WAY = dict(stages="uniform", times="", weight="none", decay="none", encoder=0, decoders="")
 PAPER_NETWORKS = {
     "vp": dict(multistage="table5_1", unified="table7_1", separate="table3_separate"),
     "edm": dict(multistage="edm", unified="edm_unified", separate="edm_separate"),
@@ -756,9 +750,10 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     if len(cuts) == 2:
         cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
         if dataset != "celeba":
+            some = images[: min(50_000, 2**29 // images[0].numel())]  # as memory holds as floats
             try:
                 progress = workshop.ranks()[0] == 0
-                cuts = clustering.algorithm_1(images[:50_000].float() / 255, progress=progress)
+                cuts = clustering.algorithm_1(some.float() / 255, progress=progress)
             except BadInput as why:
                 workshop.print_once(f"step 02 finds no boundaries ({why}): taking the published")
     return sde.match_snr(cuts, sde.VP, kernel_of(process))
@@ -773,7 +768,7 @@ def plan_run(given, recipe, images):
     name = partial(network_name, given["network"], dataset, process=process)
     network, recipe = name(arch=arch), {**PAPERS_WAY, **recipe}
     if process not in PLAIN:  # others have times and weights of their own
-        recipe.update(times="", weight="")
+        recipe.update(times="", weight="none")
     if given["network"] or given.get("encoder") or given.get("decoders"):
         recipe.update(encoder=0, decoders="")  # a recipe's widths are of its network
     if arch != "multistage":
@@ -807,19 +802,13 @@ def plan_run(given, recipe, images):
 
 # %%
 def describe_training(state, settings):
-    """Say what will be trained, and count what a step of each stage costs."""
+    """Say what will be trained, and return what a picture costs at each stage (`cost_of`)."""
     costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
-    steps, batch, (_, world) = settings["steps"], settings["batch"], workshop.ranks()
-    workshop.print_once(
-        f"{settings['arch']} network {settings['network']}, boundaries {cuts}",
-        f"{steps:,} steps of {batch} pictures on {workshop.device()}, processes: {world}",
-    )
+    workshop.print_once(f"{settings['arch']} network {settings['network']}, boundaries {cuts}")
     for k in range(len(state["model"].decoders)):
         million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
-        workshop.print_once(
-            f"  stage {k}: {million:.2f}M parameters, {gflops:.4g} GFLOPs a picture"
-        )
+        workshop.print_once(f"  stage {k}: {million:.2f}M weights, {gflops:.4g} GFLOPs a picture")
     return costs
 
 
@@ -863,7 +852,7 @@ def check_held_out(state, held_out, process, patience):
         elif stopping["waited"][k] >= patience:
             state["active"].remove(k)
             workshop.print_once(
-                f"stage {k} stops: no gain on held-out pictures in {patience} looks"
+                f"stage {k} stops: no gain in {patience} looks at held-out pictures"
             )
     return found
 
@@ -888,31 +877,24 @@ def fit(state, images, settings, folder, held_out=None, decode=None, labels=None
     A signal such as Ctrl-C ends the process, after the step is finished and saved.
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
-    folder, device, costs = (
-        Path(folder),
-        state["generator"].device,
-        describe_training(state, settings),
-    )
-    begin = time.perf_counter()
+    folder, costs, begin = Path(folder), describe_training(state, settings), time.perf_counter()
+
+    def petaflops(kind):
+        # paper: iterations times the average over a sampler's evaluations; here: the stages that
+        # were drawn, because they are what training costs.
+        return sum(n * costs[k][kind] for k, n in enumerate(state["drawn"])) / 1e6
 
     def summarize(recent):
         nonlocal begin
         seconds, begin = time.perf_counter() - begin, time.perf_counter()
         row = dict(images_per_s=round(len(recent) * batch / seconds))
-        row |= mean_losses(recent, len(state["model"].decoders), device)
+        row |= mean_losses(recent, len(state["drawn"]), state["generator"].device)
         if held_out is not None:
             found = check_held_out(state, held_out, process, settings["patience"])
             row |= {f"held_out_{k}": round(loss, 7) for k, loss in found.items()}
-        # As Table 2 counts (forward, of one picture a step) and in truth (all, backward twice).
-        # paper: iterations times the average over a sampler's evaluations; here: the stages that
-        # were drawn, because they are what training costs.
-        for key, kind, each in (
-            ("petaflops", "gflops", 1),
-            ("true_petaflops", "true_gflops", 3 * batch),
-        ):
-            found = sum(n * costs[k][kind] for k, n in enumerate(state["drawn"])) * each / 1e6
-            row[key] = float(f"{found:.6g}")
-        return row
+        # as Table 2 counts, a picture a step, forward; and in truth: all, backward twice as much
+        row |= {"petaflops": petaflops("gflops")}
+        return row | {"true_petaflops": 3 * batch * petaflops("true_gflops")}
 
     def save(losses):
         if not all(torch.isfinite(loss) for loss in losses.values()):  # the last checkpoint stays
@@ -931,10 +913,7 @@ def fit(state, images, settings, folder, held_out=None, decode=None, labels=None
 
 
 def leave_out(n, images, labels, seed):
-    """Leave n pictures out, the first of a shuffled order: (left out, other images, their labels).
-
-    Raises BadInput where nothing would be left.
-    """
+    """Leave n pictures out, the first of a shuffled order: (they, the others, the others' labels)."""
     if n >= len(images):
         raise BadInput(f"{n} of {len(images)} pictures cannot be left out: there would be none")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -976,18 +955,16 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    workshop.print_once(f"the run lies in {run}")
+    workshop.print_once(f"on {workshop.device()}, processes: {world}; the run lies in {run}")
     fit(state, used, asked, run, held_out, labels=labels, save_every=save_every)
-    if world > 1:
-        dist.destroy_process_group()
     if rank > 0:
         sys.exit()  # the first process draws
 
 # %% [markdown]
 # ### What it learned
 #
-# The losses, a point now an average of many steps; how the samples came about, from one noise; what
-# it sees now.
+# The losses, a point now an average of many steps; how the samples came about, from one noise
+# (most of it in the first few hundred steps); what it sees now.
 
 # %%
 if __name__ == "__main__":
