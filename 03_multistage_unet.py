@@ -1030,7 +1030,6 @@ def print_table(table):
             )
 
 
-# %%
 if __name__ == "__main__":
     if table not in (0, *TABLES):
         raise BadInput(f"table = {table}: take 5, 6 or 7, or 0 for the whole step")
@@ -1057,7 +1056,6 @@ def interpolate_parameters(interval, boundaries, p):
     return total / (t_b - t_a)  # Eq. 23
 
 
-# %%
 if __name__ == "__main__" and not table:
     known = [million for million, _ in TABLES[5]["table5_1"][:3]], NETWORKS["table5_1"]["decoders"]
     print("stages  interval         parameters (M): eq. 23  Table 7    width: eq. 23  Table 7")

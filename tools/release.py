@@ -1,9 +1,8 @@
 """Turn a checkpoint of the paper's authors, or LDM's first stage, into files that the steps read.
 
-    python tools/release.py checkpoint_9.pth runs/released    and then, as with a run of one's own:
+    python tools/release.py checkpoint_9.pth runs/released
     python 05_sample_eval.py --name released
 
-Their networks for DPM-Solver, EDM and LDM become checkpoint.pt, VQ-f4 and KL-f4 autoencoder.pt.
 Only tensors are read, never code. EDM's .pkl files hold code: where you trust one, save its tensors
 in EDM's repository, torch.save({"ema": pickle.load(open(FILE, "rb"))["ema"].state_dict()}, "x.pt").
 """
@@ -24,12 +23,10 @@ BadInput = workshop.BadInput
 
 
 def match_release(model, named):
-    """Pair the release's parameters with a network's: its state dict.
+    """Pair parameters [(name, tensor)] in the release's order with a network's: its state dict.
 
-    Names differ, but the *order* is that of the modules here. What is stored differently: 1×1
-    convolutions of attention as matrices (NCSN++) or over sequences (ADM), and q, k, v apart,
-    interleaved, or head by head. named: [(name, tensor)] in the release's order.
-    Raises BadInput where they do not fit.
+    The *order* is that of the modules here. Stored differently are 1×1 convolutions of attention,
+    as matrices (NCSN++) or over sequences (ADM), and q, k, v, apart, interleaved or head by head.
     """
     waiting, found = list(named), {}
     for name, layer in model.named_modules():
@@ -40,10 +37,9 @@ def match_release(model, named):
         taken, waiting = waiting[:n], waiting[n:]
         if len(taken) < n:
             raise BadInput(f"the checkpoint ends before {name}")
-        weight, bias = [tensor for _, tensor in taken[::2]], [tensor for _, tensor in taken[1::2]]
-        if isinstance(layer, nn.Conv2d) and weight[0].dim() == 2:
-            weight = [matrix.T for matrix in weight]  # NCSN++ has (in, out)
-        weight, bias = torch.cat(weight), torch.cat(bias)
+        matrices = isinstance(layer, nn.Conv2d) and taken[0][1].dim() == 2  # NCSN++: (in, out)
+        weight = torch.cat([tensor.T if matrices else tensor for _, tensor in taken[::2]])
+        bias = torch.cat([tensor for _, tensor in taken[1::2]])
         if name.endswith("qkv") and not apart:  # head by head, or the three interleaved
             heads = getattr(model.get_submodule(name[:-4]), "heads", 1)
             n = heads if weight.dim() == 3 else len(bias) // 3
@@ -70,10 +66,9 @@ def clean_names(state):
 def release_parameters(saved):
     """List a network's averaged parameters [(name, tensor)] in the order of the modules here.
 
-    saved: what the file holds. DPM-Solver's has "model" and, in "ema", a list of averages,
-    "shadow_params"; EDM's tensors are a state dict, "ema"; LDM's "state_dict" has both, under names
-    with "model.diffusion_model" and "model_ema". Raw weights are taken only where there is no
-    average at all, which is said. The list is empty where there is no multistage network.
+    DPM-Solver's file has "model" and, in "ema", a list of averages; EDM's tensors are a state dict,
+    "ema"; LDM's "state_dict" has both. Raw weights are taken only where there is no average at all,
+    which is said. The list is empty where there is no multistage network.
     """
     state, means = clean_names(saved.get("model", {})), None
     if "state_dict" in saved:
@@ -89,12 +84,11 @@ def release_parameters(saved):
     state = {n.removeprefix("model."): v for n, v in state.items() if not n.endswith(tables)}
     if not any(name.startswith(("de_modules.", "decs.")) for name in state):
         return []
-    if means is not None:
-        if len(means) != len(state):
-            raise BadInput(f"{len(means)} averaged weights for {len(state)} parameters")
-        state = dict(zip(state, means, strict=True))
-    elif "ema" not in saved:
+    if means is not None and len(means) != len(state):
+        raise BadInput(f"{len(means)} averaged weights for {len(state)} parameters")
+    if means is None and "ema" not in saved:
         print("there are no averaged weights: taking the raw ones")
+    state = state if means is None else dict(zip(state, means, strict=True))
 
     def place(entry):  # LDM lists the last layers of all decoders at the end
         part, k, *_ = (*entry[0].split("."), "")
@@ -118,46 +112,29 @@ def find_network(named):
 
 
 def build_first_stage(tensors):
-    """Build an autoencoder from the tensors {name: tensor} of LDM's first stage."""
-    if any(".attn." in name for name in tensors):  # as LDM has at f = 8 and above
-        raise BadInput("this first stage has attention at several resolutions: take VQ-f4 or KL-f4")
-    (width, channels), widths = tensors["encoder.conv_in.weight"].shape[:2], []
-    while (name := f"encoder.down.{len(widths)}.block.0.conv1.weight") in tensors:
-        widths.append(len(tensors[name]))
-    blocks = sum(name.startswith("encoder.down.0.") and "conv1.w" in name for name in tensors)
-    vectors = tensors.get("quantize.embedding.weight")
-    plan = dict(kind="kl" if vectors is None else "vq", channels=channels, width=width)
-    plan.update(blocks=blocks, mults=[c // width for c in widths])
-    plan.update(code=len(tensors["post_quant_conv.weight"]))
-    model = ldm.Autoencoder(**plan, entries=None if vectors is None else len(vectors))
-    parts = ["encoder", "quant_conv", "post_quant_conv", "decoder"]
+    """Build an autoencoder from {name: tensor} of LDM's first stage, VQ-f4 or KL-f4."""
+    width, channels = tensors["encoder.conv_in.weight"].shape[:2]
+    first = [name for name in tensors if name.startswith("encoder.down.") and "conv1.w" in name]
+    mults = [len(tensors[name]) // width for name in first if ".block.0." in name]
+    blocks = len(first) // len(mults)
+    vectors, code = tensors.get("quantize.embedding.weight"), len(tensors["post_quant_conv.weight"])
+    kind, entries = ("kl", None) if vectors is None else ("vq", len(vectors))
+    plan = dict(channels=channels, code=code, width=width, blocks=blocks, entries=entries)
+    model = ldm.Autoencoder(kind, mults=mults, **plan)
+    parts, order = "encoder quant_conv post_quant_conv decoder", "conv_in mid up norm_out conv_out"
+    parts, order = parts.split(), order.split()
 
     def place(entry):  # the release lists the decoder's levels from the picture inwards
         part, what, k, *_ = (*entry[0].split("."), "", "")
-        order = ["conv_in", "mid", "up", "norm_out", "conv_out"]
         rank = order.index(what) if part == "decoder" else 0
         return parts.index(part), rank, -int(k) if (part, what) == ("decoder", "up") else 0
 
     named = [(name, tensor) for name, tensor in tensors.items() if name.split(".")[0] in parts]
     found = match_release(model, sorted(named, key=place))
     if vectors is not None:
-        found.update({"codebook.vectors": vectors})
+        found["codebook.vectors"] = vectors
     model.load_state_dict(found)
     return model
-
-
-def read_tensors(path):
-    """Read a checkpoint of others as tensors. Raises BadInput where that cannot be done."""
-    # LDM's files name a class of Lightning, which nobody needs
-    stand_in = type("Inert", (), {}), "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-    try:
-        with torch.serialization.safe_globals([stand_in]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"there is no file {path}") from None
-    except Exception as error:  # a torn file fails in many ways
-        raise BadInput(f"{path} is damaged, or holds more than tensors: see --help") from error
-    return saved if isinstance(saved, dict) else {}
 
 
 def convert(path, run, dataset=""):
@@ -166,7 +143,15 @@ def convert(path, run, dataset=""):
     dataset: what the network was trained on; empty: celeba for LDM's, cifar10 for others.
     Raises BadInput where there is neither, or where the run has such a file already.
     """
-    saved, files = read_tensors(path), {}
+    unused = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # LDM's files name it
+    if not Path(path).is_file():
+        raise BadInput(f"there is no file {path}")
+    try:
+        with torch.serialization.safe_globals([(type("Unused", (), {}), unused)]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn file fails in many ways
+        raise BadInput(f"{path} is damaged, or holds more than tensors: see --help") from error
+    saved, files = saved if isinstance(saved, dict) else {}, {}
     state = clean_names(saved.get("state_dict", {}))
     state = {name.removeprefix("first_stage_model."): v for name, v in state.items()}
     if any(name.startswith("post_quant_conv.") for name in state):
@@ -178,27 +163,24 @@ def convert(path, run, dataset=""):
         time, cuts = (unet.NETWORKS[network].get(key) for key in ("time", "boundaries"))
         if time == "edm" and len(cuts) == 2:
             cuts = (2.5103, 7.6577)  # paper: 0.442 and 0.6308, which is 2.511 and 7.404
-        settings = dict(dataset=dataset or ("celeba" if time == "ldm" else "cifar10"))
-        settings.update(network=network, process=time or "vp", boundaries=list(cuts))
-        settings.update({"scale": 1.0} if time == "ldm" else {})  # of its latents
+        settings = dict(network=network, process=time or "vp", boundaries=list(cuts))
+        settings["dataset"] = dataset or ("celeba" if time == "ldm" else "cifar10")
+        settings |= {"scale": 1.0} if time == "ldm" else {}  # its latents are drawn as they are
         step = int(saved.get("step", saved.get("global_step", 0)))
         files["checkpoint.pt"] = dict(settings=settings, ema=weights, step=step)
     if not files:
         raise BadInput(f"{path} holds neither a network of the paper nor a first stage of LDM")
-    for file in [Path(run) / name for name in files]:
-        if file.exists():
-            raise BadInput(f"{file} is there already: give another folder")
+    if there := [name for name in files if (Path(run) / name).exists()]:
+        raise BadInput(f"{run} has {there[0]} already: give another folder")
     for name, content in files.items():
         workshop.write_checkpoint(content, run, name)
-        if "settings" in content:
-            workshop.write_json(content["settings"], Path(run) / "settings.json")
     return [str(Path(run) / name) for name in files]
 
 
 if __name__ == "__main__":
     sys.excepthook = workshop.report_bad_input
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("checkpoint", help="file of the release or of LDM, such as model.ckpt")
     parser.add_argument("run", help="folder to write, such as runs/released")
     parser.add_argument("--dataset", default="", help="of the network: celeba, where EDM's is")
