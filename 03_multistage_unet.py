@@ -76,7 +76,7 @@ if __name__ == "__main__" and not table:
 # | … and therefore unified learns slowly | does not show: at first it learns fastest |
 # | separate is worse than unified | holds |
 # | … because each of its networks overfits | not with all pictures; with a tenth unified does so as much |
-# | an encoder with several decoders is better than both | with two better than unified; with three not |
+# | one encoder with several decoders is better than both | with two stages better than unified; with three not |
 #
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
 # What fails at this scale is not refuted at the paper's.
