@@ -1039,8 +1039,8 @@ if __name__ == "__main__":
     title = f"{samples} pictures a set against {against}, {named};"
     title += f"\n{sampler}, {count} evaluations, averaged weights, seed {seed}"
     print_metrics(table, title, named)
-    sets = [features_of(images, extractor) for images in (drawn, half)]
-    if samples > sets[0].shape[1]:  # else the covariances have no full rank
+    if samples > 64 and not named.startswith("Inception"):  # more pictures than features
+        sets = [features_of(images, extractor) for images in (drawn, half)]
         by_hand, theirs = frechet_distance(*sets), table["samples / real"]["frechet"]
         print(f"the five lines: {by_hand:.6f}, torch-fidelity: {theirs:.6f}")
         assert math.isclose(by_hand, theirs, rel_tol=1e-3)
