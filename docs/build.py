@@ -22,6 +22,8 @@ MORE = "equations reproduced samples commands machines differences"
 MORE = ["RESULTS", *MORE.split(), "house", "teaching", "troubleshooting"]
 PLACE = re.compile(r"^(?:def |class |(?=[A-Z]\w* = ))(\w+)", re.MULTILINE)
 
+FOLDED = {"imports", "parameters"}  # tags of cells that are no part of the lesson
+
 
 def relink(text):
     """Turn links to scripts and folders of the project into links to pages."""
@@ -57,7 +59,7 @@ def toctree(caption, pages):
 
 
 def with_places(notebook):
-    """Give a notebook places to link to, and links to pages."""
+    """Give a notebook places to link to, links to pages, and one folded cell for its settings."""
     cells = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -65,6 +67,11 @@ def with_places(notebook):
         elif names := PLACE.findall(cell.source):
             marks = "".join(f'<span id="{name}"></span>' for name in names)
             cells.append(nbformat.v4.new_markdown_cell(marks))
+        elif FOLDED & set(cell.metadata.get("tags", [])):
+            cell.metadata["tags"] = ["hide-input"]  # which MyST-NB folds
+            if cells[-1].metadata.get("tags") == cell.metadata["tags"]:
+                cells[-1].source += "\n\n" + cell.source
+                continue
         cells.append(cell)
     notebook.cells = cells
     return notebook

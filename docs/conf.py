@@ -7,6 +7,8 @@ author = "the authors of this project"
 copyright = "its authors, MIT licence"
 extensions = ["myst_nb", "sphinx-mathjax-offline"]  # MathJax from a package, not from a host
 nb_execution_mode = "off"  # the notebooks are committed with their outputs
+nb_code_prompt_show = "Imports and settings"  # all that docs/build.py folds
+nb_code_prompt_hide = nb_code_prompt_show
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 # A lesson's parts may begin with a smaller heading; outputs of tqdm are no language
