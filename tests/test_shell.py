@@ -1,5 +1,6 @@
 """From the shell: help, silent imports, a run of every step, and errors as one sentence."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,8 +14,8 @@ RUNS = [
     ["--samples", "2", "--steps", "20"],
     ["--samples", "500", "--pairs", "2"],
     ["--table", "5"],
-    ["--steps", "4", "--batch", "8", "--boundaries", "0.1,0.44", "--decay", "none", "--name", "r"],
-    ["--name", "r", "--samples", "20", "--nfe", "3"],
+    ["--steps", "4", "--batch", "8", "--boundaries", "0.1,0.44", "--decay", "none"],
+    ["--samples", "20", "--nfe", "3"],
     ["--code_steps", "2", "--steps", "2", "--batch", "8", "--samples", "20", "--nfe", "2"],
     ["--steps", "2", "--samples", "20", "--seeds", "2"],
 ]
@@ -55,11 +56,20 @@ def test_every_step_runs_as_a_command(ran, number):
 def test_what_the_steps_leave(ran):
     folder = ran[0]
     assert {path.name for path in folder.iterdir()} == {"figures", "runs"}
-    left = {path.name for path in (folder / "runs" / "r").iterdir()}
+    left = {path.name for path in (folder / "runs" / "digits-multistage").iterdir()}
     files = {"checkpoint.pt", "metrics.jsonl", "settings.json", "metrics.json", "samples.png"}
     assert files <= left and not [name for name in left if ".part" in name]
-    log = (folder / "runs" / "r" / "metrics.jsonl").read_text(encoding="utf-8")
+    log = (folder / "runs/digits-multistage/metrics.jsonl").read_text(encoding="utf-8")
     assert log.count('"step"') == 4
+
+
+def test_the_demo_ends_with_where_its_results_are(ran, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    execute = importlib.import_module("execute")
+    monkeypatch.setattr(execute, "ROOT", ran[0])
+    execute.report(ran[0] / "runs", ran[0] / "notebooks")
+    said = capsys.readouterr().out
+    assert said.count("Fréchet distance") == 2 and "runs/digits-latent/samples.png" in said
 
 
 def test_a_run_goes_on_with_the_same_settings_alone(ran, workshop, monkeypatch):
@@ -67,7 +77,7 @@ def test_a_run_goes_on_with_the_same_settings_alone(ran, workshop, monkeypatch):
     with pytest.raises(workshop.BadInput, match="runs/r was made with seed = 0, not 9"):
         command(4, *RUNS[4], "--resume", "--seed", 9)
     command(4, *RUNS[4], "--resume", "--steps", 6)
-    assert workshop.read_log("runs/r")[-1]["step"] == 6
+    assert workshop.read_log("runs/digits-multistage")[-1]["step"] == 6
 
 
 @pytest.mark.parametrize("number", range(8))
