@@ -20,7 +20,7 @@ STEPS = sorted(path.stem for path in ROOT.glob("0[0-9]_*.py"))
 PAGES = {"README.md": "index.md", "RESULTS.md": "RESULTS.md"}
 MORE = "equations reproduced samples commands machines differences"
 MORE = ["RESULTS", *MORE.split(), "house", "teaching", "troubleshooting"]
-PLACE = re.compile(r"^(?:def |class |(?=[A-Z]\w* = ))(\w+)", re.MULTILINE)
+PLACE = re.compile(r"^(?:def |class |(?=[A-Z]\w* = [A-Z]\w*\())(\w+)", re.MULTILINE)
 
 FOLDED = {"imports", "parameters"}  # tags of cells that are no part of the lesson
 
