@@ -333,7 +333,6 @@ batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0
 lr = 0.0  # Adam's learning rate; 0: the recipe of the data set [0, 10]
 decay = ""  # linear: the learning rate falls to zero over the run; none; empty: the recipe
 patience = 0  # early stopping: looks at held-out pictures without gain; 0: none [0, 1000000]
-hold_out = 0  # pictures, the first of an order that the seed shuffles, to leave out [0, 1000000000]
 seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-arch, and the process where it is not vp
 out = "runs"  # the folder that holds the runs
@@ -344,7 +343,6 @@ resume = False  # go on from the checkpoint of that run
 # %%
 workshop.settings(globals(), "04_train")
 
-import itertools
 import time
 from functools import partial
 from pathlib import Path
@@ -498,9 +496,6 @@ def draw_times(edges, process, k, generator):
 
 
 # %%
-DROPPED = 0.1  # share of the labels that a network is not told (Ho and Salimans 2022)
-
-
 def new_state(model, lr, seed):
     """Bundle what training changes: step, model, averaged model, optimiser, random numbers.
 
@@ -547,10 +542,11 @@ def train(
     edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
     todo = range(state["step"] + 1, steps + 1)
-    going = itertools.takewhile(lambda _: state["active"], todo)  # until no stage is left
     source = workshop.pictures_of_steps(images, batch, state["seed"], todo)
     model.train()
-    for step, pictures in zip(going, source, strict=False):
+    for step, pictures in zip(todo, source, strict=True):
+        if not state["active"]:
+            return  # early stopping has ended all stages
         x0 = workshop.to_network_space(pictures)  # (b, C, H, W), this process' part of the batch
         active = list(range(len(edges) - 1)) if unified else state["active"]
         dice = workshop.step_generator(state["seed"], 2 * step + 1)
@@ -568,7 +564,8 @@ def train(
         told = {}
         if labels is not None:
             label = labels[workshop.picked_in_step(len(images), batch, state["seed"], step)]
-            drop = torch.rand(batch, generator=generator, device=device) < DROPPED
+            # one in ten is not told, so that it learns to do without (Ho and Salimans 2022)
+            drop = torch.rand(batch, generator=generator, device=device) < 0.1
             label = torch.where(drop, model.classes, label.to(device))
             told = dict(label=label.chunk(world)[rank])
         t, eps, turn, share = (v.chunk(world)[rank] for v in (t, eps, turn, share))
@@ -629,9 +626,6 @@ def network_of(settings):
     return unet.build_network(settings["network"], **kind)
 
 
-NARROW = 20  # channels of an encoder
-
-
 def prepare_state(settings, content=None):
     """Build what a run's settings describe: a state ready to train.
 
@@ -640,8 +634,8 @@ def prepare_state(settings, content=None):
     """
     torch.manual_seed(settings["seed"])  # the initial weights
     model = workshop.move_to_device(network_of(settings))
-    if workshop.device().type == "cpu" and model.encoders[0].skip_widths[0] < NARROW:
-        torch.set_num_threads(1)  # two are no faster at such layers, and stall beside other work
+    if workshop.device().type == "cpu" and model.encoders[0].skip_widths[0] < 20:
+        torch.set_num_threads(1)  # two are no faster at narrow layers, and stall beside other work
     n, (rank, world) = len(settings.get("cuts") or model.cuts) + 1, workshop.ranks()
     if settings.get("stages") == "mixed" and settings["batch"] < n:
         raise BadInput(f"batch = {settings['batch']} cannot mix {n} stages: give {n} or more")
@@ -912,15 +906,6 @@ def fit(state, images, settings, folder, held_out=None, decode=None, labels=None
     return workshop.keep_training(loop, state, steps, log, summarize, save, after, save_every)
 
 
-def leave_out(n, images, labels, seed):
-    """Leave n pictures out, the first of a shuffled order: (they, the others, the others' labels)."""
-    if n >= len(images):
-        raise BadInput(f"{n} of {len(images)} pictures cannot be left out: there would be none")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    out, kept = order[:n], order[n:]
-    return images[out], images[kept], labels if labels is None else labels[kept]
-
-
 # %%
 if __name__ == "__main__":
     check_settings(arch, process, stages, patience, times, decay, weight)
@@ -930,24 +915,24 @@ if __name__ == "__main__":
     content = workshop.read_checkpoint(run) if resume else None
     if resume and not boundaries:  # those that it has are not looked for again
         old = content["settings"]
-        boundaries = ",".join(map(str, old["boundaries"] or old["cuts"] or []))
+        boundaries = ",".join(map(str, old["boundaries"] or old.get("cuts") or []))
     with workshop.first_process_first():  # it may have to download
         pixels, labels = workshop.open_data_set(dataset, root, size, memory), None
         if classes:
             labels = workshop.load_images(dataset, root, size)[1]
             if labels is None:
                 raise BadInput(f"the pictures of {dataset} have no labels: leave out --classes")
-        if hold_out:
-            _, pixels, labels = leave_out(hold_out, pixels, labels, seed)
         flags = {key: globals()[key] for key, *_ in workshop.read_parameters("04_train")}
         asked = plan_run(flags, workshop.about(dataset)["recipe"], pixels)
-    asked.update(classes=int(labels.max()) + 1 if classes else None)
-    asked.update(patience=patience, hold_out=hold_out)
+    asked.update(patience=patience, classes=int(labels.max()) + 1 if classes else None)
     if resume:
         workshop.check_same_settings(asked, content["settings"], run)
     held_out, used = None, pixels
-    if patience:
-        held_out, used, labels = leave_out(max(1, len(pixels) // 10), pixels, labels, seed)
+    if patience:  # a tenth of the pictures is looked at in training
+        n = max(1, len(pixels) // 10)
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+        held_out, used = pixels[order[:n]], pixels[order[n:]]
+        labels = labels if labels is None else labels[order[n:]]
     state = prepare_state(asked, content)
     if rank == 0:  # nothing is touched before everything is known to fit
         workshop.claim_folder(run, resume)
