@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 from PIL import Image
 
 TINY = dict(encoder=8, decoders=(8, 8, 8), attention=())
@@ -463,9 +462,7 @@ FLAGS = "--boundaries 0.1,0.44 --steps 12 --batch 12 --save_every 2 --name".spli
 def whole(tmp_path_factory):
     """The folder of runs, with one named "whole" that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["04_train.py", *FLAGS, "whole", "--out", str(folder)])
-        runpy.run_path(str(ROOT / "04_train.py"), run_name="__main__")
+    command(4, *FLAGS, "whole", "--out", folder)
     return folder
 
 
@@ -492,7 +489,7 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_should(whole, workshop):
 
 
 def test_a_signal_lets_the_step_finish_and_save_and_resume_goes_on_bit_for_bit(
-    whole, workshop, command, monkeypatch
+    whole, workshop, monkeypatch
 ):
     plain = workshop.pictures_of_steps
 
@@ -515,7 +512,7 @@ def test_a_signal_lets_the_step_finish_and_save_and_resume_goes_on_bit_for_bit(
     assert same_run(workshop, whole / "whole", whole / "ended")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(whole, workshop, command):
+def test_a_killed_run_goes_on_bit_for_bit(whole, workshop):
     flags, run = [*FLAGS, "killed", "--out", str(whole)], whole / "killed"
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     process = subprocess.Popen([sys.executable, str(ROOT / "04_train.py"), *flags], **quiet)
@@ -602,7 +599,7 @@ def test_early_stopping_keeps_each_stage_at_its_best(workshop, training, pixels,
             assert min(seen) < min(seen[-2:]) and len(seen) <= len(rows)
 
 
-def test_the_command_stops_early_and_tells_labels(workshop, training, command):
+def test_the_command_stops_early_and_tells_labels(workshop, training):
     flags = "--steps 2 --batch 8 --boundaries 0.1,0.44 --name r".split()
     command(4, *flags, "--classes", "--arch", "separate", "--patience", 2)
     content = workshop.read_checkpoint("runs/r")
