@@ -64,14 +64,14 @@ def with_places(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source)
-        elif names := PLACE.findall(cell.source):
-            marks = "".join(f'<span id="{name}"></span>' for name in names)
-            cells.append(nbformat.v4.new_markdown_cell(marks))
         elif FOLDED & set(cell.metadata.get("tags", [])):
             cell.metadata["tags"] = ["hide-input"]  # which MyST-NB folds
             if cells[-1].metadata.get("tags") == cell.metadata["tags"]:
                 cells[-1].source += "\n\n" + cell.source
                 continue
+        elif names := PLACE.findall(cell.source):
+            marks = "".join(f'<span id="{name}"></span>' for name in names)
+            cells.append(nbformat.v4.new_markdown_cell(marks))
         cells.append(cell)
     notebook.cells = cells
     return notebook
