@@ -731,9 +731,8 @@ if __name__ == "__main__":
     t, dice = torch.linspace(VP.t_min, 1, 12).double(), torch.Generator().manual_seed(seed)
     others = torch.rand(1500, 3, 32, 32, generator=dice).to(images.device)
     for name, pictures in (("of the lesson", images), ("at random", others)):
-        x = perturb(
-            pictures[:1], torch.randn(12, *pictures[0].shape, generator=dice).to(images), t, VP
-        )
+        noise = fresh_noise(pictures[:1].expand(12, -1, -1, -1), dice)
+        x = perturb(pictures[:1], noise, t, VP)
         plain = plain_posterior_mean(x.double(), t, VP, pictures)
         off = (posterior_mean(x, t, VP, pictures, chunk=400) - plain).abs().max()
         print(f"{len(pictures):,} pictures {name}: off the plain form by {off:.0e} at most")
