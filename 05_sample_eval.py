@@ -629,14 +629,6 @@ def dpm_solver(
         yield unscale(kernel, z, sigma_next)
 
 
-if __name__ == "__main__" and lesson:
-    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    *_, plain = dpm_solver_3(mixture_noise(sde.VP), sde.VP, x_T, 15)
-    *_, general = dpm_solver(mixture_noise(sde.VP), sde.VP, x_T, 15, orders=[3] * 5)
-    torch.testing.assert_close(general, plain, rtol=1e-12, atol=1e-12)
-    print("the general DPM-Solver takes the same steps as the plain one, to 1e-12")
-
-
 # %%
 def dpm_multistep(
     eps, kernel, x, nfe, generator=None, order=2, plus=False, grid="log-snr", released=False
@@ -749,8 +741,9 @@ def check_labels(model, label, guidance, n):
         return None
     label = torch.as_tensor(label).expand(n)
     if bad := [k for k in label.tolist() if not 0 <= k < model.classes]:
-        known = f"0 to {model.classes - 1}" if model.classes else "none: train with --classes"
-        raise BadInput(f"label {bad[0]} is not among the network's, which are {known}")
+        known = f"which are 0 to {model.classes - 1}"
+        known = known if model.classes else "which has none: train one with --classes"
+        raise BadInput(f"label {bad[0]} is none of the network's, {known}")
     return label
 
 

@@ -428,7 +428,7 @@ def test_only_inceptions_distance_is_called_fid(evaluation, capsys):
 REFUSED = {
     "samples = 899 must be 10 or more, and at most half of the 1797": ["--samples", 899],
     "heun takes 2n - 1": ["--nfe", 10, "--sampler", "heun"],
-    "label 3 is not among the network's, which are none: train with": ["--label", 3],
+    "label 3 is none of the network's, which has none: train one": ["--label", 3],
     r"guidance \[1.0\] leads to a label": ["--guidance", "1"],
     "reference has not the shape": ["--reference", "reference"],
 }
