@@ -34,9 +34,9 @@ if SCRIPT:  # before torch is loaded, which takes a while
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep soon, and do not spin
     for kind in SIGNALS:  # end quietly, after what waits in a `finally`
         signal.signal(kind, lambda number, _: sys.exit(128 + number))
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # a shell may close them
-        stream.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
+    for name in ("stdout", "stderr"):  # a shell may close them, a terminal may lack letters
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
+        stream.reconfigure(errors="replace", line_buffering=True)
         setattr(sys, name, stream)
 
 import argparse

@@ -330,7 +330,10 @@ def watch(command, name, limit):
     """Run a command that tells of a part, for `limit` seconds at most: its last line."""
     begin, cut = time.perf_counter(), False
     # files, not pipes: what outlives the command would hold a pipe open
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+    ):
         process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
         try:
             process.wait(limit)
