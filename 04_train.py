@@ -529,9 +529,10 @@ def train(
     """Train for `steps` steps in all by denoising score matching, yielding after each.
 
     state: from `new_state`, changed in place. images: (N, C, H, W), uint8 pictures, or floats that
-    are in the network's space already (the latents of step 06). times: how often a stage is drawn;
-    cuts: the stages of a unified network's times; decay: as in `training_step`. labels: (N,) int64
-    for a network with classes, which is not told one in ten, so that it learns to do without, too.
+    are in the network's space already (the latents of step 06). stages: "uniform", one a batch, or
+    "mixed", all in turns; times: see `stage_chances`; cuts: the stages of a unified network's times;
+    weight: "min-snr" or none; decay: as in `training_step`. labels: (N,) int64 for a network with
+    classes.
     Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
