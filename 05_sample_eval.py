@@ -960,7 +960,7 @@ def print_metrics(table, title, named):
 # %%
 if __name__ == "__main__":
     workshop.join_processes()
-    rank, world = workshop.ranks()
+    rank, _ = workshop.ranks()
     run = Path(out) / name
     content = workshop.read_checkpoint(run)
     settings, made = content["settings"], content["step"]
@@ -987,8 +987,6 @@ if __name__ == "__main__":
     costs = stage_gflops(model)
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, **told)
     drawn = draw_set(model, process, run / "sets" / f"step{made}-{sampler}-{nfe}", samples, **how)
-    if world > 1:
-        dist.destroy_process_group()
     if rank > 0:
         sys.exit()  # the first process measures
     print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
