@@ -5,16 +5,13 @@ What it leaves running is ended; a file that it leaves in the project's folder f
 
 import importlib
 import os
+import resource
 import runpy
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
-# Hidden before anything asks for a GPU, here and in the processes that the tests start; the fixture
-# `card` gives it back. Kept in the environment: the processes of `pytest -n` come after this.
-VISIBLE = os.environ.setdefault("VISIBLE_TO_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for a real GPU there is benchmarks/gpu.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that share cores wait for each other
 
 import matplotlib
@@ -41,6 +38,12 @@ def pytest_sessionfinish(session):
     if left := left_in_project().items() - BEFORE.items():
         print("\nthe tests left in the project's folder:", *sorted(str(path) for path, _ in left))
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):  # which has waited for its workers, and they for theirs
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        print(f"\nCPU seconds: {sum(use.ru_utime + use.ru_stime for use in used):.0f}")
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +85,3 @@ MADE_ONCE = {name: lambda n=n: step(n) for n, name in enumerate(STEP_NAMES)} | {
 }
 for name, make in MADE_ONCE.items():
     globals()[name] = pytest.fixture(make, scope="session", name=name)
-
-
-@pytest.fixture(scope="session")
-def card():
-    """The environment of a process that may use this machine's GPU."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": VISIBLE}
-    asked = [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"]
-    if subprocess.run(asked, env=env, capture_output=True, text=True).stdout.strip() != "True":
-        pytest.skip("there is no GPU that torch can use on this machine")
-    return env
