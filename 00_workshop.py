@@ -16,7 +16,7 @@
 # The rule of admission: *what stands here holds no equation of the paper, serves at least two
 # steps, and imports no step.*
 
-# %%
+# %% tags=["imports"]
 import builtins
 import os
 import re

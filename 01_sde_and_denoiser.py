@@ -27,7 +27,7 @@
 # | $\epsilon_\theta$ | `model` | the network (step 03) |
 # | $\omega(t)$ | `weight` | the weight of the loss (step 04) |
 
-# %%
+# %% tags=["imports"]
 import importlib
 import os
 
@@ -47,7 +47,7 @@ samples = 16  # pictures drawn with the optimal denoiser [1, 100000]
 steps = 200  # solver steps for drawing them [2, 10000]
 seed = 0  # seed of every random number [0, 4294967295]
 
-# %%
+# %% tags=["imports"]
 workshop.settings(globals(), "01_sde_and_denoiser")
 
 

@@ -16,7 +16,7 @@
 # `python 02_clustering.py --dataset cifar10 --samples 50000` gives the published $t_1$ and $t_2$ to
 # 0.003.
 
-# %%
+# %% tags=["imports"]
 import importlib
 import os
 
@@ -46,7 +46,7 @@ eta = 0.0078125  # 2/256: two noises agree in a pixel when they differ by no mor
 pairs = 300  # pictures that Algorithm 2 compares at all of its times [1, 10000]
 seed = 0  # seed of every random number [0, 4294967295]
 
-# %%
+# %% tags=["imports"]
 workshop.settings(globals(), "02_clustering")
 
 # %% [markdown]

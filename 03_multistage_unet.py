@@ -13,7 +13,7 @@
 # You will check that one stage gives back a plain U-Net, that a batch may mix stages, and that a
 # picture trains the decoder of its own stage only. (Section 3.1 and Figure 1(c) of the paper.)
 
-# %%
+# %% tags=["imports"]
 import importlib
 import os
 
@@ -35,7 +35,7 @@ network = "digits"  # the data set whose networks are compared below: digits, mn
 table = 0  # 5, 6 or 7: print that table of the paper and stop [0, 7]
 seed = 0  # seed of every random number [0, 4294967295]
 
-# %%
+# %% tags=["imports"]
 workshop.settings(globals(), "03_multistage_unet")
 
 # %% [markdown]
