@@ -302,6 +302,8 @@ PAPER_LATENT = dict(code_steps=0, code_batch=8, code_lr=4e-5)
 PAPER_LATENT |= dict(steps=500_000, batch=48, lr=9.6e-5, warmup=1)
 VQ_F4 = dict(kind="vq", channels=3, code=3, width=128, mults=(1, 2, 4), blocks=2, entries=8192)
 SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, entries=256)
+COLOUR = {**SMALL, "channels": 3, "code": 4, "width": 64}
+OWN = dict(code_steps=20_000, code_batch=64, code_lr=5e-4)  # how to train that
 PUBLISHED = dict(recipe=PAPER, autoencoder=VQ_F4, latent_recipe=PAPER_LATENT)
 WIDTHS = dict(encoder=32, decoders=(48, 32, 16))  # a quarter of the paper's, but for the last
 # not the paper's, but what helped in minutes (RESULTS.md), with one decoder as with three
@@ -337,13 +339,12 @@ DATASETS = {
         network=dict(encoder=64, decoders=(96, 64, 16), mults=(1, 2, 2), blocks=2)
         | dict(attention=(16,), dropout=0.1),
         recipe=PAPER,
-        autoencoder={**SMALL, "channels": 3, "code": 4, "width": 64},
+        autoencoder=COLOUR,
         latent_network=dict(encoder=64, decoders=(96, 64, 16), blocks=2, attention=(8,)),
-        latent_recipe=dict(code_steps=20_000, code_batch=64, code_lr=5e-4)
-        | dict(steps=100_000, batch=128, lr=5e-4, warmup=1000),
+        latent_recipe=OWN | dict(steps=100_000, batch=128, lr=5e-4, warmup=1000),
     ),
     "celeba": PUBLISHED,
-    "folder": PUBLISHED,
+    "folder": PUBLISHED | dict(autoencoder=COLOUR, latent_recipe=PAPER_LATENT | OWN),
 }
 
 

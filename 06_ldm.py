@@ -545,7 +545,7 @@ if __name__ == "__main__":
 
 
 # %%
-def fit_autoencoder(state, images, steps, batch, folder):
+def fit_autoencoder(state, images, steps, batch, folder, save_every=0):
     """Run `train_autoencoder` and leave autoencoder.pt and autoencoder.jsonl in `folder`."""
 
     def save(_):
@@ -555,7 +555,8 @@ def fit_autoencoder(state, images, steps, batch, folder):
 
     summarize = lambda recent: {key: float(value) for key, value in recent[-1].items()}  # noqa: E731
     loop, log = train_autoencoder(state, images, steps, batch), folder / "autoencoder.jsonl"
-    workshop.keep_training(loop, state, steps, log, summarize, save, desc="autoencoder")
+    how = dict(save_every=save_every, desc="autoencoder")
+    workshop.keep_training(loop, state, steps, log, summarize, save, **how)
 
 
 def load_first_stage(path):
@@ -620,9 +621,10 @@ def plan_latents(arch):
 if __name__ == "__main__":
     known = workshop.about(dataset)
     training.check_settings(arch, "ldm", stages, 0, times, decay, weight)
-    evaluation.times_asked(sampler, sde.LDM, nfe, grid)
+    trial = evaluation.mixture_noise(sde.LDM), sde.LDM, torch.ones(1, 1, 1, 1), nfe
+    list(evaluation.solver_of(sampler, grid)(*trial, torch.Generator()))  # does it work so?
     recipe = known["latent_recipe"]
-    if not (first_stage or code_steps or recipe["code_steps"]):
+    if not (first_stage or recipe["code_steps"]):
         raise BadInput(f"{dataset} needs LDM's autoencoder: see tools/release.py, --first_stage")
     workshop.join_processes()
     rank, world = workshop.ranks()
@@ -644,8 +646,9 @@ if __name__ == "__main__":
         workshop.check_same_settings(Autoencoder(**plan).options, saved["options"], file)
     with workshop.first_process_first():
         pixels = workshop.open_data_set(dataset, root, size, memory)
+        half, other_half = (part.cpu() for part in evaluation.real_halves(pixels, samples))
+        extractor, named = evaluation.pick_extractor(dataset)
     if rank == 0:
-        evaluation.real_halves(pixels, samples)  # refuses a number that cannot be compared
         workshop.claim_folder(run, resume)
 
 # %%
@@ -656,7 +659,8 @@ if __name__ == "__main__":
         state = new_autoencoder_state(model, recipe["code_lr"], seed)
         if saved:
             workshop.unpack(state, saved)
-        fit_autoencoder(state, pixels, settings["code_steps"], recipe["code_batch"], run)
+        todo = settings["code_steps"], settings["code_batch"]
+        fit_autoencoder(state, pixels, *todo, run, save_every)
     with workshop.first_process_first():  # which has written it
         autoencoder = load_first_stage(file)
         codes, scale = encode_set(autoencoder, pixels, run / "latents.pt")
@@ -685,11 +689,10 @@ def train_and_draw(settings, folder):
     if rank == 0:
         workshop.write_json(settings, folder / "settings.json")
     training.fit(state, codes, settings, folder, decode=back, save_every=save_every)
-    kept = folder / "sets" / f"step{state['step']}-{sampler}-{nfe}-{grid or 'own'}-seed{seed + 1}"
-    how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1)
-    how["batch"] = min(300, pictures_at_once(pixels.shape[-1]))
-    how["also"] = [*autoencoder.state_dict().values(), torch.tensor(scale)]
-    return state["ema"], evaluation.draw_set(state["ema"], "ldm", kept, samples, decode=back, **how)
+    how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed + 1, decode=back)
+    how.update(batch=min(300, pictures_at_once(pixels.shape[-1])))
+    kept, whose = folder / "sets" / f"step{state['step']}", autoencoder.state_dict().values()
+    return state["ema"], evaluation.draw_set(state["ema"], "ldm", kept, samples, also=whose, **how)
 
 
 if __name__ == "__main__":
@@ -715,8 +718,6 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    half, other_half = (part.cpu() for part in evaluation.real_halves(pixels, samples))
-    extractor, named = evaluation.pick_extractor(dataset)
     rebuilt = back(encode_pictures(autoencoder, other_half) * scale)
     error = F.mse_loss(rebuilt, other_half / 255)
     print(f"squared error of a reconstruction: {error:.5f} a pixel", end="; ")
