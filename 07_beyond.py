@@ -8,11 +8,10 @@
 # %% [markdown]
 # # 07 · Beyond the paper: another clock, labels, holes, and one stage alone
 #
-# The paper ends with what it leaves open: conditional models and inverse problems. Meanwhile its
-# idea, another network for another level of noise, has come to models of billions of weights, and
-# their users ask: are the parts trained together? Which part of training does each get? Why is the
-# timeline cut at one place in training and at another in sampling? **You will** answer that with
-# code.
+# The paper leaves open conditional models and inverse problems. Meanwhile its idea, another network
+# for another level of noise, has come to models of billions of weights, and their users ask: are the
+# parts trained together? Which part of training does each get? Why is the timeline cut at one place
+# in training and at another in sampling? **You will** answer that with code.
 
 # %%
 import importlib
@@ -22,13 +21,12 @@ if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
     os.chdir("..")  # a notebook that was opened where it lies
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
-import io
-import subprocess
-import sys
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, stdev
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
@@ -41,10 +39,10 @@ evaluation = importlib.import_module("05_sample_eval")
 dataset = "digits"  # digits or mnist
 root = "data"  # where the data set lies or is downloaded to
 out = "runs"  # the folder that holds the runs
-steps = 0  # steps of the network with labels; 0: the recipe of the data set [0, 1000000000]
+steps = 0  # train a network with labels so long; 0: the one that comes along [0, 1000000000]
 samples = 450  # pictures of a set that is measured [20, 1000000]
 seeds = 3  # seeds of sampling, over which a number has its spread [2, 100]
-seed = 0  # seed of every other random number [0, 4294967295]
+seed = 0  # seed of all else; another than 0 trains a network, by the recipe [0, 4294967295]
 
 # %%
 workshop.settings(globals(), "07_beyond")
@@ -54,14 +52,20 @@ if __name__ == "__main__" and workshop.about(dataset).get("judge") != "digits":
 
 # %%
 if __name__ == "__main__":
-    for kernel, t in ((sde.VP, 0.631), (sde.Flow, 0.875), (sde.Flow, 0.9)):
-        print(f"{kernel.name:4s} at t = {t}: sigma {float(kernel.sigma(t)):.2f}")
+    plt.figure(figsize=(8, 3))
+    for kernel, cuts in ((sde.VP, [0.631]), (sde.Flow, [0.875, 0.9])):
+        t, cuts = torch.linspace(0.02, 0.98, 200), torch.tensor(cuts)
+        plt.plot(t, kernel.sigma(t), label=f"the clock of {kernel.name}")
+        plt.plot(cuts, kernel.sigma(cuts), "o", color=plt.gca().lines[-1].get_color())
+    plt.gca().set(yscale="log", xlabel="time t", ylabel=r"noise level $\sigma_t$")
+    plt.legend()
+    workshop.show_figure(figures / "07_clocks.png")
 
 # %% [markdown]
-# Three cuts between networks, in two clocks: the paper's $t_2$, and those of Wan2.2 (text to video,
-# and from a picture), which has one network of 14 billion weights above its cut and one below. The
-# levels of noise are nearly the same, though they were found in different ways and for data of
-# other scales.
+# Three cuts between networks, in two clocks: the paper's $t_2$ in its own, that of VP, and in that of
+# flow matching those of Wan2.2 (from text to video, and from a picture), which has one network of 14
+# billion weights above its cut and one below. The levels of noise are nearly the same, 7.4, 7 and 9,
+# though they were found in different ways and for data of other scales.
 #
 # ## The clock of flow matching
 #
@@ -108,99 +112,105 @@ if __name__ == "__main__":
         print(f"{40 - n} below; a cut at {cut} before the shift is one at {shift_time(cut, s):.3f}")
 
 # %% [markdown]
-# So the part at the noise has an eighth of the time, or a tenth, and 26 steps, or 15. Whoever
-# trains such a part needs the cut as a *noise level*. As a share of the steps, or of the time
-# before the shift, it is another cut; several trainers of such models had to mend just that.
+# The part at the noise has an eighth of the time, or a tenth, and 26 steps, or 15. Whoever trains it
+# needs the cut as a *noise level*: as a share of the steps, or of the time before the shift, it is
+# another cut. Several trainers of such models had to mend just that.
 #
 # **Does Algorithm 1 find the same cuts in this clock?** Similarity depends on the noise level
 # alone. But the algorithm averages it *over time*, and each clock weighs the noise levels in its
-# own way:
+# own way. (`algorithm_1` is step 02's; two seeds show how it scatters.)
 
 # %%
 if __name__ == "__main__":
-    workshop.join_processes()
     pixels, labels = workshop.load_images(dataset, root)
-    for kernel in (sde.VP, sde.Flow):
-        curves = clustering.similarity_curves(pixels[:5000].float() / 255, kernel, seed=seed)
-        cuts = clustering.read_cuts(curves)
-        errors = clustering.standard_errors(curves, cuts)
-        said = [f"{cut:.3f} ± {error:.3f}" for cut, error in zip(cuts, errors, strict=True)]
-        as_vp = [f"{t:.3f}" for t in sde.match_snr(cuts, kernel, sde.VP)]
-        print(f"{kernel.name:4s} {', '.join(said)}; in VP's clock {', '.join(as_vp)}")
+    for kernel, dice in product((sde.VP, sde.Flow), (seed, seed + 1)):
+        cuts = clustering.algorithm_1(pixels[:5000].float() / 255, kernel=kernel, seed=dice)
+        vp = sde.match_snr(cuts, kernel, sde.VP)
+        print("{:4s} {:.3f}, {:.3f}; in VP's clock {:.3f}, {:.3f}".format(kernel.name, *cuts, *vp))
 
 # %% [markdown]
-# No: they are many standard errors apart. The paper's cuts belong to VP's clock. One may carry them
+# No: they differ by far more than by chance. The paper's cuts belong to VP's clock. One may carry them
 # to another clock by their SNR (`match_snr`); to find them anew there is another definition.
 #
 # ## Asking for a digit
 #
 # To be told a label a network needs a vector for each, added to that of the time, and one more for
-# "none" (step 03); in training every tenth picture is "none" (`--classes`). Such a network knows
-# the noise of a seven, and that of any picture. What tells the two apart can be exaggerated
-# (*classifier-free guidance*; Ho and Salimans 2022):
+# "none" (step 03); in training every tenth picture is "none". It knows the noise of a seven, then,
+# and that of any picture. What tells the two apart can be exaggerated (*classifier-free guidance*;
+# Ho and Salimans 2022):
 #
 # $$\hat\epsilon=(1+w)\,\epsilon_\theta(x_t,t,c)-w\,\epsilon_\theta(x_t,t,\varnothing)$$
 #
-# Train one by the recipe of step 04, if it is not there, without 90 pictures that are left for
-# later:
+# One comes with the project (`pretrained/`). It was trained by the recipe of step 04, without 90
+# pictures that are left for later; `--steps` or another `--seed` trains one here.
 
 # %%
 if __name__ == "__main__":
-    run, name = Path(out) / f"{dataset}-labels", f"{dataset}-labels"
-    if not (run / "checkpoint.pt").exists():
-        said = dict(dataset=dataset, root=root, out=out, name=name, steps=steps, seed=seed)
-        said = [text for key, value in said.items() for text in (f"--{key}", str(value))]
-        command = [sys.executable, training.__file__, "--classes", "--hold_out", "90", *said]
-        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        with subprocess.Popen(command, **pipes) as child:
-            for said in io.TextIOWrapper(child.stderr, errors="replace", newline="\r"):
-                sys.stderr.write(said)  # a state of the bar, which a notebook shows here, too
-        if child.returncode:  # it has said why
-            sys.exit(child.returncode)
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
+    left, used = order[:90], order[90:]
+    run, recipe = Path("pretrained") / f"{dataset}-labels", workshop.about(dataset)["recipe"]
+    if steps or seed:
+        run = Path(out) / run.name
+        asked = dict(dataset=dataset, arch="multistage", process="vp", network="", boundaries="")
+        plan = training.plan_run({**asked, "steps": steps, "seed": seed}, recipe, pixels[used])
+        plan.update(classes=10)
+        workshop.claim_folder(run, resume=False)
+        state = training.prepare_state(plan)
+        training.fit(state, pixels[used], plan, run, labels=labels[used])
     content = workshop.read_checkpoint(run)
-    if [content["settings"].get(key) for key in ("hold_out", "seed")] != [90, seed]:
-        raise workshop.BadInput(f"{run} was trained otherwise: move it away, then it is made anew")
     model = training.averaged_model(content)
-    grids, each = [], torch.arange(10).repeat_interleave(12)
-    for w in (0.0, 1.0):
-        drawn = evaluation.sample(model, "vp", 120, seed=seed, label=each, guidance=(w,))
-        grids.append(workshop.to_pictures(drawn).unflatten(0, (10, 12)))
-    grids = torch.cat([grids[0], torch.ones_like(grids[0][:, :1]), grids[1]], 1).flatten(0, 1)
-    title = "a row a digit, from the same noise: left w = 0, right w = 1"
-    workshop.show_images([grids], [title], figures / "07_labels.png", columns=25)
+    draw, each = partial(evaluation.sample, model, "vp", seed=seed), torch.arange(10).repeat(4)
+    rows = [draw(40, label=each, guidance=(w,)) for w in (0.0, 1.0)]
+    rows = [workshop.to_pictures(row) for row in rows]
+    titles = ["asked for the digits 0 to 9, w = 0", "from the same noise, w = 1"]
+    workshop.show_images(rows, titles, figures / "07_labels.png", columns=10)
 
 # %% [markdown]
-# Each row is the digit that was asked for, but for a few slips on the left, and from the same noise
-# comes the same hand. On the right the slips are gone, and so is much of the variety.
+# Each column is the digit that was asked for, but for a few slips above, and from the same noise
+# comes the same hand. Below the slips are gone, and so is much of the variety.
 #
 # **Where does guidance act?** The weight may differ from stage to stage (step 05 has
 # `--guidance 0,1,0`). Let it act in one stage at a time, and ask twice: which share of the pictures
-# does a classifier of real digits take for what was asked, and how far are they from real ones?
-# (Mean and standard deviation over seeds of sampling; the network is one: `--seed` trains others.)
+# does a classifier of real digits take for what was asked, and how far are they from real ones? (The
+# spread is that of sampling seeds; `--seed` trains other networks.)
 
 
 # %%
-def tell(values, digits=2):
-    """Write numbers as mean ± standard deviation."""
-    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+def draw_bars(panels, path, digits=2):
+    """Draw means over seeds as bars with standard deviations. panels: {title: {name: numbers}}."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3), sharey=True)
+    for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+        mean, spread = [fmean(v) for v in rows.values()], [stdev(v) for v in rows.values()]
+        said = [f"{m:.{digits}f} ± {s:.{digits}f}" for m, s in zip(mean, spread, strict=True)]
+        ax.bar_label(ax.barh(list(rows), mean, xerr=spread, color="C0", alpha=0.5), said, padding=3)
+        ax.set(title=title, xlim=(0, 1.8 * max(mean)))
+    axes[0].invert_yaxis()
+    workshop.show_figure(path)
 
 
 if __name__ == "__main__":
     classifier, accuracy = evaluation.load_classifier(dataset)
     read = lambda x: classifier(x).argmax(1).detach()  # noqa: E731
-    extractor, _ = evaluation.pick_extractor(dataset)
-    half, other = evaluation.real_halves(pixels, samples)
-    floor = evaluation.evaluate(other, half, extractor)["frechet"]
+    measure = lambda x: evaluation.features_of(x, evaluation.pick_extractor(dataset)[0])  # noqa: E731
+    half, other = map(measure, evaluation.real_halves(pixels, samples))
+    floor = evaluation.frechet_distance(half, other)
     print(f"the classifier is right on {accuracy:.1%} of real digits; real / real: {floor:.2f}")
-    asked, places = torch.arange(samples) % 10, ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1))
-    for w in ((0, 0, 0), *(tuple(w * on for on in place) for w in (1, 3) for place in places)):
-        shares, distances = [], []
-        for s in range(seeds):
-            drawn = evaluation.sample(model, "vp", samples, seed=s, label=asked, guidance=w)
-            drawn = workshop.to_pictures(drawn)
-            shares.append(float((read(drawn) == asked).float().mean()))
-            distances.append(evaluation.evaluate(drawn, half, extractor)["frechet"])
-        print(f"w in stages 0, 1, 2: {w}; as asked {tell(shares)}; distance {tell(distances)}")
+
+# %%
+if __name__ == "__main__":
+    places = {"none": (0, 0, 0), "0, at the image": (1, 0, 0), "1, in the middle": (0, 1, 0)}
+    places.update({"2, at the noise": (0, 0, 1), "all three": (1, 1, 1)})
+    panels, wanted = {}, torch.arange(samples) % 10
+    for w in (1, 3):
+        shares, distances = {}, {}
+        for place, on in places.items():
+            how = dict(label=wanted, guidance=tuple(w * k for k in on))
+            sets = [evaluation.sample(model, "vp", samples, seed=s, **how) for s in range(seeds)]
+            sets = [workshop.to_pictures(x) for x in sets]
+            shares[place] = [float((read(x) == wanted).float().mean()) for x in sets]
+            distances[place] = [evaluation.frechet_distance(measure(x), half) for x in sets]
+        panels.update({f"as asked, w = {w}": shares, f"distance, w = {w}": distances})
+    draw_bars(panels, figures / "07_guidance.png")
 
 # %% [markdown]
 # Without guidance 95 of 100 are as asked. Guidance corrects the rest **at the noise**: with $w$ = 1
@@ -211,9 +221,8 @@ if __name__ == "__main__":
 #
 # Is that so of guidance, or of this network? Seeds of sampling cannot tell; networks that were
 # trained anew can. Of five (RESULTS.md, *Where guidance acts*) all agree about the noise and the
-# image, and three about the middle: in two it does as well there as at the noise. On MNIST
-# guidance at the image harms, from $w$ = 3. A weight for each stage is worth having, and worth
-# trying out on the network at hand.
+# image, and three about the middle. On MNIST guidance at the image harms, from $w$ = 3. A weight for
+# each stage is worth trying out on the network at hand.
 #
 # ## Repairing pictures
 #
@@ -260,8 +269,7 @@ def draw_exactly(y, A, tau, images, generator):
 
 
 if __name__ == "__main__":
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))  # as step 04
-    truth, known = (workshop.to_network_space(pixels[i]) for i in (order[:90], order[90:2090]))
+    truth, known = (workshop.to_network_space(pixels[i]) for i in (left, used[:2000]))
     dice, rows, titles = torch.Generator().manual_seed(seed), [truth[:16]], ["held out"]
     for problem, (A, tau) in PROBLEMS.items():
         y = A(truth) + tau * torch.randn(A(truth).shape, generator=dice)
@@ -272,21 +280,21 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # That is the whole answer for a finite set, without a step of diffusion. Among 1,700 digits there
-# is nearly always one that fits what is known far better than all others, so that the answer hardly
-# varies, and it is as good as the set is rich.
+# is nearly always one that fits far better than all others, so that the answer hardly varies, and
+# it is as good as the set is rich.
 #
 # A network is not limited to a set. It is led to pictures that fit, step by step from the noise.
 # What would lead it exactly is the gradient of $\log p(y\mid x_t)$, an average over all pictures
-# that $x_t$ may come from, which nobody has. Both ways put the one predicted picture $\hat x_0$ in
-# their place:
+# that $x_t$ may come from, which nobody has. Both ways take the one predicted picture $\hat x_0$:
 #
-# * **Replacement** (RePaint; Lugmayr et al. 2022): in the predicted $\hat x_0$ put what is known in
-#   its place. Where noise is all that is wrong, start from $y$, at the time that has as much.
+# * **Replacement** (DDNM; Wang, Yu, Zhang 2023): in the predicted $\hat x_0$ put what is known in its
+#   place. (RePaint, Lugmayr et al. 2022, does so in $x_{t-1}$, with as much noise, and repeats steps.)
+#   Where noise is all that is wrong, start from $y$, at the time that has as much.
 # * **Posterior guidance** (DPS; Chung et al. 2023): after each step go down the gradient of
-#   $\|y-A(\hat x_0(x))\|$. Its length $\zeta$ is 1 here, the first that was tried.
+#   $\|y-A(\hat x_0(x))\|$, times $\zeta$ = 1, the first that was tried. (DPS writes the gradient of
+#   the square, over the norm: twice as much, so that its $\zeta'$ is half of our $\zeta$.)
 #
-# The step is DDPM's (`posterior_step` of step 05), and the gradient goes through the
-# network.
+# The steps are DDPM's (`posterior_step` of step 05).
 
 
 # %%
@@ -296,9 +304,6 @@ def repair(eps, y, shape, problem, way, generator, stages=(0, 1, 2), cuts=(), n=
     eps: (x, t) -> noise, differentiable. Only steps in `stages`, cut at `cuts`, are led.
     """
     (A, tau), times = PROBLEMS[problem], sde.log_snr_times(sde.VP, n)
-    if y.shape != (known := A(torch.zeros(shape)).shape):
-        said = f"{problem} of {tuple(shape)} is {tuple(known)}"
-        raise workshop.BadInput(f"what is known is {tuple(y.shape)}, but {said}: bring it to that")
     x = torch.randn(shape, generator=generator)
     if way == "replace" and problem == "much noise":
         times = times[sde.VP.sigma(times) <= tau]
@@ -319,113 +324,106 @@ def repair(eps, y, shape, problem, way, generator, stages=(0, 1, 2), cuts=(), n=
 
 # %% [markdown]
 # In decibels of the mean square error: PSNR = $10\log_{10}(4/\text{error})$ for pixels in [-1, 1].
-# The lines *points* are the same two ways with the optimal denoiser of the set (step 01) in place
-# of the network: what they lack to *exact* is the fault of the way, not of a network. Without a
-# network: the mean digit in the hole, bicubic interpolation, the noisy picture as it is.
-
+# *Points* has the optimal denoiser of the set (step 01) in place of the network (a function of $x$
+# and $t$ by `noise_function` of step 04): what it lacks to *exact* is the fault of the way, not of a
+# network. Without a network: the mean digit in the hole, bicubic interpolation, the picture as it is.
 
 # %%
 if __name__ == "__main__":
-    network, (t1, t2) = training.noise_function(model.cpu(), "vp"), model.cuts
+    network = training.noise_function(model.cpu(), "vp")
     points = lambda x, t: sde.plain_optimal_denoiser(x, t, sde.VP, known)  # noqa: E731
     ways = {"replacement": (network, "replace"), "DPS": (network, "guide")}
     ways.update({f"DPS in stage {k} only": (network, "guide", (k,)) for k in range(3)})
     ways.update({"points, replacement": (points, "replace"), "points, DPS": (points, "guide")})
-    few, average, rows = truth[:48], known.mean(0, keepdim=True), {"the truth": truth[:16]}
+    few, average = truth[:48].repeat(seeds, 1, 1, 1), known.mean(0, keepdim=True)
+    rows, panels = {"the truth": few[:16]}, {}
     for problem, (A, tau) in PROBLEMS.items():
-        found = {}
-        for s in range(seeds):
-            dice = torch.Generator().manual_seed(s)
-            y = A(few) + tau * torch.randn(A(few).shape, generator=dice)
-            plain = F.interpolate(y, few.shape[2:], mode="bicubic")  # of as many pixels: y itself
-            plain = put_back(average, y, problem) if problem == "a hole" else plain
-            results = {"without a network": plain, "exact": draw_exactly(y, A, tau, known, dice)}
-            for way, (eps, how, *stages) in ways.items():
-                results[way] = repair(eps, y, few.shape, problem, how, dice, *stages, cuts=(t1, t2))
-            found = {way: [*found.get(way, []), psnr(x, few)] for way, x in results.items()}
+        y = A(few) + tau * torch.randn(A(few).shape, generator=dice)
+        plain = F.interpolate(y, few.shape[2:], mode="bicubic")  # of as many pixels: y itself
+        plain = put_back(average, y, problem) if problem == "a hole" else plain
+        results = {"without a network": plain, "exact": draw_exactly(y, A, tau, known, dice)}
+        for way, (eps, how, *stages) in ways.items():
+            results[way] = repair(eps, y, few.shape, problem, how, dice, *stages, cuts=model.cuts)
         rows.update({f"{problem}: {way}": results[way][:16] for way in ("replacement", "DPS")})
-        said = [f"{way:22s} {tell(values, 1)}" for way, values in found.items()]
-        print(problem, *said, sep="\n  ")
+        panels[f"{problem}, dB"] = {
+            way: [psnr(part, truth[:48]) for part in x.chunk(seeds)] for way, x in results.items()
+        }
+    draw_bars(panels, figures / "07_decibels.png", digits=1)
     drawn = [workshop.to_pictures(x) for x in rows.values()]
     workshop.show_images(drawn, list(rows), figures / "07_repaired.png")
 
 # %% [markdown]
-# With a hole or at half resolution DPS is ahead of replacement, and of what needs no network. Led
-# in one stage alone it is worse: led at the noise only, the picture has forgotten it by the end; at
-# the image only, the digit has been chosen before, by chance. Of a hole the middle makes most,
-# where digits are decided. Noise is best repaired by starting from $y$. Led all the way, to the
-# last step, a picture fits $y$ with all its noise; led in the middle only it does not, and is
-# better by two decibels.
+# With a hole or at half resolution DPS is ahead of replacement, and of what needs no network. Led in
+# one stage alone it is worse: led at the noise only, the picture has forgotten it by the end; at the
+# image only, the digit has been chosen before. Of a hole the middle makes most, where digits are
+# decided. Noise is best repaired by starting from $y$: led all the way, to the last step, a picture
+# fits $y$ with all its noise; led in the middle only it does not, and is better by some two decibels.
 #
-# And the yardstick? Where a hole is to be filled, DPS on points should draw what *exact* draws. It
-# lies two decibels below, at half resolution more than three: **that is the error of leading by a
-# predicted picture**, with no network to blame. Replacement that starts from $y$ has no leading in
-# it, and loses nothing. The network can be ahead of *exact*, because it is not limited to the
-# training pictures.
+# And the yardstick? DPS on points should draw what *exact* draws. In a hole it lies some two decibels
+# below, at half resolution more than three: **that is the error of leading by a predicted picture**.
+# Replacement that starts from $y$ has no leading in it, and loses nothing. The network can be ahead
+# of *exact*, because it is not limited to the training pictures.
 #
 # ## One stage alone
 #
-# Users train one part and ask what becomes of the others. Here the encoder is shared, so it has to
-# be frozen: then one decoder learns, and what the others say stays as it is, bit by bit
-# (`04_train.py --only_stage 0 --start_from RUN`). Let one decoder see nothing but sevens, and draw
+# Here the encoder is shared, so it has to be frozen when one part is trained: then one decoder learns,
+# and what the others say stays as it is, bit by bit. Let one decoder see nothing but sevens, and draw
 # from the same noise:
 
 
 # %%
-def train_alone(run, k, images, n=300, lr=1e-3):
-    """Let the decoder of stage k of a run go on alone, on some pictures: the averaged network."""
-    content = workshop.read_checkpoint(run)
-    asked = {**content["settings"], "lr": lr, "steps": content["step"] + n}
-    state = training.prepare_state(asked)
+def train_alone(content, k, images, n=300, lr=1e-3):
+    """Let the decoder of stage k of a checkpoint learn alone, on some pictures: the average."""
+    settings = {**content["settings"], "lr": lr, "steps": content["step"] + n}
+    state = training.prepare_state(settings)
     for part in ("model", "ema"):  # go on from the averaged weights, which are what is drawn with
         state[part].load_state_dict(content["ema"])
     state["model"].requires_grad_(False).decoders[k].requires_grad_(True)  # all else is frozen
     state.update(step=content["step"], active=[k])
-    for _ in training.train(state, images, asked["steps"], weight=asked["weight"]):
-        pass
+    list(training.train(state, images, settings["steps"], weight=settings["weight"]))
     return state["ema"].eval()
 
 
+def frame(x, chosen):
+    """Frame pictures (n, 1, H, W) in [0, 1], red where chosen (n,), else white: (n, 3, …)."""
+    red, dark = (F.pad(x, (1, 1, 1, 1), value=v) for v in (1.0, 0.0))
+    other = torch.where(chosen[:, None, None, None], dark, red)  # of green and blue
+    return torch.cat([red, other, other], 1)
+
+
 if __name__ == "__main__":
-    rows, sevens = {}, pixels[order[90:]][labels[order[90:]] == 7].to(workshop.device())
-    x, t = torch.randn(3, 1, *pixels.shape[2:]), torch.tensor([t1 / 2, (t1 + t2) / 2, 0.9])
+    rows, cuts, sevens = {}, model.cuts, pixels[used][labels[used] == 7]
+    x, t = torch.randn(3, 1, *pixels.shape[2:]), torch.tensor([cuts[0] / 2, sum(cuts) / 2, 0.9])
     for k in (None, 0, 1, 2):
-        other, shares = model if k is None else train_alone(run, k, sevens).cpu(), []
-        same = [
-            torch.equal(other(x[j : j + 1], t[j : j + 1]), model(x[j : j + 1], t[j : j + 1]))
-            for j in range(3)
-        ]
-        for s in range(seeds):
-            drawn = workshop.to_pictures(evaluation.sample(other, "vp", samples, seed=s))
-            shares.append(float((read(drawn) == 7).float().mean()))
-        rows["before" if k is None else f"stage {k} saw sevens only"] = drawn[:16]
-        print(f"{list(rows)[-1]:24s} sevens: {tell(shares)}; stages that are the same bits: {same}")
-        assert k is None or same == [j != k for j in range(3)]
+        other = model if k is None else train_alone(content, k, sevens).cpu()
+        same = [torch.equal(a, b) for a, b in zip(other(x, t), model(x, t), strict=True)]
+        assert same == [j != k for j in range(3)]  # bit by bit, a time in each stage
+        sets = [evaluation.sample(other, "vp", samples, seed=s) for s in range(seeds)]
+        sets = [workshop.to_pictures(x) for x in sets]
+        share = [float((read(x) == 7).float().mean()) for x in sets]
+        title = "before: " if k is None else f"stage {k} saw sevens only: "
+        title += f"{fmean(share):.2f} ± {stdev(share):.2f} are sevens"
+        rows[title] = frame(sets[0][:32], read(sets[0][:32]) == 7)
     workshop.show_images(list(rows.values()), list(rows), figures / "07_alone.png")
 
 # %% [markdown]
-# The stage at the image saw nothing but sevens and draws as many as before: what it gets is a digit
-# by then, of which it can only draw the strokes anew (first and second row: the same digits). Each
-# of the other two triples their number, and no more, for the stage beside it still knows all ten.
-# **What a stage has learned shows as far as its part of the timeline decides it.** Whoever wants
-# other strokes trains the stage at the image alone, cheaply and without harm; whoever wants other
-# objects cannot.
+# The stage at the image saw nothing but sevens and draws about as many as before: what it gets is a
+# digit by then, of which it can only draw the strokes anew (above and below: the same digits). Each
+# of the other two draws some three times as many, and no more, for the stage beside it still knows
+# all ten. **What a stage has learned shows as far as its part of the timeline decides it.** Who wants
+# other strokes trains the stage at the image alone; who wants other objects cannot.
 #
 # ## Who shares what
 #
-# This paper's way is one of many. What differs is what all times have in common, in how many parts
-# the rest comes, what cuts the timeline between them, and whether they learn together.
-#
-# Rows from abstracts and, where there is any, official code; a star marks what others say of a
-# work. (Wan2.2's cuts: pull request 12074 of diffusers; its shifts: musubi-tuner, docs/wan.md.)
+# Ways differ in what all times have in common, in how many parts the rest comes, what cuts the timeline
+# between them, and whether they learn together. (From abstracts and official code; a star: from what
+# others say. Wan2.2's cuts: pull request 12074 of diffusers; its shifts: musubi-tuner, docs/wan.md.)
 #
 # | work, arXiv | shared by all times | parts | cut by | trained |
 # |---|---|---|---|---|
 # | eDiff-I, 2211.01324 | an ancestor | 3* | noise | one, then split and apart |
-# | ERNIE-ViLG 2.0, 2210.15257 | the text encoder* | 10* | time | not opened |
 # | P2, 2204.00227 | all; a weight of the loss | 1 | – | together |
 # | ANT, 2306.00354 | all; groups of losses | 5 | SNR, gradients (see step 02) | together |
-# | MEME, 2306.04990 | nothing*; each its architecture | some | time, softly | not opened |
 # | OMS-DPM, 2306.08860 | nothing; a pool of networks | any | a search | they are given |
 # | **this paper**, 2312.09181 | **the encoder** | 3 | the optimal denoiser | together |
 # | SDXL's refiner, 2307.01952 | the latent space | 2 | the last fifth* | as a network of its own |
@@ -439,9 +437,9 @@ if __name__ == "__main__":
 #
 # So, to the questions of the beginning. **Together or apart?** Both exist. What shares nothing can
 # be trained apart; decoders that share an encoder can, once it stands still. **Which part of
-# training does each get?** What the draw of times gives it (`--times`). That is no property of the
-# cut, and it matters as much as the parts do (RESULTS.md). **Why two cuts?** There is one, a level
-# of noise. Clocks and shifts only count the times, or the steps, on both sides of it.
+# training does each get?** What the draw of times gives it (`--times`), which matters as much as the
+# parts do (RESULTS.md). **Why two cuts?** There is one, a level of noise. Clocks and shifts only
+# count the times, or the steps, on both sides of it.
 #
 # ### Exercises
 #

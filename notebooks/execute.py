@@ -20,7 +20,10 @@ import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = sorted(path.stem for path in ROOT.glob("0[0-9]_*.py"))
-SHORT = {"07_beyond": dict(steps=600, samples=200, seeds=2)}  # in the demo, to stay within minutes
+SHORT = {  # in the demo, to stay within minutes
+    "06_ldm": dict(code_steps=300, steps=500, compare=False),
+    "07_beyond": dict(samples=200, seeds=2),
+}
 
 
 def last_states(text):
