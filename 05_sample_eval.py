@@ -953,6 +953,40 @@ def print_metrics(table, title, named):
 
 
 # %% [markdown]
+# A Fréchet distance depends on features. What a diffusion model is trained for does not: half its
+# error in the noise, integrated over the logarithm of the SNR, bounds the bits that a picture costs
+# (Kingma et al. 2021), and the stages' parts of that integral add up. Two parts no network has a
+# say in: telling the 256 grey values apart at $t_\min$, and the difference of $x_T$ from pure noise.
+
+
+# %%
+@torch.no_grad()
+def likelihood_bound(predict, images, kernel, cuts=(), seed=0):
+    """Bound -log2 p of uint8 pictures (N, C, H, W), in bits a dimension: float64 parts to be summed.
+
+    predict(xt, t): the noise in xt at times t (N,). Parts: grey values, each stage between `cuts`
+    from the image on, start noise. Source: Kingma et al. 2021, Eqs. 11 to 15, for Gaussian noise.
+    """
+    x0, dice = workshop.to_network_space(images).cpu().double(), torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, x0.shape, generator=dice, dtype=torch.float64)
+    ends = torch.tensor([kernel.t_min, *cuts, kernel.t_max], dtype=torch.float64)
+    first, *_, last = kernel.sigma(ends)
+    miss = (x0 + first * draw()) / first  # in units of the first noise, against every grey value
+    grey = (torch.arange(256).double() / 127.5 - 1) / first
+    logits = [torch.logsumexp(-((part[..., None] - grey) ** 2) / 2, -1) for part in miss.split(16)]
+    parts = [torch.cat(logits).mean() + ((miss - x0 / first) ** 2).mean() / 2]
+    for high, low in pairwise(kernel.log_snr(ends).tolist()):
+        place = torch.randperm(len(x0), generator=dice) + torch.rand(len(x0), generator=dice)
+        t, eps = kernel.time(low + (high - low) * place.double() / len(x0)), draw()  # in strata
+        xt = sde.perturb(x0, eps, t, kernel).float()
+        found = torch.cat(
+            [predict(*some) for some in zip(xt.split(500), t.split(500), strict=True)]
+        )
+        parts.append((high - low) / 2 * ((found - eps) ** 2).mean())
+    return torch.stack([*parts, (x0**2).mean() / (2 * last**2)]) / math.log(2)
+
+
+# %% [markdown]
 # ### Your own run
 #
 # All that can be refused is refused before hours go into drawing.
@@ -1030,6 +1064,14 @@ if __name__ == "__main__":
     title = f"{samples} pictures a set against {against}, {named};"
     title += f"\n{sampler}, {count} evaluations, averaged weights, seed {seed}"
     print_metrics(table, title, named)
+    if process == "vp":  # the bound wants Gaussian noise and the end of its kernel
+        cuts, here = settings["boundaries"] or settings["cuts"] or [], workshop.device()
+        ask = lambda xt, t: model(xt.to(here), t.float().to(here)).cpu()  # noqa: E731
+        bits = likelihood_bound(ask, half, sde.VP, cuts)
+        print(f"bits a dimension ≤ {bits.sum():.3f} of the {samples} real pictures:", end=" ")
+        print(
+            f"stages {[round(part, 3) for part in bits[1:-1].tolist()]} (trained on most of them)"
+        )
     if samples > 64 and not named.startswith("Inception"):  # more pictures than features
         sets = [features_of(images, extractor) for images in (drawn, half)]
         by_hand, theirs = frechet_distance(*sets), table["samples / real"]["frechet"]

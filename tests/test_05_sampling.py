@@ -477,3 +477,28 @@ def test_pfgm_is_sampled_by_heun(sde, evaluation, D):
     assert (gap < 0.02).double().mean() > 0.97
     share = nearest.bincount(minlength=3) / 3000
     assert share.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
+
+
+def test_the_likelihood_bound_is_exact_for_a_gaussian_and_its_best_denoiser(evaluation, sde):
+    """Its stages and start are then the information that x at t_min has of the picture."""
+    kernel, dice = sde.VP, torch.Generator().manual_seed(3)
+    images = (torch.randn(4000, 1, 8, 8, generator=dice) * 30 + 128).round().clamp(0, 255)
+    images = images.to(torch.uint8)
+    x0 = evaluation.workshop.to_network_space(images).double()
+    mean, spread = x0.mean(), x0.std()
+
+    def best(xt, t):  # of a Gaussian around the mean
+        s, sigma = (sde.per_image(value, xt) for value in (kernel.s(t), kernel.sigma(t)))
+        return sigma * (xt / s - mean) / (spread**2 + sigma**2)
+
+    bits = evaluation.likelihood_bound(best, images, kernel, cuts=(0.1, 0.44))
+    first = float(kernel.sigma(torch.tensor(kernel.t_min, dtype=torch.float64)))
+    information = math.log2(math.hypot(first, spread) / first)
+    assert bits[1:].sum() == pytest.approx(information, abs=0.03)
+    worse = evaluation.likelihood_bound(lambda x, t: 1.1 * best(x, t), images, kernel, (0.1, 0.44))
+    assert (worse[1:-1] > bits[1:-1]).all() and worse[0] == bits[0] and worse[-1] == bits[-1]
+    x = x0[:200] + first * torch.randn(200, 1, 8, 8, dtype=torch.float64, generator=dice)
+    grey = torch.arange(256).double() / 127.5 - 1
+    told = torch.log_softmax(-((x[..., None] - grey) ** 2) / (2 * first**2), -1)
+    told = told.gather(-1, images[:200].long()[..., None]).mean() / math.log(2)
+    assert bits[0] == pytest.approx(-float(told), abs=0.05)
