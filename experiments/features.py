@@ -1,14 +1,17 @@
-"""Features that only experiments measure with, registered with torch-fidelity by step 05."""
+"""Features that only experiments measure with: functions as step 05's `evaluate` takes them."""
 
 import functools
 import importlib
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "pretrained"))
 workshop = importlib.import_module("00_workshop")
-evaluation = importlib.import_module("05_sample_eval")
+export = importlib.import_module("export")
 
 # ---- CIFAR-10: ResNet-56, of He et al. 2016, Section 4.2 ---------------------------------------
 
@@ -63,7 +66,7 @@ def load(path):
 
 def prepare(x):
     """Bring uint8 pictures (B, 3, H, W) to the size and range the network was trained on."""
-    x = x.to(workshop.device()).float() / 255
+    x = x.float() / 255
     if x.shape[-1] != 32:
         x = F.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
@@ -71,43 +74,26 @@ def prepare(x):
 
 
 def resnet56(path):
-    """Load the function of its 64 features before the decision."""
+    """Load it from `path`: its 64 features before the decision. Raises BadInput without one."""
     if not path:
         raise workshop.BadInput(
             "CIFAR-10 is measured in features of a ResNet-56: give its checkpoint as --features "
             "(resnet56-4bfd9763.th of akamaster/pytorch_resnet_cifar10)"
         )
     net = load(path)
-
-    @torch.no_grad()
-    def body(x):
-        return net.features(prepare(x)).to(x.device)
-
-    return body
+    return lambda x: net.features(prepare(x))
 
 
-# ---- reduced digits: a classifier trained in place ---------------------------------------------
+# ---- reduced digits: step 05's classifier, trained in place ------------------------------------
 
 
-def digit_classifier(images, labels, steps=400, seed=0):
-    """Train step 05's classifier on 4/5 of grey images (uint8, labels): its features.
+def digit_classifier(images, labels):
+    """Train step 05's classifier on grey pictures of this size (uint8, labels): its features.
 
     Two machines that round differently come to slightly different features.
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    images, labels = images[order].float() / 255, labels[order]
-    cut, generator = len(images) * 4 // 5, torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        classifier = evaluation.DigitClassifier()
-    optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
-    for _ in range(steps):
-        i = torch.randint(cut, (64,), generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(classifier(images[i]), labels[i]).backward()
-        optimizer.step()
-    body = classifier.eval().requires_grad_(False).body
-    return lambda x: body(x.cpu().float() / 255)
+    classifier, _ = export.train_classifier(images, labels)
+    return lambda x: classifier.body(x.cpu().float() / 255)
 
 
 # ---- any colour pictures: EfficientNet-Lite0, of Tan and Le 2019 -------------------------------
@@ -115,7 +101,7 @@ def digit_classifier(images, labels, steps=400, seed=0):
 
 @functools.cache
 def efficientnet_lite0():
-    """Load the 1,280 features of a classifier of ImageNet whose weights come in a package.
+    """Load a classifier of ImageNet whose weights come in a package: its 1,280 features.
 
     Raises BadInput where the two packages are missing.
     """
@@ -133,15 +119,11 @@ def efficientnet_lite0():
 
     def few(x):
         how = dict(size=(224, 224), mode="bicubic", antialias=True)
-        x = (F.interpolate(x.to(workshop.device()).float(), **how).clamp(0, 255) - 127) / 128
+        x = (F.interpolate(x.float(), **how).clamp(0, 255) - 127) / 128
         return net.extract_features(x).mean((2, 3))
 
-    @torch.no_grad()
-    def body(x):
-        # two at a time on a CPU: beyond 32 MiB activations are paged in anew, four times slower
-        return torch.cat([few(y) for y in x.split(len(x) if x.is_cuda else 2)]).to(x.device)
-
-    return body
+    # two at a time on a CPU: beyond 32 MiB activations are paged in anew, four times slower
+    return lambda x: torch.cat([few(y) for y in x.split(len(x) if x.is_cuda else 2)])
 
 
 RULERS = {"efficientnet-lite0": efficientnet_lite0}  # by the names that experiments give

@@ -32,6 +32,7 @@ BadInput = workshop.BadInput
 
 SAMPLING_SEED = 1
 paths = dict(root="data", out="runs/experiments", results=HERE / "results", features="")
+paths["cuts"] = HERE / "boundaries.json"
 
 
 # ---- results ---------------------------------------------------------------------------------
@@ -167,15 +168,15 @@ def settings_of(definition):
     settings.update(network=network, **{k: d[k] or None for k in asked})
     if multistage:  # of a tailored network
         settings["decoders"] = list(unet.NETWORKS[multistage[0]]["decoders"])
-    settings["boundaries"] = [] if d["arch"] == "unified" else cuts_of(d, network)
+    settings["boundaries"] = [] if d["arch"] == "unified" else cuts_of(d)
     if d["arch"] == "unified" and d["times"] == "stages":
-        settings["cuts"] = cuts_of(d, "digits")  # whose three stages are Algorithm 1's
+        settings["cuts"] = cuts_of(d)
     if d["clustering"] == "algorithm-2" and not d["decoders"]:
         settings["decoders"] = widths(settings["boundaries"], d, network)
     return settings
 
 
-def cuts_of(definition, network):
+def cuts_of(definition):
     """Find the inner boundaries that a definition asks for."""
     d, (pixels, _) = definition, pictures(definition["dataset"], definition["size"])
     if d["clustering"] == "timestep":
@@ -188,20 +189,28 @@ def cuts_of(definition, network):
         return clustering.algorithm_2(pixels[:50_000].float() / 255, d["number"])
     if d["clustering"]:
         raise BadInput(f"unknown clustering {d['clustering']!r}")
-    return algorithm_1(d["boundaries"], d["dataset"], d["size"], d["process"], network)
+    if d["boundaries"]:
+        return training.find_boundaries(d["boundaries"], d["dataset"], pixels, d["process"])
+    return algorithm_1(d["dataset"], d["size"], d["process"])
 
 
-@functools.cache
-def algorithm_1(text, dataset, size, process, network):
-    """Find boundaries as step 04 does, once for all units."""
-    pixels, _ = pictures(dataset, size)
-    return training.find_boundaries(text, dataset, pixels, process, network)
+def algorithm_1(dataset, size, process):
+    """Find the boundaries of a data set as step 04 does, once: what was found is kept.
+
+    So all units are cut alike, whatever becomes of the way in which step 02 draws its samples.
+    """
+    kept = json.loads(Path(paths["cuts"]).read_text(encoding="utf-8"))
+    name = f"{dataset} at {size}, {process}" if size else f"{dataset}, {process}"
+    if name not in kept:
+        kept[name] = training.find_boundaries("", dataset, pictures(dataset, size)[0], process)
+        workshop.write_json(kept, paths["cuts"])
+    return kept[name]
 
 
 def widths(cuts, definition, network):
     """Interpolate the three-stage network's decoders by Eq. 23, to multiples of four channels."""
     d, edges = definition, [0.0, *cuts, 1.0]
-    three = algorithm_1("", d["dataset"], d["size"], d["process"], network)
+    three = algorithm_1(d["dataset"], d["size"], d["process"])
     wanted = [
         unet.interpolate_parameters(pair, three, unet.NETWORKS[network]["decoders"])
         for pair in zip(edges, edges[1:], strict=False)
@@ -310,8 +319,8 @@ def branch_off(state, trunk):
 
 def in_three(model, definition):
     """Let a network be asked for each of the three stages of Algorithm 1, whatever it has."""
-    cuts = cuts_of({**definition, "clustering": "", "boundaries": ""}, "digits")
-    return Hybrid(cuts, [model] * 3)
+    d = definition
+    return Hybrid(algorithm_1(d["dataset"], d["size"], d["process"]), [model] * 3)
 
 
 def costs_of_stages(costs):
