@@ -28,7 +28,8 @@ SHORT = {  # in the demo, to stay within minutes
 
 def last_states(text):
     """Keep of a progress bar what one would see at the end: the text after each line's last \\r."""
-    return "\n".join(line.rstrip("\r").split("\r")[-1].rstrip() for line in text.split("\n"))
+    states = [line.rstrip("\r").split("\r") for line in text.split("\n")]
+    return "\n".join(row[-1].rstrip() if len(row) > 1 else row[0] for row in states)
 
 
 def tidy(notebook):
