@@ -72,9 +72,9 @@ if __name__ == "__main__":
 # Many models of today call time what goes straight from the picture to the noise,
 # $x_t=(1-t)\,x_0+t\,\epsilon$, and predict the velocity $v=\epsilon-x_0$. That is eq. (1) with
 # $s_t=1-t$ and $\sigma_t=t/(1-t)$: `Flow`, below the line of step 01. `04_train.py --process flow`
-# trains so, and every solver of step 05 works as it is. Nothing new is solved, either. Euler's step
-# of the velocity, $x'=x+(t'-t)\,v$, keeps $x_0$ and $\epsilon$ still, and so does DDIM. In this
-# clock the two are one formula, for steps of any length:
+# trains so. Nothing new is solved, either. Euler's step of the velocity, $x'=x+(t'-t)\,v$, keeps
+# $x_0$ and $\epsilon$ still, and so does DDIM. In this clock the two are one formula, for steps of any
+# length. (Step 05's `mixture_noise` is the exact noise of a mixture, `time_grid` its equal steps.)
 
 # %%
 if __name__ == "__main__":
@@ -171,18 +171,19 @@ if __name__ == "__main__":
 #
 # **Where does guidance act?** The weight may differ from stage to stage (step 05 has
 # `--guidance 0,1,0`). Let it act in one stage at a time, and ask twice: which share of the pictures
-# does a classifier of real digits take for what was asked, and how far are they from real ones? (The
-# spread is that of sampling seeds; `--seed` trains other networks.)
+# does a classifier of real digits take for what was asked, and how far are they from real ones (the
+# five lines of step 05)? The spread is that of sampling seeds; `--seed` trains other networks.
 
 
 # %%
 def draw_bars(panels, path, digits=2):
     """Draw means over seeds as bars with standard deviations. panels: {title: {name: numbers}}."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3), sharey=True)
+    _, axes = plt.subplots(1, len(panels), figsize=(11, 3), sharey=True)
     for ax, (title, rows) in zip(axes, panels.items(), strict=True):
-        mean, spread = [fmean(v) for v in rows.values()], [stdev(v) for v in rows.values()]
+        mean, spread = ([f(v) for v in rows.values()] for f in (fmean, stdev))
         said = [f"{m:.{digits}f} ± {s:.{digits}f}" for m, s in zip(mean, spread, strict=True)]
-        ax.bar_label(ax.barh(list(rows), mean, xerr=spread, color="C0", alpha=0.5), said, padding=3)
+        bars = ax.barh(list(rows), mean, xerr=spread, color="C0", alpha=0.5)
+        ax.bar_label(bars, said, padding=3, fontsize=8)
         ax.set(title=title, xlim=(0, 1.8 * max(mean)))
     axes[0].invert_yaxis()
     workshop.show_figure(path)
@@ -213,11 +214,10 @@ if __name__ == "__main__":
     draw_bars(panels, figures / "07_guidance.png")
 
 # %% [markdown]
-# Without guidance 95 of 100 are as asked. Guidance corrects the rest **at the noise**: with $w$ = 1
-# in stage 2 alone 99 are. There the digit is chosen, before any of it is seen. **At the image** it
-# corrects a few, and the distance falls, too: a little sharper, with nothing left to choose. **In
-# the middle** this network goes astray: with 3 only half are still what was asked, where nobody had
-# guided them before. With all three, the prices add up.
+# Without guidance 95 of 100 are as asked. Guidance corrects the rest **at the noise**, where the digit
+# is chosen: with $w$ = 1 in stage 2 alone 99 are. **At the image** it corrects a few, and the distance
+# falls, too: a little sharper, with nothing left to choose. **In the middle** this network goes
+# astray: with 3 only half are still what was asked. With all three, the prices add up.
 #
 # Is that so of guidance, or of this network? Seeds of sampling cannot tell; networks that were
 # trained anew can. Of five (RESULTS.md, *Where guidance acts*) all agree about the noise and the
@@ -446,5 +446,5 @@ if __name__ == "__main__":
 # 1. Which share of 30 steps is above a cut at $t$ = 0.9 with a shift of 3?
 #    <details><summary>Solution</summary>`steps_at_noise(0.9, 3, 30) / 30`</details>
 # 2. Put the held-out pictures into `known`. What becomes of *exact*, and why?
-#    <details><summary>Solution</summary>`known = torch.cat([known, truth])`: it is the truth itself
-#    in some nine cases of ten, for hardly another picture fits as well.</details>
+#    <details><summary>Solution</summary>`known = torch.cat([known, truth])`: in some nine cases of
+#    ten it is the truth itself, for hardly another fits as well.</details>

@@ -21,17 +21,6 @@ def pixels(workshop):
     return workshop.load_images("digits")[0]
 
 
-@pytest.fixture
-def tiny(ldm):
-    return ldm.Autoencoder(**TINY).eval().requires_grad_(False)
-
-
-def fresh(ldm, kind="kl", lr=3e-3, **plan):
-    """A state with which to train a tiny autoencoder."""
-    torch.manual_seed(0)
-    return ldm.new_autoencoder_state(ldm.Autoencoder(**{**TINY, "kind": kind, **plan}), lr, seed=0)
-
-
 # ------------------------------------------------------------------------------- autoencoders
 
 
@@ -58,7 +47,7 @@ def test_the_released_first_stage_is_converted_and_agrees(workshop, ldm, golden,
     importlib.import_module("release").convert("model.ckpt", "runs/released")
 
     model = ldm.load_first_stage("runs/released/autoencoder.pt")
-    assert {**model.options, "mults": tuple(model.options["mults"])} == workshop.VQ_F4
+    assert model.options == workshop.VQ_F4
     with torch.no_grad():
         h = model.encode(torch.from_numpy(found["x"]))
         torch.testing.assert_close(h, torch.from_numpy(found["h"]), rtol=1e-5, atol=1e-6)
@@ -124,13 +113,12 @@ def test_the_pull_of_kl_is_that_of_gaussians(workshop, ldm, pixels):
 
 @pytest.mark.parametrize("kind", ["kl", "vq", "lesson"])
 def test_training_rebuilds_pictures(ldm, pixels, kind):
-    if kind == "lesson":
-        state = ldm.new_autoencoder_state(ldm.SmallAutoencoder(c=16), 5e-3, seed=0)
-    else:
-        state = fresh(ldm, kind, width=16, entries=64)
+    torch.manual_seed(0)  # the initial weights
+    plan = {**TINY, "kind": kind, "width": 16, "entries": 64}
+    model = ldm.SmallAutoencoder(c=16) if kind == "lesson" else ldm.Autoencoder(**plan)
+    state = ldm.new_autoencoder_state(model, 5e-3 if kind == "lesson" else 3e-3, seed=0)
     errors = [log["error"] for _, log in ldm.train_autoencoder(state, pixels, 100, batch=32)]
-    model, truth = state["model"].eval(), pixels[:600] / 255
-    h = ldm.encode_pictures(model, pixels[:600])  # in parts
+    h, truth = ldm.encode_pictures(model, pixels[:600]), pixels[:600] / 255  # in parts
     rebuilt = ldm.decode_latents(model, h, 1.0)
     error = F.mse_loss(rebuilt, truth)
     assert error < 0.35 * truth.var()  # far better than the mean picture
@@ -156,9 +144,9 @@ def test_what_an_autoencoder_gives_is_float32_under_autocast(ldm):
 
 
 def test_latents_have_unit_variance_come_back_and_know_whose_they_are(
-    ldm, tiny, pixels, tmp_path, capsys
+    ldm, pixels, tmp_path, capsys
 ):
-    path = tmp_path / "latents.pt"
+    path, tiny = tmp_path / "latents.pt", ldm.Autoencoder(**TINY).eval().requires_grad_(False)
     codes, scale = ldm.encode_set(tiny, pixels, path)
     assert codes.dtype == torch.half and codes.float().std().item() == pytest.approx(1, abs=1e-3)
     expected = scale * ldm.encode_pictures(tiny, pixels)
@@ -169,14 +157,14 @@ def test_latents_have_unit_variance_come_back_and_know_whose_they_are(
     written = path.stat().st_mtime_ns
     again, same = ldm.encode_set(tiny, pixels, path)
     assert torch.equal(again, codes) and same == scale and path.stat().st_mtime_ns == written
-    assert capsys.readouterr().out == ""
+    assert not capsys.readouterr().out
     changed = pixels.clone()
     changed[7, 0, 0, 0] += 1
     other = ldm.Autoencoder(**TINY).eval()  # another initialisation
     for model, pictures in ((other, pixels), (tiny, changed), (tiny, pixels[:100])):
         codes, scale = ldm.encode_set(model, pictures, path)
-        expected = scale * ldm.encode_pictures(model, pictures).detach()
-        torch.testing.assert_close(codes.float(), expected, rtol=2e-3, atol=1e-3)
+        expected = (scale * ldm.encode_pictures(model, pictures)).half()
+        torch.testing.assert_close(codes, expected, rtol=2e-3, atol=1e-3)
         assert "of other pictures or another autoencoder: encoding anew" in capsys.readouterr().out
 
 
@@ -203,8 +191,8 @@ def test_times_are_steps_of_the_schedule_in_their_stage(training, unet, sde):
 
 def test_the_network_is_told_the_step_and_latents_stay_as_they_are(workshop, training):
     settings = dict(network="digits_latent", process="ldm", boundaries=[0.4425, 0.6315])
-    assert training.network_of(settings).encoders[0].time == "ldm"
-    assert training.network_of({**settings, "network": "digits"}).encoders[0].time == "ldm"
+    for network in ("digits_latent", "digits"):
+        assert training.network_of({**settings, "network": network}).encoders[0].time == "ldm"
     with pytest.raises(workshop.BadInput, match="made for times of 'ldm'"):
         training.network_of({**settings, "process": "vp"})
     codes = torch.randn(32, 2, 4, 4).half()
@@ -265,7 +253,7 @@ def test_a_killed_run_goes_on_and_draws_again(workshop, trained, monkeypatch):
         assert one["step"] == two["step"] and set(one[part]) == set(two[part])
         for key, value in one[part].items():
             assert torch.equal(two[part][key], value), key
-    assert json.loads(Path("runs/parts/metrics.json").read_text())["sampler"] == "ddim"
+    assert '"sampler": "ddim"' in Path("runs/parts/metrics.json").read_text(encoding="utf-8")
 
 
 def test_a_run_keeps_its_autoencoder(workshop, trained, monkeypatch):
@@ -333,7 +321,6 @@ WRONG = {
     "--first_stage vq.pt": "takes 3 channels and .* not .1, 8, 8.: give another --first_stage",
     "--first_stage none.pt": "there is no none.pt",
     "--dataset celeba": "needs LDM's autoencoder: see tools/release.py, --first_stage",
-    "--dataset faces": "unknown dataset 'faces'",
     "--kind gan": "unknown autoencoder 'gan'",
     "--resume": "there is no runs/digits-latent/autoencoder.pt: train",
     "--grid even": "unknown grid 'even'",
@@ -341,8 +328,6 @@ WRONG = {
     "--sampler heun --nfe 3": "leave out grid = 'time'",
     "--sampler predictor-corrector --nfe 3": "nfe = 3: predictor-corrector takes two",
     "--samples 899": "samples = 899 must be 10 or more, and at most half",
-    "--nfe 0": r"nfe = 0 must lie in \[1, 10000\]",
-    "--boundaries 0.4,x": "boundaries '0.4,x' must be numbers",
     "--boundaries 0.6,0.4": "boundaries",
     "--batch 2": "batch = 2 cannot mix 3 stages",
 }
