@@ -317,8 +317,8 @@ if __name__ == "__main__" and lesson:
     print(f"entries in use: {len(small.codebook.nearest(h).unique())} of {len(entries)}")
 
 # %% [markdown]
-# The entries cover the part of the plane where latents are, about evenly, and all are in use. Large
-# steps to the next entry, as at the rim, cost accuracy; few latents lie there.
+# The entries have spread over most of the part of the plane where latents are, and all are in use.
+# Where the step to the next entry is large, as at the rim, the rounding costs accuracy.
 #
 # ## The scale
 #
@@ -329,9 +329,9 @@ if __name__ == "__main__" and lesson:
 #
 # $$u = h\,/\,\mathrm{std}(h),\qquad \hat x = \mathrm{Dec}\big(u\cdot\mathrm{std}(h)\big).$$
 #
-# The spread of ours is 0.88, and 2.15 that of the KL autoencoder which is trained below on the same
-# digits. Without the scale each would see another schedule: the same step, a different share of
-# noise.
+# The spread of ours is near 1; that of the KL autoencoder which is trained below on the same digits
+# is nearly twice as large. Without the scale each would see another schedule: the same step, a
+# different share of noise.
 #
 # ## The multistage model, unchanged
 #
@@ -581,10 +581,11 @@ def encode_set(model, images, path):
     decode to nonsense, so they are made anew.
     """
     whose = [workshop.fingerprint(images), workshop.fingerprint(*model.state_dict().values())]
-    kept = torch.load(path, mmap=True, weights_only=True) if path.exists() else {}
-    if kept and kept["whose"] != whose:
-        print(f"{path} is of other pictures or another autoencoder: encoding anew")
+    with workshop.reading(path):
+        kept = torch.load(path, mmap=True, weights_only=True) if path.exists() else {}
     if kept.get("whose") != whose:
+        if kept:
+            print(f"{path} is of other pictures or another autoencoder: encoding anew")
         shape = encode_pictures(model, images[:1]).shape[1:]
         found = torch.empty(len(images), *shape, dtype=torch.half)
         for first in tqdm(range(0, len(images), 2000), "encoding", leave=False):
@@ -642,8 +643,6 @@ if __name__ == "__main__":
         old = workshop.read_checkpoint(run)["settings"]
         workshop.check_same_settings(settings, old, run)
     saved = workshop.read_checkpoint(run, file.name) if resume and not first_stage else None
-    if saved:
-        workshop.check_same_settings(Autoencoder(**plan).options, saved["options"], file)
     with workshop.first_process_first():
         pixels = workshop.open_data_set(dataset, root, size, memory)
         half, other_half = (part.cpu() for part in evaluation.real_halves(pixels, samples))
@@ -709,6 +708,7 @@ if __name__ == "__main__":
         columns["unified / real"] = train_and_draw(twin, run / "unified")[1]
     if rank > 0:
         sys.exit()  # the first process measures
+
 # %% [markdown]
 # ### How good is it?
 #
