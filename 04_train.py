@@ -15,7 +15,7 @@
 # `python 04_train.py` shows this lesson and then trains on digits. With flags, as in
 # `python 04_train.py --dataset celeba`, the file is the command alone.
 
-# %%
+# %% tags=["imports"]
 import importlib
 import os
 import sys
@@ -340,7 +340,7 @@ memory = 4.0  # GiB of pictures to hold on the device; more are read in training
 save_every = 0  # steps between checkpoints; 0: every ten minutes [0, 1000000000]
 resume = False  # go on from the checkpoint of that run
 
-# %%
+# %% tags=["imports"]
 workshop.settings(globals(), "04_train")
 
 import time

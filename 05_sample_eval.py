@@ -14,7 +14,7 @@
 # How long is a sampler? Six lines, with the best denoiser of step 01 in place of a network
 # (`optimal_denoiser`, there in its fast form).
 
-# %%
+# %% tags=["imports"]
 import importlib
 import os
 
@@ -429,7 +429,7 @@ weights = ""  # file of Inception's weights; empty: torch-fidelity's cache, else
 label = -1  # draw this class alone, of a run with classes, and compare with it; -1: all [-1, 1000]
 guidance = "0"  # how far beyond the label's noise to go: w of all stages, or of each: 1,2,4
 
-# %%
+# %% tags=["imports"]
 workshop.settings(globals(), "05_sample_eval")
 
 import inspect

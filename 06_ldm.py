@@ -19,7 +19,7 @@
 # file is the command below the line alone: `python 06_ldm.py --dataset celeba --size 256
 # --first_stage FILE`, with the autoencoder that the authors took, is the paper's configuration.
 
-# %%
+# %% tags=["imports"]
 import importlib
 import os
 import sys
@@ -432,7 +432,7 @@ memory = 4.0  # GiB of pictures or latents held on the device; more are read lat
 save_every = 0  # steps between checkpoints; 0: every ten minutes [0, 1000000000]
 resume = False  # go on with that run: train what is missing, then draw
 
-# %%
+# %% tags=["imports"]
 workshop.settings(globals(), "06_ldm")
 
 import statistics

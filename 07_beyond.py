@@ -13,7 +13,7 @@
 # parts trained together? Which part of training does each get? Why is the timeline cut at one place
 # in training and at another in sampling? **You will** answer that with code.
 
-# %%
+# %% tags=["imports"]
 import importlib
 import os
 
@@ -44,7 +44,7 @@ samples = 450  # pictures of a set that is measured [20, 1000000]
 seeds = 3  # seeds of sampling, over which a number has its spread [2, 100]
 seed = 0  # seed of all else; another than 0 trains a network, by the recipe [0, 4294967295]
 
-# %%
+# %% tags=["imports"]
 workshop.settings(globals(), "07_beyond")
 figures = Path("figures") if out == "runs" else Path(out) / "figures"
 if __name__ == "__main__" and workshop.about(dataset).get("judge") != "digits":
