@@ -63,6 +63,7 @@ KNOWN = dict(  # every key of a run, with its default
     active=[],  # the stages that are trained; empty: all
     of="",  # label of the run that this one builds on
     branch=0,  # the point of `of` that a training goes on from; 0: it starts from scratch
+    bits=False,  # bounds on the bits of held-out pictures, of the three stages of Algorithm 1
     intervals=False,  # held-out losses of the three stages of Algorithm 1, whatever the network has
     sampling_seeds=0,  # sets that are drawn, whose metrics are averaged; 0: one
     ruler="",  # one of RULERS in features.py, in which the sets are compared once more
@@ -70,7 +71,7 @@ KNOWN = dict(  # every key of a run, with its default
     sampler="dpm-solver-3",
     nfe=20,
     solvers=[],  # of a run of kind solvers: pairs of a sampler and its number of evaluations
-    samples=898,  # pictures that are drawn and compared
+    samples=898,  # pictures that are drawn and compared; 0: none
     moments=[],  # points of a kept run that are looked at; 0: its start; empty: all
 )
 

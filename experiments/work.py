@@ -8,6 +8,7 @@ import copy
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -87,14 +88,22 @@ def read_result(definition):
 
 
 @functools.cache
-def pictures(dataset, size=0):
-    """Load a data set, reduced to size × size where asked: (uint8 (N, C, H, W), labels)."""
+def pictures(dataset, size=0, channels=0):
+    """Load a data set, reduced to size × size or to grey where asked: (uint8 tensor, labels)."""
     pixels, labels = workshop.load_images(dataset, paths["root"])
     if size and size != pixels.shape[-1]:
         how = dict(size=(size, size), mode="bilinear", antialias=True)
         parts = [F.interpolate(part.float(), **how) for part in pixels.split(5000)]
         pixels = torch.cat(parts).round().clamp(0, 255).to(torch.uint8)
+    if channels == 1 < pixels.shape[1]:
+        luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]  # ITU-R BT.601
+        pixels = (pixels.float() * luma).sum(1, keepdim=True).round().to(torch.uint8)
     return pixels, labels
+
+
+def pictures_of(definition):
+    """Load the pictures that a definition asks for."""
+    return pictures(definition["dataset"], definition["size"], definition["channels"])[0]
 
 
 @functools.cache
@@ -149,11 +158,34 @@ def losses(model, images, process, stages):
 
 def split(definition):
     """Hold out a share of the pictures, as step 04 does: (held out, used)."""
-    d, (pixels, _) = definition, pictures(definition["dataset"], definition["size"])
+    d, pixels = definition, pictures_of(definition)
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(d["seed"]))
     n = int(len(pixels) * d["held_out"])
     used = pixels[order[n:]][: d["pictures"] or None]
     return pixels[order[:n]].to(workshop.device()), used.to(workshop.device())
+
+
+@torch.no_grad()
+def likelihood(model, images, cuts):
+    """Measure bounds on the bits of pictures, and the loss with Min-SNR weights, part by part.
+
+    Noise and places in time are those of all networks. The loss is that of a stage's times, dealt
+    uniformly, times the stage's length, so that its sum is that of the timeline.
+    """
+    ask = lambda xt, t: model(xt.to(workshop.device()), t.float().to(workshop.device())).cpu()  # noqa: E731
+    bits = evaluation.likelihood_bound(ask, images.cpu(), sde.VP, cuts)
+    x0, dice = workshop.to_network_space(images.cpu()), torch.Generator().manual_seed(1)
+    weighted, ends = [], [sde.VP.t_min, *cuts, sde.VP.t_max]
+    for low, high in itertools.pairwise(ends):
+        t = low + (high - low) * torch.rand(len(x0), generator=dice)
+        eps = torch.randn(x0.shape, generator=dice)
+        parts = zip(sde.perturb(x0, eps, t, sde.VP).split(500), t.split(500), strict=True)
+        found = torch.cat([ask(*part) for part in parts])
+        error = ((found - eps) ** 2).flatten(1).mean(1)
+        weighted.append(
+            float((high - low) * (error * (5 * sde.VP.sigma(t) ** 2).clamp(max=1)).mean())
+        )
+    return dict(bits=bits.tolist(), min_snr=weighted)
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -178,7 +210,7 @@ def settings_of(definition):
 
 def cuts_of(definition):
     """Find the inner boundaries that a definition asks for."""
-    d, (pixels, _) = definition, pictures(definition["dataset"], definition["size"])
+    d, pixels = definition, pictures_of(definition)
     if d["clustering"] == "timestep":
         return clustering.timestep_clusters(3)
     if d["clustering"] == "log-snr":
@@ -191,18 +223,20 @@ def cuts_of(definition):
         raise BadInput(f"unknown clustering {d['clustering']!r}")
     if d["boundaries"]:
         return training.find_boundaries(d["boundaries"], d["dataset"], pixels, d["process"])
-    return algorithm_1(d["dataset"], d["size"], d["process"])
+    return algorithm_1(d)
 
 
-def algorithm_1(dataset, size, process):
+def algorithm_1(definition):
     """Find the boundaries of a data set as step 04 does, once: what was found is kept.
 
     So all units are cut alike, whatever becomes of the way in which step 02 draws its samples.
     """
     kept = json.loads(Path(paths["cuts"]).read_text(encoding="utf-8"))
-    name = f"{dataset} at {size}, {process}" if size else f"{dataset}, {process}"
+    d, pixels = definition, pictures_of(definition)
+    name = d["dataset"] + " in grey" * (d["dataset"] == "cifar10" and d["channels"] == 1)
+    name += f" at {d['size']}" * bool(d["size"]) + f", {d['process']}"
     if name not in kept:
-        kept[name] = training.find_boundaries("", dataset, pictures(dataset, size)[0], process)
+        kept[name] = training.find_boundaries("", d["dataset"], pixels, d["process"])
         workshop.write_json(kept, paths["cuts"])
     return kept[name]
 
@@ -210,7 +244,7 @@ def algorithm_1(dataset, size, process):
 def widths(cuts, definition, network):
     """Interpolate the three-stage network's decoders by Eq. 23, to multiples of four channels."""
     d, edges = definition, [0.0, *cuts, 1.0]
-    three = algorithm_1(d["dataset"], d["size"], d["process"])
+    three = algorithm_1(d)
     wanted = [
         unet.interpolate_parameters(pair, three, unet.NETWORKS[network]["decoders"])
         for pair in zip(edges, edges[1:], strict=False)
@@ -221,7 +255,8 @@ def widths(cuts, definition, network):
 def train(definition):
     """Train one network and measure it at the points asked for."""
     d, settings = definition, settings_of(definition)
-    yardsticks(d)  # features that cannot be had are said now, not after the training
+    if d["samples"]:
+        yardsticks(d)  # features that cannot be had are said now, not after the training
     held_out, used = split(d)
     torch.manual_seed(d["seed"])  # the initial weights
     state = training.new_state(
@@ -250,7 +285,10 @@ def train(definition):
         looked_at, at = (in_three(model, d), range(3)) if d["intervals"] else (model, stages)
         row["held_out"] = losses(looked_at, held_out, d["process"], at)
         row["trained"] = losses(looked_at, used[: len(held_out)], d["process"], at)
-        curve.append({**row, **measure(model, d), "active": list(state["active"])})
+        if d["bits"]:
+            row.update(likelihood(model, held_out, algorithm_1(d)))
+        found = measure(model, d) if d["samples"] else {}
+        curve.append({**row, **found, "active": list(state["active"])})
         keep_weights(d, len(curve), state, settings, spent)
 
     for step, found in training.train(state, used, 10**9, **options):
@@ -319,8 +357,7 @@ def branch_off(state, trunk):
 
 def in_three(model, definition):
     """Let a network be asked for each of the three stages of Algorithm 1, whatever it has."""
-    d = definition
-    return Hybrid(algorithm_1(d["dataset"], d["size"], d["process"]), [model] * 3)
+    return Hybrid(algorithm_1(definition), [model] * 3)
 
 
 def costs_of_stages(costs):
