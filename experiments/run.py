@@ -128,6 +128,8 @@ def check(run):
     workshop.about(run["dataset"])  # raises for an unknown one
     for name in [run["sampler"], *(pair[0] for pair in run["solvers"])]:
         evaluation.solver_of(name)
+    if run["ruler"] and run["ruler"] not in work.features.RULERS:
+        raise BadInput(f"unknown ruler {run['ruler']!r}: take {', '.join(work.features.RULERS)}")
     if not run["of"] and (run["branch"] or run["kind"] in ("served", "gradients", "solvers")):
         raise BadInput("it needs `of`, the run that it builds on")
     if run["kind"] != "training":
@@ -177,7 +179,6 @@ def work_off(experiments, named=(), seeds=()):
 def main(arguments=None):
     """Run what is missing and draw."""
     parser = argparse.ArgumentParser("run.py", allow_abbrev=False)
-    parser.error = lambda message: workshop.exit_with(message)
     parser.add_argument("--only", default="", help="names of experiments, comma-separated")
     parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
     parser.add_argument("--seeds", default="", help="run only these, comma-separated: 0,2")
@@ -194,10 +195,7 @@ def main(arguments=None):
     for name in named:
         if name not in experiments:
             raise BadInput(f"unknown experiment {name!r}: take one of {', '.join(experiments)}")
-    try:
-        seeds = [int(seed) for seed in asked.seeds.split(",") if seed]
-    except ValueError:
-        raise BadInput(f"--seeds {asked.seeds!r} must be whole numbers such as 0,2") from None
+    seeds = training.read_numbers("--seeds", asked.seeds, int, "whole numbers such as 0,2")
     units = [d for e in experiments.values() for _, ds in e["units"] for d in ds]
     paths = {work.result_path(d) for d in units}
     print(f"{len(paths)} units, missing: {sum(not path.is_file() for path in paths)}")
