@@ -478,8 +478,8 @@ class Autoencoder(nn.Module):
         for level, mult in enumerate(mults):
             down += [BLOCK(c if i == 0 else width * mult, width * mult) for i in range(blocks)]
             c = width * mult
-            if level < len(mults) - 1:
-                down += [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)]
+            halve = [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(c, c, 3, stride=2)]
+            down += halve if level < len(mults) - 1 else []
         down += [unet.middle_block(c, BLOCK, ATTEND), NORM(c), nn.SiLU()]
         down += [nn.Conv2d(c, said, 3, padding=1), unet.LastConv2d(said, said, 1)]
         up = [nn.Conv2d(code, code, 1), nn.Conv2d(code, c, 3, padding=1)]
