@@ -266,7 +266,7 @@ def show_images(rows, titles, path, columns=16, labels=None):
     height = sum(grid.shape[1] for grid in grids) / grids[0].shape[2] * 10 + 0.35 * len(rows)
     figure, axes = plt.subplots(len(rows), 1, figsize=(10, height), squeeze=False)
     for ax, grid, title in zip(axes[:, 0], grids, titles, strict=True):
-        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         ax.set_title(title, fontsize=10, loc="left", pad=18 if labels and ax is axes[0, 0] else 6)
         ax.axis("off")
     for i, label in enumerate(labels or []):
@@ -538,11 +538,17 @@ def print_once(*lines):
 def join_processes():
     """Make ready for long work: fast convolutions, and the other processes of torchrun, if any."""
     torch.backends.cudnn.benchmark = torch.cuda.is_available()  # try its algorithms, take the best
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         patient = datetime.timedelta(hours=12)  # one may have to wait for another that downloads
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=patient)
+        kind = "nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(kind, timeout=patient)
+        except (ValueError, RuntimeError) as error:
+            raise BadInput(
+                f"processes do not find each other ({shorten(error)}): use torchrun"
+            ) from None
         atexit.register(dist.destroy_process_group)
 
 
@@ -594,6 +600,13 @@ def pictures_of_steps(images, batch, seed, steps):
 
 
 # %%
+def run_folder(out, name):
+    """Tell where the run of a name lies. Raises BadInput for a name that leads out of `out`."""
+    if Path(name).is_absolute() or {"", ".", ".."} & set(name.split("/")):
+        raise BadInput(f"name = {name!r} must be the name of a folder in {out}, such as my-run")
+    return Path(out) / name
+
+
 def claim_folder(folder, resume):
     """Make the folder of a run and lock it; an earlier run of that name is kept as `folder`.1, …
 
@@ -618,8 +631,10 @@ def claim_folder(folder, resume):
 
 
 def check_same_settings(asked, old, folder):
-    """Raise BadInput where a resumed run is asked for other settings than it has (but steps)."""
-    for key in sorted(set(asked) - {"steps"}):
+    """Raise BadInput where a resumed run is asked for other settings than it has (but these two)."""
+    if asked.get("pictures") != old.get("pictures"):
+        raise BadInput(f"{folder} was trained on other pictures: give the --root that it had")
+    for key in sorted(set(asked) - {"steps", "root"}):
         if (asked[key] or None) != (old.get(key) or None):  # what it does not know is empty
             raise BadInput(f"{folder} was made with {key} = {old.get(key)!r}, not {asked[key]!r}")
 

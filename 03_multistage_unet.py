@@ -17,7 +17,7 @@
 import importlib
 import os
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
@@ -853,11 +853,25 @@ for name, (backbone, edges), width, widths, more in [
     NETWORKS[name] = {**backbone, "encoder": width, "decoders": widths, "boundaries": edges, **more}
 
 
+def attended_sides(plan):
+    """List the sides of pictures at which a plan's network attends: the nearest to `attention`.
+
+    So one that is made for 32×32 and attends at 16×16 does so at 12×12 in pictures of 48×48.
+    """
+    sides = [max(1, plan["size"] // 2**level) for level in range(len(plan.get("mults", (1, 2))))]
+    wanted = plan.get("attention", ())
+    return tuple({min(sides, key=lambda side: abs(math.log(side / near))) for near in wanted})
+
+
 def build_network(name, **changes):
-    """Build a network of NETWORKS, some arguments changed. Raises BadInput for an unknown name."""
+    """Build a network of NETWORKS, some arguments changed. Raises BadInput for an unknown name.
+
+    With another `size` it attends at `attended_sides`.
+    """
     if name not in NETWORKS:
         raise BadInput(f"unknown network {name!r}: take one of {', '.join(sorted(NETWORKS))}")
-    return MultistageUNet(**{**NETWORKS[name], **changes})
+    plan = {**NETWORKS[name], **changes}
+    return MultistageUNet(**{**plan, "attention": attended_sides(plan)})
 
 
 # %%

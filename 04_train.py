@@ -20,7 +20,7 @@ import importlib
 import os
 import sys
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
@@ -689,7 +689,7 @@ PAPER_NETWORKS = {
 PAPER_NETWORKS["flow"] = PAPER_NETWORKS["vp"]
 
 
-def check_settings(arch, process, stages, patience, times="", decay="", weight=""):
+def check_settings(arch, process, stages, patience, times="", decay="", weight="", tailored=False):
     """Raise BadInput for settings that are unknown or do not go together."""
     known = {"arch": (arch, "multistage", "unified", "separate")}
     known |= {"stages": (stages, "uniform", "mixed"), "times": (times, "stages", "uniform")}
@@ -700,6 +700,8 @@ def check_settings(arch, process, stages, patience, times="", decay="", weight="
     kernel_of(process)
     if weight == "min-snr" and process not in PLAIN:
         raise BadInput(f"process {process!r} has weights of its own: leave out --weight")
+    if tailored and arch != "separate":
+        raise BadInput(f"tailored widths are for --arch separate, not {arch}")
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
 
@@ -784,6 +786,9 @@ def plan_run(given, recipe, images):
         plan["boundaries"] = find_boundaries(*where, network)
     elif plan["times"] == "stages":
         plan["cuts"] = find_boundaries(*where)
+    cuts = plan["cuts"] or plan["boundaries"]
+    if (stage_edges(None, process, cuts).float().diff() <= 0).any():
+        raise BadInput(f"boundaries {cuts} leave a stage of {process} without times: choose others")
     return plan
 
 
@@ -801,6 +806,10 @@ def describe_training(state, settings):
     costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
     workshop.print_once(f"{settings['arch']} network {settings['network']}, boundaries {cuts}")
+    if sides := unet.attended_sides(
+        {**unet.NETWORKS[settings["network"]], "size": state["model"].size}
+    ):
+        workshop.print_once(f"  attention where pictures have a side of {sides}")
     for k in range(len(state["model"].decoders)):
         million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
         workshop.print_once(f"  stage {k}: {million:.2f}M weights, {gflops:.4g} GFLOPs a picture")
@@ -909,10 +918,11 @@ def fit(state, images, settings, folder, held_out=None, decode=None, labels=None
 
 # %%
 if __name__ == "__main__":
-    check_settings(arch, process, stages, patience, times, decay, weight)
+    check_settings(arch, process, stages, patience, times, decay, weight, tailored)
     workshop.join_processes()
     rank, world = workshop.ranks()
-    run = Path(out) / (name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp"))
+    name = name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp")
+    run = workshop.run_folder(out, name)
     content = workshop.read_checkpoint(run) if resume else None
     if resume and not boundaries:  # those that it has are not looked for again
         old = content["settings"]
@@ -926,6 +936,7 @@ if __name__ == "__main__":
         flags = {key: globals()[key] for key, *_ in workshop.read_parameters("04_train")}
         asked = plan_run(flags, workshop.about(dataset)["recipe"], pixels)
     asked.update(patience=patience, classes=int(labels.max()) + 1 if classes else None)
+    asked.update(root=os.path.abspath(root), pictures=workshop.fingerprint(pixels))
     if resume:
         workshop.check_same_settings(asked, content["settings"], run)
     held_out, used = None, pixels

@@ -18,7 +18,7 @@
 import importlib
 import os
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
@@ -417,7 +417,7 @@ if __name__ == "__main__" and lesson:
 # %% tags=["parameters"]
 name = "digits-multistage"  # name of the run to sample from
 out = "runs"  # the folder that holds the runs
-root = "data"  # where the run's data set lies or is downloaded to
+root = ""  # where the run's data set lies or is downloaded to; empty: where it lay in training
 sampler = "dpm-solver-3"  # any of SAMPLERS: ddim, deis-3, dpm-solver++-2m, heun, ancestral, …
 nfe = 20  # evaluations of the network for one picture (heun: an odd number) [1, 10000]
 grid = ""  # where the solver stops: log-snr, time or quadratic; empty: the solver's own choice
@@ -725,7 +725,10 @@ def solver_of(sampler, grid=""):
 def read_guidance(text):
     """Read w, or one for each stage, comma-separated: tuple of floats; BadInput for other text."""
     try:
-        return tuple(float(w) for w in str(text).strip("[]() ").split(","))
+        found = tuple(float(w) for w in str(text).strip("[]() ").split(","))
+        if all(abs(w) <= 1000 for w in found):  # which nan is not
+            return found
+        raise ValueError
     except ValueError:
         raise BadInput(f"guidance {text!r} must be a number, or one a stage: 1,2,4") from None
 
@@ -1005,7 +1008,9 @@ if __name__ == "__main__":
     check_labels(model, **told, n=1)
     dataset, size = settings["dataset"], settings.get("size") or 32
     with workshop.first_process_first():
-        pixels, labels = workshop.load_images(dataset, root, size)
+        pixels, labels = workshop.load_images(dataset, root or settings.get("root", "data"), size)
+        if workshop.fingerprint(pixels) != settings.get("pictures", workshop.fingerprint(pixels)):
+            raise BadInput(f"{run} was trained on other pictures: give the --root that it had")
         real = pixels if label < 0 else pixels[labels == label]
         samples = samples if label < 0 else min(samples, len(real) // 2)
         if reference:

@@ -17,7 +17,7 @@
 import importlib
 import os
 
-if __name__ == "__main__" and os.path.basename(os.getcwd()) == "notebooks":
+if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
 workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
 
