@@ -335,7 +335,7 @@ if __name__ == "__main__":
     ways = {"replacement": (network, "replace"), "DPS": (network, "guide")}
     ways.update({f"DPS in stage {k} only": (network, "guide", (k,)) for k in range(3)})
     ways.update({"points, replacement": (points, "replace"), "points, DPS": (points, "guide")})
-    few, average = truth[: min(48, samples)].repeat(seeds, 1, 1, 1), known.mean(0, keepdim=True)
+    few, average = truth[:48].repeat(seeds, 1, 1, 1), known.mean(0, keepdim=True)
     rows, panels = {"the truth": few[:16]}, {}
     for problem, (A, tau) in PROBLEMS.items():
         y = A(few) + tau * torch.randn(A(few).shape, generator=dice)
@@ -346,7 +346,7 @@ if __name__ == "__main__":
             results[way] = repair(eps, y, few.shape, problem, how, dice, *stages, cuts=model.cuts)
         rows.update({f"{problem}: {way}": results[way][:16] for way in ("replacement", "DPS")})
         panels[f"{problem}, dB"] = {
-            way: [psnr(part, truth[: len(part)]) for part in x.chunk(seeds)] for way, x in results.items()
+            way: [psnr(part, truth[:48]) for part in x.chunk(seeds)] for way, x in results.items()
         }
     draw_bars(panels, figures / "07_decibels.png", digits=1)
     drawn = [workshop.to_pictures(x) for x in rows.values()]
@@ -393,9 +393,10 @@ def frame(x, chosen):
 
 if __name__ == "__main__":
     rows, cuts, sevens = {}, model.cuts, pixels[used][labels[used] == 7]
-    x, t = torch.randn(3, 1, *pixels.shape[2:]), torch.tensor([cuts[0] / 2, sum(cuts) / 2, 0.9])
+    n, x = min(300, steps or 300), torch.randn(3, 1, *pixels.shape[2:])
+    t = torch.tensor([cuts[0] / 2, sum(cuts) / 2, 0.9])
     for k in (None, 0, 1, 2):
-        other = model if k is None else train_alone(content, k, sevens, min(300, steps or 300)).cpu()
+        other = model if k is None else train_alone(content, k, sevens, n).cpu()
         same = [torch.equal(a, b) for a, b in zip(other(x, t), model(x, t), strict=True)]
         assert same == [j != k for j in range(3)]  # bit by bit, a time in each stage
         sets = [evaluation.sample(other, "vp", samples, seed=s) for s in range(seeds)]
