@@ -392,9 +392,8 @@ def frame(x, chosen):
 
 
 if __name__ == "__main__":
-    rows, cuts, sevens = {}, model.cuts, pixels[used][labels[used] == 7]
-    n, x = min(300, steps or 300), torch.randn(3, 1, *pixels.shape[2:])
-    t = torch.tensor([cuts[0] / 2, sum(cuts) / 2, 0.9])
+    rows, cuts, n, sevens = {}, model.cuts, min(300, steps or 300), pixels[used][labels[used] == 7]
+    x, t = torch.randn(3, 1, *pixels.shape[2:]), torch.tensor([cuts[0] / 2, sum(cuts) / 2, 0.9])
     for k in (None, 0, 1, 2):
         other = model if k is None else train_alone(content, k, sevens, n).cpu()
         same = [torch.equal(a, b) for a, b in zip(other(x, t), model(x, t), strict=True)]
