@@ -250,6 +250,8 @@ def ran(everything):
     rows, seen = [], set()
     for name, (experiment, runs) in everything.items():
         records = [record for _, found in runs for record in found]
+        if not records:  # written down, and not run so far
+            continue
         new = {str(r["definition"]): r for r in records if str(r["definition"]) not in seen}
         seen |= set(new)
         how = sorted(
@@ -257,7 +259,7 @@ def ran(everything):
         )
         seeds = sorted({r["definition"]["seed"] for r in records})
         minutes = sum(r["seconds"] for r in new.values()) / 60
-        seeds = ", ".join(map(str, seeds)) or "–"
+        seeds = ", ".join(map(str, seeds))
         title = experiment.get("title", name)
         rows.append([title, len(records), len(new), seeds, f"{minutes:.1f}", "; ".join(how)])
     head = ["experiment", "units", "of them not shared with one above", "seeds", "minutes", "on"]
