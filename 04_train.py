@@ -936,7 +936,7 @@ if __name__ == "__main__":
         flags = {key: globals()[key] for key, *_ in workshop.read_parameters("04_train")}
         asked = plan_run(flags, workshop.about(dataset)["recipe"], pixels)
     asked.update(patience=patience, classes=int(labels.max()) + 1 if classes else None)
-    asked.update(root=os.path.abspath(root), pictures=workshop.fingerprint(pixels))
+    asked.update(root=root, pictures=workshop.fingerprint(pixels))
     if resume:
         workshop.check_same_settings(asked, content["settings"], run)
     held_out, used = None, pixels
