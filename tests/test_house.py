@@ -105,12 +105,14 @@ def test_a_data_set_is_added_in_one_place(workshop, monkeypatch):
     new["recipe"] = dict(steps=2, batch=8, lr=1e-3, warmup=1, flip=False)
     new["latent_recipe"] = {**new["recipe"], "code_steps": 2, "code_batch": 8, "code_lr": 1e-3}
     monkeypatch.setitem(workshop.DATASETS, "noises", new)
+    judge = workshop.read_checkpoint("pretrained/digits-classifier")
+    workshop.write_checkpoint(judge, "pretrained/noises-classifier")
     few = ["--dataset", "noises", "--samples"]
     command(2, *few, 200, "--pairs", 2)
     command(4, "--dataset", "noises", "--boundaries", "0.1,0.44")
     command(5, "--name", "noises-multistage", "--samples", 20, "--nfe", 2)
     command(6, *few, 20, "--nfe", 2)
-    for name in ("noises-multistage", "noises-latent", "noises-latent-unified"):
+    for name in ("noises-multistage", "noises-latent", "noises-latent/unified"):
         assert workshop.read_checkpoint(f"runs/{name}")["settings"]["dataset"] == "noises"
 
 
