@@ -583,14 +583,6 @@ def picked_in_step(n, batch, seed, step):
     return torch.randint(n, (batch,), generator=step_generator(seed, 2 * step))
 
 
-def pictures_of_steps(images, batch, seed, steps):
-    """Yield, for each step of a range, this process' part of its pictures, on the device."""
-    rank, world = ranks()
-    for step in steps:
-        i = picked_in_step(len(images), batch, seed, step).chunk(world)[rank]
-        yield images[i.to(images.device)].to(device())
-
-
 # %% [markdown]
 # ## A run on disk
 #

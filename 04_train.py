@@ -542,13 +542,13 @@ def train(
     unified = len(model.decoders) == 1
     edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
-    todo = range(state["step"] + 1, steps + 1)
-    source = workshop.pictures_of_steps(images, batch, state["seed"], todo)
     model.train()
-    for step, pictures in zip(todo, source, strict=True):
+    for step in range(state["step"] + 1, steps + 1):
         if not state["active"]:
             return  # early stopping has ended all stages
-        x0 = workshop.to_network_space(pictures)  # (b, C, H, W), this process' part of the batch
+        i = workshop.picked_in_step(len(images), batch, state["seed"], step)
+        mine = images[i.chunk(world)[rank].to(images.device)]  # this process' part of the batch
+        x0 = workshop.to_network_space(mine.to(device))  # (b, C, H, W)
         active = list(range(len(edges) - 1)) if unified else state["active"]
         dice = workshop.step_generator(state["seed"], 2 * step + 1)
         chance = stage_chances(edges, process, active, times)
@@ -564,7 +564,7 @@ def train(
         turn = torch.rand(batch, generator=generator, device=device) < 0.5
         told = {}
         if labels is not None:
-            label = labels[workshop.picked_in_step(len(images), batch, state["seed"], step)]
+            label = labels[i]
             # one in ten is not told, so that it learns to do without (Ho and Salimans 2022)
             drop = torch.rand(batch, generator=generator, device=device) < 0.1
             label = torch.where(drop, model.classes, label.to(device))

@@ -629,7 +629,7 @@ if __name__ == "__main__":
         raise BadInput(f"{dataset} needs LDM's autoencoder: see tools/release.py, --first_stage")
     workshop.join_processes()
     rank, world = workshop.ranks()
-    run = Path(out) / (name or f"{dataset}-latent")
+    run = workshop.run_folder(out, name or f"{dataset}-latent")
     file = Path(first_stage or run / "autoencoder.pt")
     plan = known["autoencoder"] | ({"kind": kind} if kind else {})
     ready = load_first_stage(file) if first_stage else None

@@ -491,21 +491,20 @@ def test_a_run_says_what_it_trains_and_leaves_what_it_should(whole, workshop):
 def test_a_signal_lets_the_step_finish_and_save_and_resume_goes_on_bit_for_bit(
     whole, workshop, monkeypatch
 ):
-    plain = workshop.pictures_of_steps
+    plain = workshop.picked_in_step
 
-    def interrupted(images, batch, seed, steps):
-        for step, found in zip(steps, plain(images, batch, seed, steps), strict=True):
-            if step == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield found
+    def interrupted(n, batch, seed, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(n, batch, seed, step)
 
-    monkeypatch.setattr(workshop, "pictures_of_steps", interrupted)
+    monkeypatch.setattr(workshop, "picked_in_step", interrupted)
     flags = [*FLAGS, "ended", "--out", whole]
     with pytest.raises(SystemExit) as end:
         command(4, *flags)
     assert end.value.code == 128 + signal.SIGTERM
     assert workshop.read_checkpoint(whole / "ended")["step"] == 5
-    monkeypatch.setattr(workshop, "pictures_of_steps", plain)
+    monkeypatch.setattr(workshop, "picked_in_step", plain)
     with pytest.raises(workshop.BadInput, match="ended was made with decay = 12, not 14"):
         command(4, *flags, "--steps", 14, "--resume")
     command(4, *flags, "--boundaries", "", "--resume")  # those that it has
