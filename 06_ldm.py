@@ -616,7 +616,7 @@ def plan_latents(arch):
     flags.update(encoder=recipe.get("encoder", 0))
     settings = training.plan_run(flags, {**recipe, "flip": False}, blank)
     owner = workshop.fingerprint(*ready.state_dict().values()) if ready else None
-    return settings | dict(autoencoder=owner)
+    return settings | dict(autoencoder=owner, pictures=workshop.fingerprint(pixels))
 
 
 if __name__ == "__main__":
@@ -637,16 +637,16 @@ if __name__ == "__main__":
     with torch.device("meta"):
         pictures = torch.empty(1, *known.get("shape", (3, size, size)))
         blank = Autoencoder(**plan).encode(pictures)  # a latent's shape
+    with workshop.first_process_first():
+        pixels = workshop.open_data_set(dataset, root, size, memory)
+        half, other_half = (part.cpu() for part in evaluation.real_halves(pixels, samples))
+        extractor, named = evaluation.pick_extractor(dataset)
     settings = plan_latents(arch)
     training.prepare_state(settings)
     if resume and (run / "checkpoint.pt").exists():
         old = workshop.read_checkpoint(run)["settings"]
         workshop.check_same_settings(settings, old, run)
     saved = workshop.read_checkpoint(run, file.name) if resume and not first_stage else None
-    with workshop.first_process_first():
-        pixels = workshop.open_data_set(dataset, root, size, memory)
-        half, other_half = (part.cpu() for part in evaluation.real_halves(pixels, samples))
-        extractor, named = evaluation.pick_extractor(dataset)
     if rank == 0:
         workshop.claim_folder(run, resume)
 
