@@ -330,7 +330,7 @@ if __name__ == "__main__" and lesson:
 # $$u = h\,/\,\mathrm{std}(h),\qquad \hat x = \mathrm{Dec}\big(u\cdot\mathrm{std}(h)\big).$$
 #
 # The spread of ours is near 1; that of the KL autoencoder which is trained below on the same digits
-# is nearly twice as large. Without the scale each would see another schedule: the same step, a
+# is more than twice as large. Without the scale each would see another schedule: the same step, a
 # different share of noise.
 #
 # ## The multistage model, unchanged

@@ -309,11 +309,11 @@ def test_a_colour_folder_trains_the_paper_s_network(
     monkeypatch.setitem(unet.NETWORKS, "table6_4", {**unet.NETWORKS["table6_4"], **small})
     few = lambda x: x.flatten(1)[:, :9].float()  # noqa: E731 - Inception's weights are not here
     monkeypatch.setattr(evaluation, "pick_extractor", lambda _: (few, "nine pixels"))
-    flags += " --dataset folder --root faces --size 32 --steps 1 --batch 4 --samples 12 --nfe 2"
-    command(6, *flags.split(), "--memory", 0)
+    flags += " --dataset folder --root faces --steps 1 --batch 4 --samples 12 --nfe 2"
+    command(6, *flags.split(), "--size", 8 * f, "--memory", 0)
     kept = torch.load("runs/folder-latent/latents.pt", weights_only=True)["latents"]
-    assert kept.shape == (24, 3 if f == 4 else 4, 32 // f, 32 // f)
-    assert workshop.read_checkpoint("runs/folder-latent")["settings"]["size"] == 32 // f
+    assert kept.shape == (24, 3 if f == 4 else 4, 8, 8)
+    assert workshop.read_checkpoint("runs/folder-latent")["settings"]["size"] == 8
 
 
 WRONG = {
