@@ -104,7 +104,7 @@ WRONG = [
     (4, "--process ve", "unknown process 've'"),
     (4, "--dataset imagenet", "unknown dataset 'imagenet'"),
     (4, "--dataset folder --root .", "no pictures under '.'"),
-    (4, "--boundaries 0.5,0.2 --steps 1", "strictly ascending"),
+    (4, "--boundaries 0.5,0.2 --steps 1", "leave a stage of vp without times"),
     (7, "--dataset cifar10", "about digits, not cifar10"),
     (4, "--resume", "there is no runs"),
     (4, "--out file/runs", "cannot write to file/runs"),
