@@ -2,7 +2,6 @@
 
 import ast
 import builtins
-import copy
 import math
 import re
 from itertools import pairwise
@@ -115,19 +114,12 @@ def test_step_03(unet):
     assert len(model.decoders) == 2 and model.cuts == [0.5]
 
 
-def test_step_04(workshop, unet, training):
+def test_step_04(workshop, training):
     pixels, edges = workshop.load_images("digits")[0], torch.tensor([0.001, 0.1, 0.44, 1])
-    best = value(STEPS[4], "lambda", {**vars(training), "pixels": pixels})
-    model = unet.build_network("digits", boundaries=[0.1, 0.44])
-    for _ in training.train_plainly(model, copy.deepcopy(model), pixels, edges, steps=40):
-        pass
-    dice, found = torch.Generator().manual_seed(1), []
-    for step in range(12):
-        x0, t, eps, _ = training.draw_batch(pixels, edges, 32, step, dice)
-        with torch.no_grad():
-            found.append([training.compute_loss(one, x0, t, eps).item() for one in (best, model)])
-    lowest, trained = np.mean(found, 0)
-    assert 0.005 < lowest < trained
+    best, dice = value(STEPS[4], "lambda", {**vars(training), "pixels": pixels}), torch.Generator()
+    batches = [training.draw_batch(pixels, edges, 32, step, dice)[:3] for step in range(12)]
+    lowest = np.mean([training.compute_loss(best, *batch).item() for batch in batches])
+    assert 0.005 < lowest < 0.5  # a network that knows nothing has 1
 
 
 def test_step_04_boundaries_by_log_snr(sde, clustering):

@@ -88,13 +88,6 @@ def test_imports_are_silent_and_leave_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_steps_import_only_earlier_steps(step):
-    text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
-    used = [other for other in STEPS if f'import_module("{other}")' in text]
-    assert all(other < step for other in used) and (step == STEPS[0] or used)
-
-
 WRONG = [
     (4, "--stpes 3", "unrecognized arguments: --stpes 3"),
     (4, "--data digits", "unrecognized arguments: --data"),  # no abbreviation
