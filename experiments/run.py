@@ -166,7 +166,7 @@ def work_off(experiments, named=(), seeds=()):
             if work.read_result(d) is not None:  # another unit needed it and has run it by now
                 continue
             record = work.complete(d)
-            end = record["curve"][-1]["frechet"] if "curve" in record else None
+            end = record.get("curve", [{}])[-1].get("frechet")
             says = f"distance {end:.2f}" if end is not None else ""
             clock = time.strftime("%H:%M")
             print(
