@@ -592,6 +592,9 @@ def picked_in_step(n, batch, seed, step):
 
 
 # %%
+LOCKS = {}  # of the folders that this process writes into; a lock that is dropped opens
+
+
 def run_folder(out, name):
     """Tell where the run of a name lies. Raises BadInput for a name that leads out of `out`."""
     if Path(name).is_absolute() or {"", ".", ".."} & set(name.split("/")):
@@ -607,7 +610,8 @@ def claim_folder(folder, resume):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        filelock.FileLock(f"{folder}.lock", is_singleton=True).acquire(blocking=False)
+        lock = LOCKS.setdefault(folder.resolve(), filelock.FileLock(f"{folder.resolve()}.lock"))
+        lock.acquire(blocking=False)
         left = [name for name in ("checkpoint.pt", "autoencoder.pt") if (folder / name).exists()]
         if left and not resume:
             n = next(n for n in range(1, 10_000) if not Path(f"{folder}.{n}").exists())

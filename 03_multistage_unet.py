@@ -390,7 +390,7 @@ if __name__ == "__main__" and not table:
 # whose skip it reads (the grey lines). The dark arrows are the way of a picture at $t$ = 0.3.
 
 
-# %%
+# %% tags=["draws"]
 def draw_architecture(x, t, encoder, decoders, cuts, path):
     """Draw encoder, middle and decoders as a U, and the way of a picture x (1, C, H, W) at t."""
     sizes, edges = [h.shape[2] for h in encoder(x, torch.ones(1))[1]], (0, *cuts, 1)
@@ -434,8 +434,7 @@ if __name__ == "__main__" and not table:
 # Bars show widths, not work: a layer of equal width costs four times as much at 8×8 as at 4×4.
 # Counted below the line, the network costs 1.7 times as much as unified in stage 0, as much in
 # stage 1, and half as much in stage 2. What a sampler pays depends on how often it visits which
-# stage: with the cuts of `digits`, the 20 evaluations of step 05 cost on average as much as
-# unified's, to within half a percent (RESULTS.md, Table 3).
+# stage: with the cuts of `digits`, 20 evaluations of step 05 cost as much as unified's.
 #
 # **You have** the architecture of the paper: an encoder, decoders, and a few lines that decide
 # which decoder a picture gets. Step 04 trains it, and the plain U-Net that is one stage of it.

@@ -222,6 +222,7 @@ def new_autoencoder_state(model, lr, seed):
     return dict(model=model, optimizer=optimizer, generator=generator, seed=seed, step=0)
 
 
+# %%
 def train_autoencoder(state, images, steps, batch=64):
     """Train on uint8 images (N, C, H, W) until `steps` in all: yields (step, {name: number})."""
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
@@ -277,7 +278,7 @@ def decode_latents(model, u, scale):
     return workshop.to_pictures(torch.cat(found))
 
 
-# %%
+# %% tags=["draws"]
 def draw_latents(model, pictures, scale, path):
     """Draw pictures, what an autoencoder makes of them, and the channels of their latents."""
     u = encode_pictures(model, pictures) * scale

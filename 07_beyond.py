@@ -175,7 +175,7 @@ if __name__ == "__main__":
 # five lines of step 05)? The spread is that of sampling seeds; `--seed` trains other networks.
 
 
-# %%
+# %% tags=["draws"]
 def draw_bars(panels, path, digits=2):
     """Draw means over seeds as bars with standard deviations. panels: {title: {name: numbers}}."""
     _, axes = plt.subplots(1, len(panels), figsize=(11, 3), sharey=True)
@@ -366,9 +366,8 @@ if __name__ == "__main__":
 #
 # ## One stage alone
 #
-# Here the encoder is shared, so it has to be frozen when one part is trained: then one decoder learns,
-# and what the others say stays as it is, bit by bit. Let one decoder see nothing but sevens, and draw
-# from the same noise:
+# The encoder is shared, so it is frozen while one decoder learns; what the others say stays as it is,
+# bit by bit. Let one decoder see nothing but sevens, and draw from the same noise:
 
 
 # %%
@@ -384,6 +383,7 @@ def train_alone(content, k, images, n=300, lr=1e-3):
     return state["ema"].eval()
 
 
+# %%
 def frame(x, chosen):
     """Frame pictures (n, 1, H, W) in [0, 1], red where chosen (n,), else white: (n, 3, …)."""
     red, dark = (F.pad(x, (1, 1, 1, 1), value=v) for v in (1.0, 0.0))

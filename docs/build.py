@@ -22,7 +22,7 @@ MORE = "equations reproduced samples commands machines differences"
 MORE = ["RESULTS", *MORE.split(), "house", "teaching", "troubleshooting"]
 PLACE = re.compile(r"^(?:def |class |(?=[A-Z]\w* = [A-Z]\w*\())(\w+)", re.MULTILINE)
 
-FOLDED = {"imports", "parameters"}  # tags of cells that are no part of the lesson
+FOLDED = {"imports", "parameters", "draws"}  # tags of cells that are no part of the lesson
 
 
 def relink(text):
