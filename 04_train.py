@@ -667,7 +667,6 @@ def averaged_model(content):
     """
     with workshop.reading("the checkpoint"):
         model = network_of(content["settings"])
-        with workshop.reading("the checkpoint"):
         model.load_state_dict({**content["ema"], **content.get("stopping", {}).get("weights", {})})
     return workshop.move_to_device(model).eval()
 
