@@ -214,10 +214,10 @@ if __name__ == "__main__":
     draw_bars(panels, figures / "07_guidance.png")
 
 # %% [markdown]
-# Without guidance 95 of 100 are as asked. Guidance corrects the rest **at the noise**, where the digit
-# is chosen: with $w$ = 1 in stage 2 alone 99 are. **At the image** it corrects a few, and the distance
-# falls, too: a little sharper, with nothing left to choose. **In the middle** this network goes
-# astray: with 3 only half are still what was asked. With all three, the prices add up.
+# Without guidance some 95 of 100 are as asked. Guidance corrects the rest **at the noise**, where the
+# digit is chosen: with $w$ = 1 in stage 2 alone 99 are. **At the image** it corrects a few, and the
+# distance falls, too: a little sharper, with nothing left to choose. **In the middle** this network
+# goes astray: with 3 only half are still what was asked. With 3 in all, the prices add up.
 #
 # Is that so of guidance, or of this network? Seeds of sampling cannot tell; networks that were
 # trained anew can. Of five (RESULTS.md, *Where guidance acts*) all agree about the noise and the
