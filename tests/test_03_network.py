@@ -470,3 +470,11 @@ def test_under_autocast_norms_are_in_bfloat16_and_the_last_layer_is_not(unet):
         model(torch.randn(2, 1, 8, 8), torch.rand(2), stage=1)
     assert kinds[unet.GroupNorm] == kinds[nn.Conv2d] == {torch.bfloat16}
     assert kinds[unet.LastConv2d] == {torch.float32}
+
+
+def test_attention_belongs_to_the_level_nearest_to_the_asked_one(unet):
+    for size, sides in ((32, (16,)), (64, (16,)), (48, (12,)), (40, (20,)), (16, (16,))):
+        assert unet.attended_sides({**unet.NETWORKS["table5_1"], "size": size}) == sides
+    with torch.device("meta"):
+        blocks = [str(unet.build_network("table5_1", size=n)).count("Attention(") for n in (32, 48)]
+    assert blocks[0] == blocks[1] > 0

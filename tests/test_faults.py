@@ -152,3 +152,60 @@ def test_memory_used_up_anywhere_in_a_script_is_one_sentence(workshop, capfd):
     assert re.search(r"^\S+ error: the GPU's memory is used up.* --batch", capfd.readouterr().err)
     workshop.report_bad_input(RuntimeError, RuntimeError("another bug"), None)
     assert capfd.readouterr().err.strip() == "RuntimeError: another bug"
+
+
+# ---------------------------------------------------------------- identity, names, stages, output
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--name", "../../x"], r"name = '\.\./\.\./x' must be the name of a folder in runs"),
+        (["--name", "/x"], "name = '/x' must be"),
+        (["--name", "."], r"name = '\.' must be"),
+        (["--process", "edm", "--boundaries", "1e-9,1e9"], "leave a stage of edm without times"),
+        (["--process", "flow", "--boundaries", "0.99999,0.999999"], "of flow without times"),
+        (["--tailored", "--arch", "unified"], "tailored widths are for --arch separate"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_anything_is_made(
+    workshop, tmp_path, flags, sentence
+):
+    with pytest.raises(workshop.BadInput, match=sentence):
+        command(4, *FLAGS, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_knows_its_pictures(workshop, monkeypatch):
+    command(4, *FLAGS)
+    load = workshop.DATASETS["digits"]["read"]
+    monkeypatch.setitem(
+        workshop.DATASETS["digits"], "read", lambda root: (load(root)[0].flip(-1), load(root)[1])
+    )
+    with pytest.raises(workshop.BadInput, match="trained on other pictures: give the --root"):
+        command(4, *FLAGS, "--resume")
+    with pytest.raises(workshop.BadInput, match="trained on other pictures: give the --root"):
+        command(5, "--name", "r", "--samples", "20")
+
+
+def test_output_that_nobody_takes_ends_a_command_in_silence(tmp_path):
+    step = f"{sys.executable} {ROOT / '00_workshop.py'} --check"
+    for sink, status in (("> /dev/full", 1), (">&-", 0), ("2>&- >&-", 0)):
+        done = subprocess.run(
+            f"{step} {sink}", shell=True, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (status, ""), sink
+
+
+def test_a_training_saves_before_its_output_is_missed(workshop, monkeypatch):
+    plain = workshop.tqdm.set_postfix
+
+    def broken(bar, *args):
+        plain(bar, *args)
+        if bar.n >= 3:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(workshop.tqdm, "set_postfix", broken)
+    with pytest.raises(BrokenPipeError):
+        command(4, *FLAGS)
+    assert workshop.read_checkpoint("runs/r")["step"] == 4
