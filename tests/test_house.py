@@ -78,7 +78,7 @@ MOST_LINES = {
     "07_beyond": 450,
     "0[0-7]_*": 6610,
     "tools/release": 190,  # three backbones, a first stage, averages of every form
-    "tests/*": 4650,
+    "tests/*": 4720,
     "benchmarks/*": 700,
 }
 
