@@ -141,7 +141,7 @@ def settings(namespace, step):
 
 
 def check_value(name, value, kind, comment):
-    """Bring a value to its kind (bool, int, float, str); `comment` may end with its range: [0, 1)."""
+    """Bring a value to its kind (bool, int, float, str); `comment` may end with its range [0, 1)."""
     try:
         found = kind(value)
         if value is None or isinstance(value, bool) != (kind is bool):
@@ -627,7 +627,7 @@ def claim_folder(folder, resume):
 
 
 def check_same_settings(asked, old, folder):
-    """Raise BadInput where a resumed run is asked for other settings than it has (but these two)."""
+    """Raise BadInput where a resumed run is asked for other settings (but steps) or pictures."""
     if asked.get("pictures") != old.get("pictures"):
         raise BadInput(f"{folder} was trained on other pictures: give the --root that it had")
     for key in sorted(set(asked) - {"steps", "root"}):

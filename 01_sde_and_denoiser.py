@@ -95,7 +95,7 @@ if __name__ == "__main__":
 
 # %%
 class VariancePreserving:
-    """Describe the kernel VP over t in [1e-3, 1]: each method takes times of any shape to values."""
+    """Describe the kernel VP over t in [1e-3, 1]: methods take times of any shape to values."""
 
     # paper: Section 5 prints s and sigma exchanged, without the t of beta_min t, the -1 inside the
     # exponent; here: forms that satisfy Eq. 2, because the published numbers come from them.

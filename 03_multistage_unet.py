@@ -1062,7 +1062,7 @@ if __name__ == "__main__":
 
 # %%
 def interpolate_parameters(interval, boundaries, p):
-    """Average p, a value for each stage between boundaries, over an interval (t_a, t_b): a float."""
+    """Average p, a value for each stage between boundaries, over an interval (t_a, t_b)."""
     (t_a, t_b), edges = interval, (0.0, *boundaries, 1.0)
     overlap = [max(0.0, min(t_b, end) - max(t_a, start)) for start, end in pairwise(edges)]
     total = sum(length * value for length, value in zip(overlap, p, strict=True))

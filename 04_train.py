@@ -530,7 +530,7 @@ def train(
 
     state: from `new_state`, changed in place. images: (N, C, H, W), uint8 pictures, or floats that
     are in the network's space already (the latents of step 06). stages: "uniform", one a batch, or
-    "mixed", all in turns; times: see `stage_chances`; cuts: the stages of a unified network's times;
+    "mixed", all in turns; times: see `stage_chances`; cuts: the stages of a unified one's times;
     weight: "min-snr" or none; decay: as in `training_step`. labels: (N,) int64 for a network with
     classes.
     Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
@@ -806,10 +806,9 @@ def describe_training(state, settings):
     costs = unet.cost_of(copy.deepcopy(state["model"]).to("meta"))
     cuts = ", ".join(f"{tau:.4f}" for tau in settings["boundaries"]) or "none"
     workshop.print_once(f"{settings['arch']} network {settings['network']}, boundaries {cuts}")
-    if sides := unet.attended_sides(
-        {**unet.NETWORKS[settings["network"]], "size": state["model"].size}
-    ):
-        workshop.print_once(f"  attention where pictures have a side of {sides}")
+    plan = {**unet.NETWORKS[settings["network"]], "size": state["model"].size}
+    if sides := [f"{side}×{side}" for side in unet.attended_sides(plan)]:
+        workshop.print_once(f"  attention at {', '.join(sides)}")
     for k in range(len(state["model"].decoders)):
         million, gflops = costs[k]["parameters"] / 1e6, costs[k]["gflops"]
         workshop.print_once(f"  stage {k}: {million:.2f}M weights, {gflops:.4g} GFLOPs a picture")

@@ -965,7 +965,7 @@ def print_metrics(table, title, named):
 # %%
 @torch.no_grad()
 def likelihood_bound(predict, images, kernel, cuts=(), seed=0):
-    """Bound -log2 p of uint8 pictures (N, C, H, W), in bits a dimension: float64 parts to be summed.
+    """Bound -log2 p of uint8 pictures (N, C, H, W) in bits a dimension: parts to be summed.
 
     predict(xt, t): the noise in xt at times t (N,). Parts: grey values, each stage between `cuts`
     from the image on, start noise. Source: Kingma et al. 2021, Eqs. 11 to 15, for Gaussian noise.
