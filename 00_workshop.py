@@ -141,7 +141,7 @@ def settings(namespace, step):
 
 
 def check_value(name, value, kind, comment):
-    """Bring a value to its kind (bool, int, float, str); `comment` may end with its range [0, 1)."""
+    """Bring a value to its kind (bool, int, float, str), within the range that ends `comment`."""
     try:
         found = kind(value)
         if value is None or isinstance(value, bool) != (kind is bool):
