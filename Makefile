@@ -1,4 +1,4 @@
-# make demo: see it work (3 to 15 minutes on 2 cores after the install). make test: check that it does.
+# make demo: see it work (5 minutes on 2 free cores after the install). make test: check that it does.
 # make site: README, RESULTS.md and the executed notebooks as pages. make student: notebooks with gaps.
 # make -j3 experiments: run what RESULTS.md lacks, seeds side by side; FLAGS="--only table3" for one.
 PYTHON ?= python3
