@@ -557,7 +557,10 @@ def first_process_first():
     """Let the first process go ahead, such as to download, and the others follow."""
     rank, world = ranks()
     if rank > 0:
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:  # the first has ended, and has said why
+            sys.exit(2)
     yield
     if world > 1 and rank == 0:
         dist.barrier()
