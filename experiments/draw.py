@@ -245,6 +245,19 @@ def plain(experiment, runs):
     return table(["", DISTANCE], rows)
 
 
+def bounds(experiment, runs):
+    """Write the bounds on held-out pictures, seed by seed: what the stages cost, in bits."""
+    head = ["run", "seeds", "bits a dimension of the stages", "loss with Min-SNR weights"]
+    rows = []
+    for label, records in runs:
+        seeds = ", ".join(str(record["definition"]["seed"]) for record in records) or "open"
+        bits = [sum(at(record)["bits"][1:-1]) for record in records]
+        rows.append(
+            [label, seeds, numbers(bits), numbers([sum(at(r)["min_snr"]) for r in records], 5)]
+        )
+    return table(head, rows)
+
+
 def ran(everything):
     """Write what was run: units, seeds and minutes; a shared unit counts once."""
     rows, seen = [], set()
@@ -378,6 +391,7 @@ TABLES = dict(
     win=win, table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2
 )
 TABLES.update(
+    decisive=bounds,
     tuned=win,
     win16=win,
     mnist16=win,
