@@ -350,7 +350,7 @@ def dispatch_batch(x, t, encoder, decoders, boundaries):
     middle, skips, emb = encoder(x, t)
     stage, noise = find_stage(t, boundaries), torch.empty_like(x)
     for k, decoder in enumerate(decoders):
-        mine = stage == k  # (B,) of truth values
+        mine = stage == k  # dispatch: (B,) of truth values
         if mine.any():
             noise[mine] = decoder(middle[mine], [skip[mine] for skip in skips], emb[mine])
     return x + noise

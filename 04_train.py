@@ -210,7 +210,7 @@ def update_average(average, model, n, decay=0.9999):
     """Let the averaged weights follow those of the model after its step n."""
     d = min(decay, (1 + n) / (10 + n))
     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(weight, 1 - d)  # d * mean + (1 - d) * weight
+        mean.lerp_(weight, 1 - d)  # EMA: d * mean + (1 - d) * weight
 
 
 # %% [markdown]

@@ -368,7 +368,7 @@ def frechet_distance(a, b):
     """Compare features (n, d) with features (m, d). Source: Heusel et al. 2017, Eq. 6."""
     (m1, C1), (m2, C2) = ((f.mean(0), torch.cov(f.T)) for f in (a.double(), b.double()))
     root = torch.linalg.eigvals(C1 @ C2).real.clamp(min=0).sqrt()
-    return float(((m1 - m2) ** 2).sum() + C1.trace() + C2.trace() - 2 * root.sum())  # Frechet
+    return float(((m1 - m2) ** 2).sum() + C1.trace() + C2.trace() - 2 * root.sum())  # Fréchet
 
 
 if __name__ == "__main__" and lesson:

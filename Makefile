@@ -1,10 +1,11 @@
 # make demo: see it work (5 minutes on 2 free cores after the install). make test: check that it does.
-# make site: README, RESULTS.md and the executed notebooks as pages. make student: notebooks with gaps.
+# make site: README, RESULTS.md and the executed notebooks as pages. make student: notebooks with gaps;
+# make solved: the same with the gaps filled.
 # make -j3 experiments: run what RESULTS.md lacks, seeds side by side; FLAGS="--only table3" for one.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint notebooks experiments site student clean
+.PHONY: demo test lint notebooks experiments site student solved clean
 
 demo: .venv/ready
 	$(BIN)/python notebooks/execute.py
@@ -29,6 +30,9 @@ site: .venv/ready
 student: .venv/ready
 	$(BIN)/python docs/student.py
 
+solved: .venv/ready
+	$(BIN)/python docs/student.py --solved
+
 experiments: seed-0 seed-1 seed-2 seed-3 seed-4
 
 seed-%: .venv/ready
@@ -42,4 +46,4 @@ seed-%: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs/demo figures site student
+	rm -rf .venv runs/demo figures site student solved

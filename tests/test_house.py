@@ -129,7 +129,7 @@ def test_a_data_set_is_added_in_one_place(workshop, monkeypatch):
 
 
 WANTED = [f"Eq. {n}" for n in (*range(1, 9), 14, *range(17, 24))]
-WANTED += ["Prop. 1", "Algorithm 1", "Algorithm 2", "footnote 4"]
+WANTED += ["Prop. 1", "Algorithm 1", "Algorithm 2", "footnote 4", "dispatch", "EMA", "Fréchet"]
 
 
 def test_every_entry_of_the_index_is_where_it_says(evaluation, monkeypatch):
