@@ -392,6 +392,7 @@ TABLES = dict(
 )
 TABLES.update(
     decisive=bounds,
+    whose_cuts=bounds,
     tuned=win,
     win16=win,
     mnist16=win,
