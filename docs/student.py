@@ -607,6 +607,8 @@ def cut_behind(source, lines):
 def with_gaps(step, chosen=None):
     """Make the notebook of a step with its gaps, or those chosen, and a check behind each."""
     notebook = jupytext.read(ROOT / f"{step}.py")
+    python = dict(display_name="Python 3", language="python", name="python3")
+    notebook.metadata["kernelspec"] = python
     for name, gap in GAPS.items():
         if gap["step"] != step:
             continue

@@ -34,7 +34,8 @@ def last_states(text):
 
 def tidy(notebook):
     """Drop what differs from run to run without meaning: times, names, redrawn progress bars."""
-    notebook.metadata.pop("papermill", None)
+    for name in ("papermill", "jupytext"):
+        notebook.metadata.pop(name, None)
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"  # jupytext draws a new one each time
         cell.metadata.pop("papermill", None)
@@ -57,13 +58,14 @@ def tidy(notebook):
 def execute(step, target, parameters):
     """Run one step as a notebook and write it, executed, to `target`."""
     source = jupytext.read(ROOT / f"{step}.py")
+    source.metadata["kernelspec"] = dict(display_name="Python 3", language="python", name="python3")
     known = source.cells[[tags(cell) for cell in source.cells].index(["parameters"])].source
     mine = {key: value for key, value in parameters.items() if f"\n{key} = " in f"\n{known}"}
     draft = target.with_suffix(".part.ipynb")
     quiet = ["--IPKernelApp.log_level=50"]  # it is interrupted when it ends, and would say so
     papermill.execute_notebook(
         *(source, draft, mine),
-        **dict(kernel_name="python3", cwd=ROOT, progress_bar=False, extra_arguments=quiet),
+        **dict(cwd=ROOT, progress_bar=False, extra_arguments=quiet),
     )
     notebook = jupytext.read(draft)
     tidy(notebook)

@@ -23,13 +23,13 @@ def house(tmp_path_factory):
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
     (shared / "house").mkdir()  # which fails where another process has built it
-    for path in [*ROOT.glob("0*.py"), ROOT / "requirements.txt"]:
+    for path in [*ROOT.glob("0*.py"), ROOT / "requirements.txt", ROOT / "jupytext.toml"]:
         shutil.copy(path, shared / "house")
     papermill.execute_notebook(
         jupytext.read(ROOT / f"{STEPS[4]}.py"),
         shared / "house" / "04_train.ipynb",
         dict(steps=6, batch=8, boundaries="0.1,0.44"),
-        **dict(kernel_name="python3", cwd=shared / "house", progress_bar=False),
+        **dict(kernel_name="python3", language="python", cwd=shared / "house", progress_bar=False),
     )
     return shared / "house"
 
