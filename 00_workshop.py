@@ -41,6 +41,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 import socket
 import threading
 import time
@@ -301,6 +302,16 @@ PUBLISHED = dict(recipe=PAPER, autoencoder=VQ_F4, latent_recipe=PAPER_LATENT)
 WIDTHS = dict(encoder=32, decoders=(48, 32, 16))  # a quarter of the paper's, but for the last
 # not the paper's, but what helped in minutes (RESULTS.md), with one decoder as with three
 FOUND = dict(stages="mixed", times="stages", weight="min-snr", decay="linear")
+# without a GPU, for colour pictures: the best of what was tried in half an hour (docs/samples.md)
+LAPTOP = dict(
+    small="laptop",
+    network=dict(encoder=16, decoders=(24, 16, 8), mults=(1, 2, 2), attention=(8,)),
+    recipe=dict(steps=7000, batch=64, lr=6e-3, warmup=100, flip=True, **FOUND),
+    autoencoder={**SMALL, "channels": 3, "code": 4},
+    latent_network=dict(encoder=16, decoders=(24, 16, 8), mults=(1, 2, 2), attention=(8,)),
+    latent_recipe=dict(code_steps=1500, code_batch=64, code_lr=2e-3, **FOUND)
+    | dict(steps=4000, batch=64, lr=6e-3, warmup=100),
+)
 
 DATASETS = {
     "digits": dict(
@@ -341,11 +352,22 @@ DATASETS = {
 }
 
 
-def about(dataset):
-    """Return the entry of DATASETS. Raises BadInput for an unknown data set."""
+def about(dataset, network="", size=32):
+    """Return the entry of DATASETS, with LAPTOP's parts where the paper's would take years.
+
+    That is without a GPU, unless a network is named. Raises BadInput for an unknown data set.
+    """
     if dataset not in DATASETS:
         raise BadInput(f"unknown dataset {dataset!r}: take one of {', '.join(DATASETS)}")
-    return DATASETS[dataset]
+    known = DATASETS[dataset]
+    if known["recipe"] is not PAPER or network or device().type != "cpu":
+        return known
+    size = known.get("shape", (3, size, size))[2]
+    small, share = dict(LAPTOP), min(1, (32 / size) ** 2)  # large pictures shall take no longer
+    for kind in ("recipe", "latent_recipe"):
+        steps = {key: n for key, n in small[kind].items() if key.endswith("steps")}
+        small[kind] = small[kind] | {key: max(1, round(share * n)) for key, n in steps.items()}
+    return known | small
 
 
 # %% [markdown]
@@ -372,6 +394,14 @@ def load_images(dataset="digits", root="data", size=32):
     return pixels.contiguous(), labels
 
 
+BY_HAND = dict(  # what to do where a download fails: of CelebA Google's quota often refuses
+    MNIST="{} takes the four *-ubyte.gz of its page into MNIST/raw",
+    CIFAR10="{} takes cifar-10-python.tar.gz of its page",
+    CelebA="{}/celeba takes img_align_celeba.zip, list_eval_partition.txt, identity_CelebA.txt and "
+    "list_attr, list_bbox and list_landmarks_align_celeba.txt of its page",
+)
+
+
 def torchvision_set(name, root, **options):
     """Open one of torchvision's sets, downloaded if need be."""
     from torchvision import datasets
@@ -383,8 +413,8 @@ def torchvision_set(name, root, **options):
     except Exception as error:  # each host, and each torn file, fails in its own way
         raise BadInput(
             f"{name} in {root} is missing or damaged and could not be downloaded "
-            f"({shorten(error)}): remove it there, or put its files there as "
-            f"torchvision.datasets.{name} documents"
+            f"({shorten(error)}): remove what is damaged or download by hand; "
+            f"{BY_HAND[name].format(root)}"
         ) from error
     finally:
         socket.setdefaulttimeout(before)
@@ -393,10 +423,17 @@ def torchvision_set(name, root, **options):
 def list_celeba(root):
     """List the files of CelebA's training split."""
     folder = Path(root) / "celeba" / "img_align_celeba"
+    packed, aside = folder.with_suffix(".zip"), folder.with_name("unpacking")
+    if packed.is_file() and not folder.exists():
+        print(f"unpacking {packed}, once")
+        with reading(packed):
+            shutil.unpack_archive(packed, aside)
+            next(aside.rglob("*.jpg")).parent.rename(folder)
     names = torchvision_set("CelebA", root, split="train").filename
-    if not (folder / names[0]).is_file():
-        raise BadInput(f"{folder} lacks {names[0]}: the pictures belong into it, no folder deeper")
-    return [folder / name for name in names]
+    places = [place for place in (folder, folder / folder.name) if (place / names[0]).is_file()]
+    if not places:
+        raise BadInput(f"{folder} lacks {names[0]}: the pictures belong into it")
+    return [places[0] / name for name in names]
 
 
 def list_pictures(root):

@@ -787,10 +787,10 @@ PUBLISHED = (0.442, 0.6308)  # t_1, t_2 of the paper; step 04 puts those of the 
 STEPS = (0.4425, 0.6315)  # amid two steps of LDM: 442 and 631 are the times 0.443 and 0.632
 
 NETWORKS, ALONE = {}, dict(shared=False)
-for name, known in workshop.DATASETS.items():
+for name, known in {**workshop.DATASETS, "laptop": workshop.LAPTOP}.items():
     if "network" not in known:
         continue  # of those the paper's are trained
-    (C, size, _), code = known["shape"], known["autoencoder"]
+    (C, size, _), code = known.get("shape", (3, 32, 32)), known["autoencoder"]
     pixels = dict(channels=C, size=size, boundaries=PUBLISHED, **known["network"])
     latent = dict(channels=code["code"], size=size // 2 ** (len(code["mults"]) - 1), time="ldm")
     latent.update(boundaries=STEPS, **known["latent_network"])

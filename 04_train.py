@@ -628,8 +628,9 @@ def prepare_state(settings, content=None):
     """
     torch.manual_seed(settings["seed"])  # the initial weights
     model = workshop.move_to_device(network_of(settings))
-    if workshop.device().type == "cpu" and model.encoders[0].skip_widths[0] < 20:
-        torch.set_num_threads(1)  # two are no faster at narrow layers, and stall beside other work
+    narrow = model.encoders[0].skip_widths[0] < 20 and model.size < 32
+    if workshop.device().type == "cpu" and narrow:
+        torch.set_num_threads(1)  # two are no faster at such layers, and stall beside other work
     n, (rank, world) = len(settings.get("cuts") or model.cuts) + 1, workshop.ranks()
     if settings.get("stages") == "mixed" and settings["batch"] < n:
         raise BadInput(f"batch = {settings['batch']} cannot mix {n} stages: give {n} or more")
@@ -704,9 +705,10 @@ def network_name(network, dataset, arch, process):
 
     Raises BadInput for one that is unknown, or of another arch.
     """
-    if not network and workshop.about(dataset)["recipe"] is workshop.PAPER:  # and its networks
+    known = workshop.about(dataset, network)
+    if not network and known["recipe"] is workshop.PAPER:  # and its networks
         return PAPER_NETWORKS[process if process in PAPER_NETWORKS else "edm"][arch]
-    network = network or dataset
+    network = network or known.get("small", dataset)
     if arch != "multistage" and f"{network}_{arch}" in unet.NETWORKS:
         return f"{network}_{arch}"
     if network not in unet.NETWORKS:
@@ -926,7 +928,8 @@ if __name__ == "__main__":
             if labels is None:
                 raise BadInput(f"the pictures of {dataset} have no labels: leave out --classes")
         flags = {key: globals()[key] for key, *_ in workshop.read_parameters("04_train")}
-        asked = plan_run(flags, workshop.about(dataset)["recipe"], pixels)
+        recipe = workshop.about(dataset, network, size)["recipe"]
+        asked = plan_run(flags, recipe, pixels)
     asked.update(patience=patience, classes=int(labels.max()) + 1 if classes else None)
     asked.update(root=root, pictures=workshop.fingerprint(pixels))
     if resume:
@@ -944,6 +947,13 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
+    if not network and asked["network"].startswith("laptop"):
+        workshop.print_once(
+            "no GPU: a small network, in half an hour on two cores (at 16×16 in ten minutes); "
+            "the paper's: --network table5_1"
+        )
+    elif recipe is workshop.PAPER:
+        workshop.print_once("the paper's recipe: on an H100 at 32×32 some 26 hours")
     workshop.print_once(f"on {workshop.device()}, processes: {world}; the run lies in {run}")
     fit(state, used, asked, run, held_out, labels=labels, save_every=save_every)
     if rank > 0:

@@ -872,7 +872,8 @@ def load_classifier(dataset):
 def pick_extractor(dataset, weights=""):
     """Choose features for a data set: (function of uint8 (B, C, H, W) to (B, d), its name).
 
-    weights: file of Inception's; "": torch's cache, or the download. BadInput where it fails.
+    weights: file of Inception's, BadInput where it is none; "": torch's cache, or the download, and
+    where both fail no features, which is said.
     """
     if workshop.about(dataset).get("judge") == "digits":
         classifier, accuracy = load_classifier(dataset)  # stays on the CPU
@@ -885,10 +886,14 @@ def pick_extractor(dataset, weights=""):
     try:
         net = create_feature_extractor("inception-v3-compat", ["2048"], verbose=False, **how)
     except Exception as error:  # torch-fidelity and the download each fail in their own way
-        raise BadInput(
+        why = (
             f"Inception's weights cannot be had ({workshop.shorten(error)}): give their file with "
-            f"--weights, or put it into {torch.hub.get_dir()}/checkpoints"
-        ) from error
+        )
+        why += f"--weights, or put it into {torch.hub.get_dir()}/checkpoints"
+        if weights:
+            raise BadInput(why) from error
+        workshop.print_once(f"{why}; pictures are drawn and not measured")
+        return None, "no features"
     return lambda x: net(x)[0], "Inception features"
 
 
@@ -913,8 +918,10 @@ def evaluate(images, reference, features):
     """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
     features: function of uint8 (B, C, H, W) to (B, d). Keys: those of METRICS, and samples, of
-    which the smaller set has ten or more.
+    which the smaller set has ten or more; samples alone where features are None.
     """
+    if not features:
+        return {"samples": min(len(images), len(reference))}
     from torch_fidelity import metric_fid, metric_kid, metric_prc  # takes seconds
 
     a, b = features_of(images, features), features_of(reference, features)
@@ -944,7 +951,7 @@ def print_metrics(table, title, named):
         if key == "frechet" and named.startswith("Inception"):  # it is FID with these alone
             n = min(metrics["samples"] for metrics in table.values())
             label = "FID ↓" if n == 50_000 else f"FID-{n / 1000:g}k ↓"
-        if label:
+        if label and all(key in metrics for metrics in table.values()):
             print(f"{label:20s}" + "".join(f"{metrics[key]:24.4f}" for metrics in table.values()))
 
 
@@ -1071,7 +1078,7 @@ if __name__ == "__main__":
         print(
             f"stages {[round(part, 3) for part in bits[1:-1].tolist()]} (trained on most of them)"
         )
-    if samples > 64 and not named.startswith("Inception"):  # more pictures than features
+    if samples > 64 and named.startswith("features"):  # more pictures than features
         sets = [features_of(images, extractor) for images in (drawn, half)]
         by_hand, theirs = frechet_distance(*sets), table["samples / real"]["frechet"]
         print(f"the five lines: {by_hand:.6f}, torch-fidelity: {theirs:.6f}")

@@ -52,7 +52,7 @@ def fingerprint(definition):
 
 def recipe_of(definition):
     """Look up what step 04 and step 03 decide for a training that its definition does not say."""
-    d, recipe = definition, workshop.about(definition["dataset"])["recipe"]
+    d, recipe = definition, workshop.about(definition["dataset"], definition["network"])["recipe"]
     names = [d["arch"], *["multistage"] * d["tailored"]]  # whose widths a tailored network has
     names = [training.network_name(d["network"], d["dataset"], n, d["process"]) for n in names]
     found = {key: d[key] or recipe[key] for key in ("batch", "lr", "warmup")}

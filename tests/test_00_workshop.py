@@ -4,6 +4,7 @@ import ast
 import os
 import pickle
 import re
+import shutil
 import struct
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_cifar10_from_files_or_one_sentence(workshop, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets.CIFAR10, "download", unreachable)
-        with pytest.raises(workshop.BadInput, match=r"no network\).*put its files there"):
+        with pytest.raises(workshop.BadInput, match=r"no network\).*by hand; .* takes cifar"):
             workshop.load_images("cifar10", tmp_path)
     # files made here cannot have the published checksums
     monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
@@ -123,22 +124,40 @@ def test_cifar10_from_files_or_one_sentence(workshop, tmp_path, monkeypatch):
     np.testing.assert_array_equal(images.flatten(1).numpy(), rows.reshape(10, 3072))
 
 
-def test_celeba_is_cropped_and_resized(workshop, tmp_path, monkeypatch):
-    class Made(datasets.CelebA):
-        def __init__(self, root, split, download):
-            assert split == "train" and download
-            self.filename = ["0.png", "1.png", "2.png"]  # 3.png belongs to another split
-
-    monkeypatch.setattr(datasets, "CelebA", Made)
-    folder = tmp_path / "celeba" / "img_align_celeba"
-    (folder / "deeper").mkdir(parents=True)
-    with pytest.raises(workshop.BadInput, match=r"lacks 0\.png: the pictures belong into it"):
+@pytest.mark.parametrize("layout", ["as the original", "a folder too deep", "the zip"])
+def test_celeba_lies_there_by_hand(workshop, tmp_path, monkeypatch, layout):
+    """Of 30 faces every third belongs to another split; torchvision's hashes alone are left out."""
+    made = [(where, None, name) for where, _, name in datasets.CelebA.file_list]
+    monkeypatch.setattr(datasets.CelebA, "file_list", made)
+    place = tmp_path / "celeba"
+    folder = place / "img_align_celeba"
+    (folder / (folder.name if layout == "a folder too deep" else "")).mkdir(parents=True)
+    names = [f"{i + 1:06}.jpg" for i in range(30)]
+    for _, _, table in made[1:]:
+        head = "30\nsome names\n" * ("list_" in table and "eval" not in table)
+        rows = [f"{name} {i % 3 // 2}\n" for i, name in enumerate(names)]
+        (place / table).write_text(head + "".join(rows))
+    with pytest.raises(workshop.BadInput, match=r"lacks 000001\.jpg: the pictures belong into it"):
         workshop.load_images("celeba", tmp_path, 32)
-    for i in range(4):
-        Image.new("RGB", (178, 218), (10 * i, 20, 30)).save(folder / f"{i}.png")
+    for i, name in enumerate(names):
+        face = Image.new("RGB", (178, 218), (8 * i, 20, 30))
+        face.save(next(folder.glob("img*"), folder) / name, quality=100)
+    if layout == "the zip":
+        shutil.make_archive(folder, "zip", place, folder.name)
+        shutil.rmtree(folder)
     images, labels = workshop.load_images("celeba", tmp_path, 32)
-    assert images.shape == (3, 3, 32, 32) and labels is None
-    assert images[2, :, 16, 16].tolist() == [20, 20, 30]
+    assert images.shape == (20, 3, 32, 32) and labels is None
+    assert (images[-1, :, 16, 16].int() - torch.tensor([8 * 28, 20, 30])).abs().max() < 3
+
+
+def test_a_download_that_fails_says_what_to_do_by_hand(workshop, tmp_path, monkeypatch):
+    def refuse(*args, **how):
+        raise RuntimeError("quota")
+
+    for name in workshop.BY_HAND:
+        monkeypatch.setattr(datasets, name, refuse)
+        with pytest.raises(workshop.BadInput, match=f"quota.*by hand; {tmp_path}.* takes .*[.]"):
+            workshop.torchvision_set(name, tmp_path)
 
 
 def test_a_folder_is_searched_as_its_owner_sees_it(workshop, tmp_path, capsys):

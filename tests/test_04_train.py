@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -360,13 +361,43 @@ def test_settings_that_cannot_work(workshop, training):
             training.check_settings(**good | change)
 
 
+def test_who_has_no_gpu_trains_a_small_network(workshop, training, monkeypatch, capsys):
+    """And draws from it, and from its latents, with no flag but the folder; a GPU: the paper's."""
+    noise = torch.randint(256, (40, 40, 40, 3), dtype=torch.uint8).numpy()
+    for i, picture in enumerate(noise):
+        Path("pics").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(f"pics/{i}.png")
+
+    def offline(*args, **how):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch_fidelity.utils.create_feature_extractor", offline)
+    where, few = ["--dataset", "folder", "--root", "pics"], ["--samples", 10, "--nfe", 2]
+    command(4, *where, "--steps", 2)
+    assert "no GPU: a small network" in capsys.readouterr().out
+    command(5, "--name", "folder-multistage", *few)
+    assert "no network): give their file with --weights" in capsys.readouterr().out
+    command(6, *where, "--code_steps", 1, "--steps", 1, *few)
+    for name, side in (("multistage", 32), ("latent", 16)):
+        found = workshop.read_checkpoint(f"runs/folder-{name}")["settings"]
+        assert found["network"].startswith("laptop") and (found["size"], found["batch"]) == (
+            side,
+            64,
+        )
+        assert Path(f"runs/folder-{name}/samples.png").exists()
+    half, double = (workshop.about("celeba", size=n)["recipe"]["steps"] for n in (16, 64))
+    assert half == 4 * double == workshop.LAPTOP["recipe"]["steps"]
+    monkeypatch.setattr(workshop, "device", lambda: torch.device("cuda"))
+    assert workshop.about("folder") is workshop.DATASETS["folder"]
+    assert training.network_name("", "celeba", "multistage", "vp") == "table5_1"
+
+
 def test_every_recipe_has_a_network(workshop, unet, training):
     for dataset, process in itertools.product(workshop.DATASETS, ("vp", "flow", "edm", "pfgm-64")):
         for arch in ("multistage", "unified", "separate"):
             kind = unet.NETWORKS[training.network_name("", dataset, arch, process)]
             assert len(kind["decoders"]) == (1 if arch == "unified" else 3)
             assert kind.get("shared", True) == (arch != "separate")
-    assert training.network_name("", "celeba", "multistage", "vp") == "table5_1"
     assert training.network_name("cifar10", "celeba", "unified", "vp") == "cifar10_unified"
     assert training.network_name("table7_4", "cifar10", "multistage", "vp") == "table7_4"
     for network, arch, sentence in (
