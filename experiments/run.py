@@ -45,7 +45,7 @@ KNOWN = dict(  # every key of a run, with its default
     decay="",
     patience=0,
     # and our own
-    kind="training",  # training, served, gradients, solvers, cuts or real: see WORK in work.py
+    kind="training",  # training, served, gradients, solvers, swaps, cuts or real: WORK in work.py
     label="",  # the name of the run in tables and figures
     paper=0.0,  # the distance that the paper prints for it, for the table
     seeds=[0],  # the run is repeated with each
@@ -62,6 +62,7 @@ KNOWN = dict(  # every key of a run, with its default
     number=0,  # stages of algorithm-2, or pictures of a run of kind cuts
     active=[],  # the stages that are trained; empty: all
     of="",  # label of the run that this one builds on
+    against="",  # label of the one with which a run of kind swaps exchanges its stages
     branch=0,  # the point of `of` that a training goes on from; 0: it starts from scratch
     bits=False,  # bounds on the bits of held-out pictures, of the three stages of Algorithm 1
     intervals=False,  # held-out losses of the three stages of Algorithm 1, whatever the network has
@@ -112,8 +113,9 @@ def units(content, file):
         if asked["label"] in runs:
             raise BadInput(f"{file}: two runs have the label {asked['label']!r}: rename one")
         runs[asked["label"]] = whole = {**KNOWN, **asked}
-        if whole["of"] and whole["of"] not in runs:
-            raise BadInput(f"{file}: {whole['label']!r} builds on {whole['of']!r}, unknown so far")
+        for of in filter(None, (whole["of"], whole["against"])):
+            if of not in runs:
+                raise BadInput(f"{file}: {whole['label']!r} builds on {of!r}, unknown so far")
         if whole["kind"] not in work.WORK:
             raise BadInput(f"{file}: unknown kind {whole['kind']!r}: take {', '.join(work.WORK)}")
         try:
@@ -130,8 +132,9 @@ def check(run):
         evaluation.solver_of(name)
     if run["ruler"] and run["ruler"] not in work.features.RULERS:
         raise BadInput(f"unknown ruler {run['ruler']!r}: take {', '.join(work.features.RULERS)}")
-    if not run["of"] and (run["branch"] or run["kind"] in ("served", "gradients", "solvers")):
-        raise BadInput("it needs `of`, the run that it builds on")
+    building = run["branch"] or run["kind"] in ("served", "gradients", "solvers", "swaps")
+    if building and not run["of"] or run["kind"] == "swaps" and not run["against"]:
+        raise BadInput("it needs `of`, the run that it builds on (and swaps `against`)")
     if run["kind"] != "training":
         return
     keys = ("arch", "process", "stages", "patience", "times", "decay", "weight")
@@ -145,8 +148,8 @@ def define(run, seed, runs):
     """Settle a run with one seed; what it builds on becomes part of it."""
     unsaid = ("label", "paper", "seeds")
     settled = {key: value for key, value in run.items() if key not in unsaid}
-    of = define(runs[run["of"]], seed, runs) if run["of"] else None
-    return {**settled, "seed": seed, "of": of}
+    built = {k: define(runs[run[k]], seed, runs) if run[k] else None for k in ("of", "against")}
+    return {**settled, "seed": seed, **built}
 
 
 # ---- running ---------------------------------------------------------------------------------

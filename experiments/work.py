@@ -44,8 +44,9 @@ def fingerprint(definition):
     said = {key: value for key, value in definition.items() if value}
     if definition["kind"] == "training":
         said["recipe"] = recipe_of(definition)
-    if definition.get("of"):
-        said["of"] = fingerprint(definition["of"])
+    for key in ("of", "against"):
+        if definition.get(key):
+            said[key] = fingerprint(definition[key])
     text = json.dumps(said, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -107,9 +108,9 @@ def pictures_of(definition):
 
 
 @functools.cache
-def yardstick(dataset, size, samples, ruler=""):
+def yardstick(dataset, size, samples, channels=0, ruler=""):
     """Choose features and two random halves of the real pictures: (extractor, half, other)."""
-    pixels, labels = pictures(dataset, size)
+    pixels, labels = pictures(dataset, size, channels)
     if ruler:
         extractor = features.RULERS[ruler]()
     elif dataset == "cifar10":
@@ -123,7 +124,7 @@ def yardstick(dataset, size, samples, ruler=""):
 
 def yardsticks(definition):
     """Choose what a definition is measured with: {end of the metrics' names: (features, half)}."""
-    d, data = definition, [definition[key] for key in ("dataset", "size", "samples")]
+    d, data = definition, [definition[k] for k in ("dataset", "size", "samples", "channels")]
     ends = {"": "", f" in {d['ruler']}": d["ruler"]} if d["ruler"] else {"": ""}
     return {end: yardstick(*data, ruler)[:2] for end, ruler in ends.items()}
 
@@ -540,10 +541,20 @@ def solve(definition):
     )
 
 
+def swap(definition):
+    """Draw all networks that take each of the three stages from `of` or from `against`, once."""
+    d, curve = definition, []
+    pair = last_of(d["against"]), last_of(d["of"])
+    for taken in itertools.product((0, 1), repeat=3):  # 1: from `of`
+        model = Hybrid(algorithm_1(d), [pair[i] for i in taken])
+        curve.append({**measure(model, d), "taken": taken})
+    return dict(curve=curve)
+
+
 def compare_real(definition):
     """Compare real pictures with the reference half: the other half, or those few trained on."""
     d = definition
-    *_, other = yardstick(d["dataset"], d["size"], d["samples"])
+    *_, other = yardstick(d["dataset"], d["size"], d["samples"], d["channels"])
     if d["pictures"]:
         _, few = split(d)
         other = few[torch.arange(d["samples"]) % len(few)]
@@ -551,4 +562,4 @@ def compare_real(definition):
 
 
 WORK = dict(training=train, served=serve, gradients=compare_gradients)
-WORK.update(cuts=cut, real=compare_real, solvers=solve)
+WORK.update(cuts=cut, real=compare_real, solvers=solve, swaps=swap)
