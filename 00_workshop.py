@@ -292,26 +292,19 @@ def read_digits(root):
 
 PAPER = dict(steps=450_000, batch=128, lr=2e-4, warmup=5000, flip=True)
 # latent diffusion's for CelebA-HQ (Rombach et al. 2022, Appendix E), 500,000 steps as in the paper
-PAPER_LATENT = dict(code_steps=0, code_batch=8, code_lr=4e-5)
-PAPER_LATENT |= dict(steps=500_000, batch=48, lr=9.6e-5, warmup=1)
+PAPER_LATENT = dict(steps=500_000, batch=48, lr=9.6e-5, warmup=1)
 VQ_F4 = dict(kind="vq", channels=3, code=3, width=128, mults=(1, 2, 4), blocks=2, entries=8192)
 SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, entries=256)
-COLOUR = {**SMALL, "channels": 3, "code": 4, "width": 64}
-OWN = dict(code_steps=20_000, code_batch=64, code_lr=5e-4)  # how to train that
-PUBLISHED = dict(recipe=PAPER, autoencoder=VQ_F4, latent_recipe=PAPER_LATENT)
 WIDTHS = dict(encoder=32, decoders=(48, 32, 16))  # a quarter of the paper's, but for the last
 # not the paper's, but what helped in minutes (RESULTS.md), with one decoder as with three
 FOUND = dict(stages="mixed", times="stages", weight="min-snr", decay="linear")
-# without a GPU, for colour pictures: the best of what was tried in half an hour (docs/samples.md)
-LAPTOP = dict(
-    small="laptop",
-    network=dict(encoder=16, decoders=(24, 16, 8), mults=(1, 2, 2), attention=(8,)),
-    recipe=dict(steps=7000, batch=64, lr=6e-3, warmup=100, flip=True, **FOUND),
-    autoencoder={**SMALL, "channels": 3, "code": 4},
-    latent_network=dict(encoder=16, decoders=(24, 16, 8), mults=(1, 2, 2), attention=(8,)),
-    latent_recipe=dict(code_steps=1500, code_batch=64, code_lr=2e-3, **FOUND)
-    | dict(steps=4000, batch=64, lr=6e-3, warmup=100),
-)
+# pictures in colour, in half an hour on two cores: the best that was tried (docs/samples.md)
+NARROW = dict(encoder=24, decoders=(36, 24, 12), mults=(1, 2, 2), attention=(8,))
+LAPTOP = dict(small="laptop", network=NARROW)
+LAPTOP["recipe"] = dict(steps=4000, batch=64, lr=2e-3, warmup=100, flip=True, **FOUND)
+COLOUR = dict(recipe=PAPER, autoencoder={**SMALL, "channels": 3, "code": 4}, latent_network=NARROW)
+COLOUR["latent_recipe"] = dict(code_steps=1500, code_batch=64, code_lr=2e-3, **FOUND)
+COLOUR["latent_recipe"] |= dict(steps=4000, batch=64, lr=2e-3, warmup=100)
 
 DATASETS = {
     "digits": dict(
@@ -342,13 +335,10 @@ DATASETS = {
         torchvision="CIFAR10",
         network=dict(encoder=64, decoders=(96, 64, 16), mults=(1, 2, 2), blocks=2)
         | dict(attention=(16,), dropout=0.1),
-        recipe=PAPER,
-        autoencoder=COLOUR,
-        latent_network=dict(encoder=64, decoders=(96, 64, 16), blocks=2, attention=(8,)),
-        latent_recipe=OWN | dict(steps=100_000, batch=128, lr=5e-4, warmup=1000),
+        **COLOUR,
     ),
-    "celeba": PUBLISHED,
-    "folder": PUBLISHED | dict(autoencoder=COLOUR, latent_recipe=PAPER_LATENT | OWN),
+    "celeba": COLOUR,
+    "folder": COLOUR,
 }
 
 
@@ -360,14 +350,15 @@ def about(dataset, network="", size=32):
     if dataset not in DATASETS:
         raise BadInput(f"unknown dataset {dataset!r}: take one of {', '.join(DATASETS)}")
     known = DATASETS[dataset]
-    if known["recipe"] is not PAPER or network or device().type != "cpu":
-        return known
-    size = known.get("shape", (3, size, size))[2]
-    small, share = dict(LAPTOP), min(1, (32 / size) ** 2)  # large pictures shall take no longer
+    if known["recipe"] is PAPER and not network and device().type == "cpu":
+        known = known | LAPTOP
+    share = min(1, (32 / known.get("shape", (3, size, size))[2]) ** 2)  # large ones take no longer
     for kind in ("recipe", "latent_recipe"):
-        steps = {key: n for key, n in small[kind].items() if key.endswith("steps")}
-        small[kind] = small[kind] | {key: max(1, round(share * n)) for key, n in steps.items()}
-    return known | small
+        if known[kind] is not PAPER:
+            steps = {key: n for key, n in known[kind].items() if key.endswith("steps")}
+            shorter = {key: max(1, round(share * n)) for key, n in steps.items()}
+            known = known | {kind: known[kind] | shorter}
+    return known
 
 
 # %% [markdown]

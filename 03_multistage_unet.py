@@ -787,7 +787,8 @@ PUBLISHED = (0.442, 0.6308)  # t_1, t_2 of the paper; step 04 puts those of the 
 STEPS = (0.4425, 0.6315)  # amid two steps of LDM: 442 and 631 are the times 0.443 and 0.632
 
 NETWORKS, ALONE = {}, dict(shared=False)
-for name, known in {**workshop.DATASETS, "laptop": workshop.LAPTOP}.items():
+small = {**workshop.COLOUR, **workshop.LAPTOP}
+for name, known in {**workshop.DATASETS, "laptop": small}.items():
     if "network" not in known:
         continue  # of those the paper's are trained
     (C, size, _), code = known.get("shape", (3, 32, 32)), known["autoencoder"]

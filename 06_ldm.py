@@ -401,7 +401,7 @@ if __name__ == "__main__" and lesson:
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
 root = "data"  # where the data set lies or is downloaded to
-size = 0  # side of celeba's and a folder's pictures; 0: 256, without a GPU 32 [0, 2048]
+size = 0  # side of celeba's and a folder's pictures; 0: 32, with --first_stage 256 [0, 2048]
 first_stage = ""  # file of a trained autoencoder, as by tools/release.py; empty: train one
 kind = ""  # autoencoder to train: kl or vq; empty: the data set's recipe
 code_steps = 0  # training steps of the autoencoder; 0: the recipe of the data set [0, 1000000000]
@@ -606,8 +606,8 @@ def plan_latents(arch):
     """Decide on a latent network and its training: the settings of a run."""
     flags = {key: globals()[key] for key, *_ in workshop.read_parameters("06_ldm")}
     flags.update(arch=arch, process="ldm", boundaries=boundaries or str(unet.STEPS))
-    small = f"{known.get('small', dataset)}_latent"
-    flags.update(network=small if "latent_network" in known else "")
+    small = "laptop_latent" if colour else f"{dataset}_latent"
+    flags.update(network="" if colour and first_stage else small)
     flags.update(encoder=recipe.get("encoder", 0))
     settings = training.plan_run(flags, {**recipe, "flip": False}, blank)
     owner = workshop.fingerprint(*ready.state_dict().values()) if ready else None
@@ -615,14 +615,13 @@ def plan_latents(arch):
 
 
 if __name__ == "__main__":
-    known = workshop.about(dataset, first_stage, size or 32)  # a given one goes with the paper's
-    size = size or (32 if "small" in known else 256)
+    size = size or (256 if first_stage else 32)
+    known = workshop.about(dataset, size=size)
+    colour = known.get("judge") != "digits"
     training.check_settings(arch, "ldm", stages, 0, times, decay, weight)
     trial = evaluation.mixture_noise(sde.LDM), sde.LDM, torch.ones(1, 1, 1, 1), nfe
     list(evaluation.solver_of(sampler, grid)(*trial, torch.Generator()))  # does it work so?
-    recipe = known["latent_recipe"]
-    if not (first_stage or recipe["code_steps"]):
-        raise BadInput(f"{dataset} needs LDM's autoencoder: see tools/release.py, --first_stage")
+    recipe = workshop.PAPER_LATENT if colour and first_stage else known["latent_recipe"]
     workshop.join_processes()
     rank, world = workshop.ranks()
     run = workshop.run_folder(out, name or f"{dataset}-latent")

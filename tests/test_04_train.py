@@ -388,7 +388,7 @@ def test_who_has_no_gpu_trains_a_small_network(workshop, training, monkeypatch, 
     half, double = (workshop.about("celeba", size=n)["recipe"]["steps"] for n in (16, 64))
     assert half == 4 * double == workshop.LAPTOP["recipe"]["steps"]
     monkeypatch.setattr(workshop, "device", lambda: torch.device("cuda"))
-    assert workshop.about("folder") is workshop.DATASETS["folder"]
+    assert workshop.about("folder", size=64)["recipe"] is workshop.PAPER
     assert training.network_name("", "celeba", "multistage", "vp") == "table5_1"
 
 

@@ -296,11 +296,8 @@ def vq(workshop, ldm):
     workshop.write_checkpoint(content, ".", "vq.pt")
 
 
-@pytest.mark.parametrize("flags, f", [("--first_stage vq.pt", 4), ("--code_steps 1", 2)])
-def test_a_colour_folder_trains_the_paper_s_network(
-    workshop, unet, evaluation, monkeypatch, vq, flags, f
-):
-    """All narrower: with VQ-f4, or with a KL autoencoder of its own. Latents stay on the disk."""
+def test_a_colour_folder_trains_the_paper_s_network(workshop, unet, evaluation, monkeypatch, vq):
+    """All narrower: on latents of VQ-f4. Latents stay on the disk."""
     Path("faces").mkdir()
     for i in range(24):
         noise = np.random.RandomState(i).randint(0, 255, (40, 40, 3), dtype=np.uint8)
@@ -309,18 +306,18 @@ def test_a_colour_folder_trains_the_paper_s_network(
     monkeypatch.setitem(unet.NETWORKS, "table6_4", {**unet.NETWORKS["table6_4"], **small})
     few = lambda x: x.flatten(1)[:, :9].float()  # noqa: E731 - Inception's weights are not here
     monkeypatch.setattr(evaluation, "pick_extractor", lambda _: (few, "nine pixels"))
-    flags += " --dataset folder --root faces --steps 1 --batch 4 --samples 12 --nfe 2"
-    command(6, *flags.split(), "--size", 8 * f, "--memory", 0)
+    flags = "--dataset folder --root faces --first_stage vq.pt --size 32 --memory 0"
+    command(6, *flags.split(), *"--steps 1 --batch 4 --samples 12 --nfe 2".split())
     kept = torch.load("runs/folder-latent/latents.pt", weights_only=True)["latents"]
-    assert kept.shape == (24, 3 if f == 4 else 4, 8, 8)
-    assert workshop.read_checkpoint("runs/folder-latent")["settings"]["size"] == 8
+    assert kept.shape == (24, 3, 8, 8)
+    settings = workshop.read_checkpoint("runs/folder-latent")["settings"]
+    assert settings["size"] == 8 and settings["network"] == "table6_4"
 
 
 WRONG = {
     "--dataset celeba --size 250 --first_stage vq.pt": "sides that 4 divides, not .3, 250, 250",
     "--first_stage vq.pt": "takes 3 channels and .* not .1, 8, 8.: give another --first_stage",
     "--first_stage none.pt": "there is no none.pt",
-    "--dataset celeba": "needs LDM's autoencoder: see tools/release.py, --first_stage",
     "--kind gan": "unknown autoencoder 'gan'",
     "--resume": "there is no runs/digits-latent/autoencoder.pt: train",
     "--grid even": "unknown grid 'even'",
@@ -334,9 +331,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("flags", WRONG)
-def test_what_cannot_work_is_refused_before_anything_begins(workshop, vq, flags, monkeypatch):
-    if flags == "--dataset celeba":  # which is the paper's where there is a GPU
-        monkeypatch.setattr(workshop, "device", lambda: torch.device("cuda"))
+def test_what_cannot_work_is_refused_before_anything_begins(workshop, vq, flags):
     with pytest.raises(workshop.BadInput, match=WRONG[flags]):
         command(6, *flags.split())
     assert not Path("runs").exists()
