@@ -152,7 +152,8 @@ if __name__ == "__main__":
 
 
 # %%
-def plain_algorithm_1(images, K, alpha=0.9, eta=2 / 256, seed=0):  # Algorithm 1, line 1
+# Algorithm 1, line 1: another denoiser than the optimal one can be asked, too (step 08)
+def plain_algorithm_1(images, K, alpha=0.9, eta=2 / 256, seed=0, denoiser=sde.optimal_denoiser):
     """Cut the timeline as printed: [t_1, t_2], S_0 and S_1 (2, K), and (tau, up, down)."""
     dice, y_mean = torch.Generator().manual_seed(seed), images.mean(0, keepdim=True)
     average = lambda inside, S: (inside.double() @ S[1]) / inside.sum(1)  # noqa: E731
@@ -163,7 +164,7 @@ def plain_algorithm_1(images, K, alpha=0.9, eta=2 / 256, seed=0):  # Algorithm 1
         t = torch.empty(len(k)).double()
         t.uniform_(VP.t_min, VP.t_max, generator=dice)  # Algorithm 1, line 5
         xt = sde.perturb(y, eps, t, VP)
-        eps_t = sde.optimal_denoiser(xt, t, VP, images)
+        eps_t = denoiser(xt, t, VP, images)
         # paper: eps*_1(x_1); here: the mean at x_t, because t_2 is then as published, not 0.782
         eps_1 = mean_denoiser(xt, t, VP, y_mean)
         D_0, D_1 = similarity(eps_t, eps, eta), similarity(eps_t, eps_1, eta)  # Algorithm 1, line 6

@@ -77,7 +77,7 @@ def step(number):
     return importlib.import_module(STEPS[number])
 
 
-STEP_NAMES = "workshop sde clustering unet training evaluation ldm beyond".split()
+STEP_NAMES = "workshop sde clustering unet training evaluation ldm beyond whose_cuts".split()
 MADE_ONCE = {name: lambda n=n: step(n) for n, name in enumerate(STEP_NAMES)} | {
     "root": lambda: ROOT,
     "golden": lambda: ROOT / "tests" / "golden",  # outputs of the authors' released code

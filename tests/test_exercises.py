@@ -4,6 +4,7 @@ import ast
 import builtins
 import math
 import re
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -159,3 +160,14 @@ def test_step_07(workshop, beyond):
         y = A(truth) + tau * torch.randn(A(truth).shape)
         drawn = beyond.draw_exactly(y, A, tau, variables["known"], torch.Generator())
         assert ((drawn - truth).flatten(1).norm(dim=1) == 0).float().mean() > 0.8
+
+
+def test_step_08(workshop, sde, training, whose_cuts, digits):
+    unified = training.averaged_model(workshop.read_checkpoint("pretrained/digits-unified"))
+    network = partial(whose_cuts.ask_network, unified)
+    known = {**vars(whose_cuts), "images": digits, "asked": {"network": (digits, network)}}
+    t_1, t_2 = value(STEPS[8], "clustering.plain", known)
+    assert t_1 == 0.001 and t_2 == pytest.approx(0.29, abs=0.02)
+    x = torch.randn(5, 1, 8, 8)
+    seen = value(STEPS[8], "clean(", {**known, "xt": x, "t": torch.rand(5), "used": digits})
+    assert seen[..., 0, 0].abs().max() < 1e-4 < seen[..., 3, 3].abs().max()

@@ -36,7 +36,7 @@ def shows(body):
 def measures(step):
     """Measure what stands above the line of a step: {name: number}."""
     text = (ROOT / f"{step}.py").read_text(encoding="utf-8")
-    if step == STEPS[7]:  # all of it is lesson
+    if step in STEPS[7:]:  # all of it is lesson
         text += LINE
     assert text.count(LINE) == 1, f"{step} has no line between the lesson and what is below"
     lesson = text[: text.index(LINE)]
@@ -77,9 +77,10 @@ MOST_LINES = {
     "05_sample_eval": 1090,  # every solver of Table 1, sets drawn together, the likelihood bound
     "06_ldm": 741,
     "07_beyond": 450,
+    "08_whose_cuts": 300,
     "0[0-7]_*": 6610,
     "tools/release": 190,  # three backbones, a first stage, averages of every form
-    "tests/*": 4720,
+    "tests/*": 4800,  # with those of step 08
     "benchmarks/*": 700,
 }
 
@@ -89,7 +90,7 @@ def test_the_lesson_is_short_and_the_rest_is_below(step):
     found = measures(step)
     print(step, found)
     limits = dict(LIMITS)
-    if step == STEPS[7]:  # of which nothing is below the line
+    if step in STEPS[7:]:  # of which nothing is below the line
         limits["prose a line of code"] = (0.6, 9)
     outside = {
         name: found[name] for name, (low, high) in limits.items() if not low <= found[name] <= high

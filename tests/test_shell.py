@@ -19,6 +19,7 @@ RUNS = [
     ["--samples", "20", "--nfe", "3"],
     ["--code_steps", "2", "--steps", "2", "--batch", "8", "--samples", "20", "--nfe", "2"],
     ["--steps", "2", "--samples", "20", "--seeds", "2"],
+    ["--samples", "50", "--seeds", "2"],
 ]
 
 
@@ -37,12 +38,12 @@ def ran(tmp_path_factory):
     return folder, said
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_every_step_runs_as_a_command(ran, number):
     done = ran[1][number]
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
     said = ["device cpu", "figure: ", "Algorithm 1 ", "table5_1", "images/s on cpu"]
-    said += ["real / real", "real / real", "figure: "]
+    said += ["real / real", "real / real", "figure: ", "optimal, held out"]
     assert said[number] in done.stdout
 
 
@@ -73,7 +74,7 @@ def test_a_run_goes_on_with_the_same_settings_alone(ran, workshop, monkeypatch):
     assert workshop.read_log("runs/digits-multistage")[-1]["step"] == 6
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(9))
 def test_help_names_every_parameter(number, workshop, capsys):
     command(number, "--help")
     said, names = capsys.readouterr(), [row[0] for row in workshop.read_parameters(STEPS[number])]
