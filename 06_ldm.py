@@ -607,7 +607,8 @@ def plan_latents(arch):
     flags = {key: globals()[key] for key, *_ in workshop.read_parameters("06_ldm")}
     flags.update(arch=arch, process="ldm", boundaries=boundaries or str(unet.STEPS))
     small = "laptop_latent" if colour else f"{dataset}_latent"
-    flags.update(network="" if colour and first_stage else small)
+    paper = training.PAPER_NETWORKS["ldm"].get(arch, "")
+    flags.update(network=paper if colour and first_stage else small)
     flags.update(encoder=recipe.get("encoder", 0))
     settings = training.plan_run(flags, {**recipe, "flip": False}, blank)
     owner = workshop.fingerprint(*ready.state_dict().values()) if ready else None
