@@ -6,8 +6,7 @@
 # them. They cut the timeline into stages, each of which gets its own decoder in step 03. No network
 # is needed: the cuts are a closed-form property of the data set.
 #
-# `python 02_clustering.py --dataset cifar10 --samples 50000` gives the published $t_1$ and $t_2$ to
-# 0.003.
+# The published cuts, to 0.003: `python 02_clustering.py --dataset cifar10 --samples 50000`.
 
 # %% tags=["imports"]
 import importlib
@@ -44,8 +43,7 @@ workshop.settings(globals(), "02_clustering")
 
 # %% [markdown]
 # One picture and one noise, at twelve times: on which pixels does the optimal denoiser of step 01
-# name the noise that was put in? (`sde.optimal_denoiser` is its `plain_optimal_denoiser`, in the
-# form that compares with 50,000 pictures.)
+# (`optimal_denoiser` is its fast form) name the noise that was put in?
 
 # %%
 if __name__ == "__main__":
@@ -57,6 +55,9 @@ if __name__ == "__main__":
     eps = torch.randn(images[:1].shape, generator=dice).to(x0).expand_as(x0)
     xt = sde.perturb(x0, eps, times, VP)
     named = (sde.optimal_denoiser(xt, times, VP, images) - eps).abs() <= eta
+
+# %% tags=["draws"]
+if __name__ == "__main__":
     green = torch.tensor([0.1, 0.6, 0.2]).to(x0).reshape(3, 1, 1)
     shown = torch.where(named.all(1, keepdim=True), green, xt.mean(1, keepdim=True).clamp(0, 1))
     titles = ["the picture with noise, at t =", r"green: the noise is named within $\eta$"]
@@ -100,6 +101,7 @@ def mean_denoiser(x, t, kernel, y_mean):
     return (x - s * y_mean) / (s * sigma)
 
 
+# %% tags=["nbval-check-output"]
 if __name__ == "__main__":
     y_mean = images.mean(0, keepdim=True)
     x0 = images[torch.randint(len(images), (100,), generator=dice).to(images.device)]
@@ -178,11 +180,14 @@ def plain_algorithm_1(images, K, alpha=0.9, eta=2 / 256, seed=0, denoiser=sde.op
     return [t_1, t_2], S_0, S_1, (tau, up, down)  # Algorithm 1, line 2
 
 
-# %%
+# %% tags=["nbval-check-output"]
 if __name__ == "__main__":
     K = min(samples, 2000)
     cuts, S_0, S_1, (tau, up, down) = plain_algorithm_1(images, K, alpha, eta, seed)
     print(f"{dataset}, K = {K:,}: t1 = {cuts[0]:.3f}, t2 = {cuts[1]:.3f}")
+
+# %% tags=["draws"]
+if __name__ == "__main__":
     figure, ax = plt.subplots(figsize=(9, 3.4))
     for end, color, S, average in (("image", "C0", S_0, up), ("noise", "C3", S_1, down)):
         ax.plot(*S, ".", color=color, ms=2, alpha=0.5, label=rf"$\mathcal{{D}}$ to the {end} end")
@@ -203,11 +208,13 @@ if __name__ == "__main__":
 # noise another serves (subtract the mean), and $t_2$ is where its average, started at the right,
 # does. In between the optimal denoiser changes with $t$. That is the case for three stages.
 #
-# On `digits` stage 0 is short: 64 pixels say little, so a little noise suffices to confuse two
-# digits. CIFAR-10 pictures have 3,072 values and stay recognisable much longer, up to $t_1$ =
-# 0.442 (published). The blue dots rise again at the right, because the picture's share of
-# $\epsilon=(x-s\,y)/(s\,\sigma)$ shrinks with $1/\sigma$. The average from the left is what keeps
-# that tail out of stage 0.
+# **Predict first:** a picture of CIFAR-10 has 3,072 values, one of `digits` 64. On which of the two
+# sets is stage 0 longer? <details><summary>Answer</summary>On CIFAR-10, where it reaches to $t_1$ =
+# 0.442 (published): 64 pixels say little, so a little noise suffices to confuse digits.</details>
+#
+# The blue dots rise again at the right, because the picture's share of
+# $\epsilon=(x-s\,y)/(s\,\sigma)$ shrinks with $1/\sigma$. The average from the left keeps that tail
+# out of stage 0.
 #
 # ## Rivals, and how to cut optimally
 #
@@ -350,10 +357,7 @@ def plain_similarity_matrix(images, samples, eta=2 / 256, seed=0, function=sde.o
 
 # %%
 def best_intervals(S, n):
-    """Cut NODES into n intervals by their similarities S (21, 21): n - 1 ascending floats.
-
-    A cut lies midway between two nodes.
-    """
+    """Cut NODES into n intervals by their similarities S (21, 21): n - 1 floats amid two nodes."""
     cost = np.zeros_like(S)
     for i in range(len(S)):
         for j in range(i, len(S)):
@@ -363,6 +367,7 @@ def best_intervals(S, n):
     return [float(NODES[k - 1] + NODES[k]) / 2 for k in first]
 
 
+# %% tags=["nbval-check-output"]
 if __name__ == "__main__":
     S = plain_similarity_matrix(images, pairs, eta, seed)
     published = {2: "0.476", 3: "by Algorithm 1", 4: "0.376 0.526 0.726"}
@@ -375,7 +380,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # What do they rest on? The matrix, with the three stages as squares:
 
-# %%
+# %% tags=["draws"]
 if __name__ == "__main__":
     figure, ax = plt.subplots(figsize=(5, 4))
     edges = np.concatenate([[0], (NODES[1:] + NODES[:-1]) / 2, [1]])

@@ -80,6 +80,7 @@ def compute_loss(model, x0, t, eps):
     return ((model(xt, t) - eps) ** 2).mean()  # Eq. 4
 
 
+# %%
 if __name__ == "__main__" and lesson:
     s, sigma = (sde.per_image(value, x0) for value in (sde.VP.s(t), sde.VP.sigma(t)))
     xt = xt.clone().requires_grad_()
@@ -128,6 +129,7 @@ def draw_batch(images, edges, batch, step, generator, flip=False):
     return x0, t, eps, k
 
 
+# %%
 if __name__ == "__main__" and lesson:
     generator, times = torch.Generator().manual_seed(0), {0: [], 1: [], 2: []}
     for step in range(1, 301):
@@ -138,11 +140,13 @@ if __name__ == "__main__" and lesson:
         print(f"stage {k}: {share:.0%} of the times, from {low:.3f} to {high:.3f}")
 
 # %% [markdown]
-# A third each, but for chance. So a short stage gets as many batches as a long one, and a third of
-# the work goes into the tenth of the timeline next to the image. A network for all times, trained
-# with $t$ uniform on the whole timeline, would spend a tenth of its work there: the two differ in
-# their times as much as in their decoders, and who compares them has to part the two (below the
-# line, `--times`).
+# A third each, but for chance. So a third of the work goes into the tenth of the timeline next to
+# the image. A network for all times, trained with $t$ uniform, would spend a tenth of its work
+# there. The two differ in their times as much as in their decoders, and a fair comparison has to
+# part the two (below the line, `--times`).
+#
+# *Mixed* batches, with all stages in each, are the better estimator: the same expectation with less
+# scatter. On `digits` they help (RESULTS.md), and its recipe below the line takes them.
 #
 # ## One step
 #
@@ -172,6 +176,7 @@ def training_step(model, optimizer, loss, step, warmup=100, decay=0):
     optimizer.step()
 
 
+# %%
 if __name__ == "__main__" and lesson:
     torch.manual_seed(0)  # the initial weights
     model = unet.build_network("digits", boundaries=(0.1, 0.44))
@@ -213,6 +218,10 @@ def update_average(average, model, n, decay=0.9999):
 # after every step, and leaves all else to its caller. (`fused` computes Adam for all weights at
 # once. The learning rate of 3e-3 suits small networks and little time, and narrow ones bear twice
 # that; the authors' 2e-4 is for a hundred million and 450,000 steps.)
+#
+# **Predict first:** which stage has the lowest loss, from the beginning? <details>
+# <summary>Answer</summary>Stage 2, next to the noise: its input is nearly the answer. In stage 0
+# the noise is hard to tell from the picture.</details>
 
 
 # %%
@@ -228,6 +237,7 @@ def train_plainly(model, average, images, edges, steps, batch=32, lr=3e-3, flip=
         yield step, k, loss.item()
 
 
+# %% tags=["draws"]
 def draw_losses(curves):
     """Plot the losses of stages over training. curves: {stage: [(step, loss)]}."""
     plt.figure(figsize=(8, 3))
@@ -237,6 +247,7 @@ def draw_losses(curves):
     plt.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+# %%
 if __name__ == "__main__" and lesson:
     torch.manual_seed(0)
     model = unet.build_network("digits", boundaries=(0.1, 0.44))
@@ -248,10 +259,8 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # A point a step, at the stage that was drawn. (The 150 steps take seconds, the run below minutes.)
-# All stages learn, and their losses differ by orders of magnitude. Stage 2, next to the noise,
-# starts low because its input is nearly the answer; in stage 0 the noise is hard to tell from the
-# picture. Much of the scatter is no change of the network: within a stage, too, small times are
-# harder than large ones, and every batch has its own.
+# Much of the scatter is no change of the network: within a stage, too, small times are harder than
+# large ones, and every batch has its own.
 #
 # ## What it sees
 #
@@ -261,7 +270,7 @@ if __name__ == "__main__" and lesson:
 # (`posterior_mean`, from below that step's line, is its fast form).
 
 
-# %%
+# %% tags=["draws"]
 @torch.no_grad()
 def show_estimates(predict, images, kernel, path):
     """Show one of the uint8 images at levels of noise, seen by predict(xt, t) and the optimum."""

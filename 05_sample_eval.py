@@ -38,10 +38,9 @@ if __name__ == "__main__" and lesson:
     workshop.show_images([workshop.to_pictures(z)], ["The loop's digits"], "figures/05_first.png")
 
 # %% [markdown]
-# Digits come out of noise. They are the training pictures themselves, because the best denoiser of
-# a finite set knows them by heart (step 01). A network does not reach it, and that is why its
-# pictures are new. Everything else in this step is about that loop: why its last line is right, how
-# to get along with fewer turns of it, and how to say what its pictures are worth.
+# Digits come out of noise: the training pictures themselves, which the best denoiser of a finite set
+# knows by heart (step 01). Everything else in this step is about that loop: why its last line is
+# right, how to get along with fewer turns of it, and how to say what its pictures are worth.
 #
 # ## One line behind all solvers
 #
@@ -62,13 +61,11 @@ if __name__ == "__main__" and lesson:
 #
 # $$\frac{\mathrm dz}{\mathrm d\sigma}=\epsilon_\theta .$$
 #
-# No kernel is left in it. So a solver for this line is a solver for all kernels, and a plot of its
-# errors for one of them is a plot for all. All solvers of this step integrate this line, some with
-# fresh noise on the way. They have the same arguments: a function `eps(x, t)` that predicts noise,
-# the kernel, the start noise `x` (B, C, H, W) at `kernel.t_max`, the number of evaluations `nfe`,
-# and a generator where they draw noise. They yield their states, the last of which is the picture,
-# and never change what they are given. An evaluation of the network is what costs; the rest is
-# arithmetic.
+# No kernel is left in it. So a solver for this line is a solver for all kernels. All solvers of this
+# step integrate this line, some with fresh noise on the way. They have the same arguments: a
+# function `eps(x, t)` that predicts noise, the kernel, the start noise `x` (B, C, H, W) at
+# `kernel.t_max`, the number of evaluations `nfe`, and a generator where they draw noise. They yield
+# their states, the last of which is the picture.
 #
 # Three helpers go around it. `levels` goes from $x$ to $z$ and lists the noise levels to stop at,
 # equally spaced in $\log\sigma$, because the fine detail is decided where noise is low. `unscale`
@@ -158,6 +155,7 @@ def ddim(eps, kernel, x, nfe, generator=None, grid="log-snr"):
         yield unscale(kernel, z, sigma_next)
 
 
+# %%
 def measure_errors(solver, kernel, budgets, end=None):
     """Measure a solver's largest error with each number of evaluations; end: 0 or (None) t_min."""
     z = kernel.sigma(kernel.t_max) * torch.linspace(-2, 2, 41, dtype=torch.float64)
@@ -206,6 +204,7 @@ def heun_levels(kernel, nfe, rho):
     return [*((top + ramp * (bottom - top)) ** rho).tolist(), 0.0]
 
 
+# %%
 if __name__ == "__main__" and lesson:
     errors = measure_errors(heun, sde.VP, [19, 39, 79, 159], end=0)
     print("Heun, 19, 39, 79, 159 evaluations:", *(f"{e:.4f}" for e in errors))
@@ -228,6 +227,10 @@ if __name__ == "__main__" and lesson:
 # it reaches in the same way, and estimates the slope from the differences $D_1$ and $D_2$. Three
 # evaluations a step; the choice $r_2=\frac23$ makes up for the third term. The letters are Lu's,
 # and `expm1` is $e^h-1$ without the digits that a small $h$ would cost.
+#
+# **Predict first:** with 15 evaluations only, is the solver of the higher order the better one?
+# <details><summary>Answer</summary>Not always: Heun's eight large steps are worse than DDIM's
+# fifteen small ones. The higher the order, the more a few evaluations more are worth.</details>
 
 
 # %%
@@ -273,9 +276,7 @@ if __name__ == "__main__" and lesson:
 # both sides, so that the errors of its steps cancel in part; $z$ in $\sigma$ bends to one side all
 # the way.
 #
-# The higher the order, the more a few evaluations more are worth. With very few of them order is no
-# help: at 15, Heun's eight large steps are worse than DDIM's fifteen small ones. The paper's
-# DPM-Solver rows have 20: here 6 steps and 18; `dpm_solver` below uses all.
+# The paper's DPM-Solver rows have 20 evaluations: here 6 steps and 18; `dpm_solver` below uses all.
 #
 # ## Fresh noise
 #
@@ -295,6 +296,7 @@ def posterior_step(eps, kernel, z, sigma, sigma_next, generator):
     return keep * z + (1 - keep) * z_0 + spread * sde.fresh_noise(z, generator)  # DDPM
 
 
+# %%
 def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
     """Sample as DDPM does. Source: Ho et al. 2020, Eqs. 7 and 15 (variance beta tilde)."""
     z, sigmas = levels(kernel, x, nfe, grid)
@@ -303,6 +305,7 @@ def ancestral(eps, kernel, x, nfe, generator=None, grid="time"):
         yield unscale(kernel, z, sigma_next)
 
 
+# %%
 if __name__ == "__main__" and lesson:
     dice = torch.Generator().manual_seed(1)
     start = torch.randn(20_000, 1, 1, 1, generator=dice)
@@ -333,6 +336,9 @@ if __name__ == "__main__" and lesson:
         start = sde.start_noise(x_T, dice, kernel)
         states = [start, *ddim(eps, kernel, start, 15)][::-1]  # from image to noise
     states = workshop.to_pictures(torch.stack(states)).cpu()  # (16, 48, 1, 8, 8)
+
+# %% tags=["draws"]
+if __name__ == "__main__" and lesson:
     times = [f"{t:.2g}" for t in reversed(sde.log_snr_times(kernel, 15).tolist())]
     title = "15 steps of DDIM from right (noise) to left; on top, t"
     strip = [states[:, :3].transpose(0, 1).flatten(0, 1)]  # of (3 * 16, 1, 8, 8)
@@ -364,6 +370,7 @@ def frechet_distance(a, b):
     return float(((m1 - m2) ** 2).sum() + C1.trace() + C2.trace() - 2 * root.sum())  # Fréchet
 
 
+# %%
 if __name__ == "__main__" and lesson:
     pixels, _ = workshop.load_images("digits")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(1))

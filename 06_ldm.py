@@ -36,7 +36,9 @@ lesson = workshop.is_lesson()
 # ## The crudest squeeze
 #
 # A digit has 64 pixels. Replace each block of four by its mean, and 16 numbers are left; repeat
-# each mean four times, and a picture is back. How much is lost?
+# each mean four times, and a picture is back. **Predict first:** which part of all that varies is
+# lost? <details><summary>Answer</summary>A third: the third row can hardly be read. A mean says how
+# much ink there is in its block, and not where.</details>
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -49,9 +51,6 @@ if __name__ == "__main__" and lesson:
     print(f"squared error {F.mse_loss(blurred, x0):.4f} a pixel; pixels vary by {x0.var():.4f}")
 
 # %% [markdown]
-# A third of all that varies: the third row can hardly be read. A mean says how much ink there is in
-# its block, and not where.
-#
 # Which numbers would say more? Let two networks find out: an *encoder* that maps a picture to its
 # latent $h=\mathrm{Enc}(x)$, a few channels at a lower resolution, and a *decoder* with
 # $\mathrm{Dec}(h)\approx x$. They are trained together, once, before the diffusion model, and only

@@ -5,6 +5,10 @@
 # for another level of noise, has come to models of billions of weights, and their users ask: are the
 # parts trained together? Which part of training does each get? Why is the timeline cut at one place
 # in training and at another in sampling? **You will** answer that with code.
+#
+# **Predict first:** the paper's $t_2$ is 0.631 in the clock of VP. Wan2.2, in that of flow matching,
+# cuts at 0.875 or 0.9. Are these other amounts of noise? <details><summary>Answer</summary>Hardly:
+# the levels of noise there are 7.4, 7 and 9, though they were found in different ways.</details>
 
 # %% tags=["imports"]
 import importlib
@@ -55,10 +59,8 @@ if __name__ == "__main__":
     workshop.show_figure(figures / "07_clocks.png")
 
 # %% [markdown]
-# Three cuts between networks, in two clocks: the paper's $t_2$ in its own, that of VP, and in that of
-# flow matching those of Wan2.2 (from text to video, and from a picture), which has one network of 14
-# billion weights above its cut and one below. The levels of noise are nearly the same, 7.4, 7 and 9,
-# though they were found in different ways and for data of other scales.
+# Three cuts in two clocks. Wan2.2 makes videos, from text (cut 0.875) or from a picture (0.9), with
+# one network of 14 billion weights above its cut and one below.
 #
 # ## The clock of flow matching
 #

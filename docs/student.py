@@ -609,6 +609,9 @@ def with_gaps(step, chosen=None):
     notebook = jupytext.read(ROOT / f"{step}.py")
     python = dict(display_name="Python 3", language="python", name="python3")
     notebook.metadata["kernelspec"] = python
+    for cell in notebook.cells:
+        if "draws" in cell.metadata.get("tags", []):
+            cell.metadata["jupyter"] = {"source_hidden": True}  # so that Jupyter folds it
     for name, gap in GAPS.items():
         if gap["step"] != step:
             continue
