@@ -40,6 +40,8 @@ def tidy(notebook):
         cell.id = f"cell-{i}"  # jupytext draws a new one each time
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        if not tags(cell):
+            cell.metadata.pop("tags", None)  # papermill adds an empty list
         if "draws" in tags(cell):
             cell.metadata["jupyter"] = {"source_hidden": True}  # so that Jupyter folds it, too
         if cell.cell_type != "code":
