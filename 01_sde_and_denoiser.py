@@ -396,10 +396,10 @@ if __name__ == "__main__":
     workshop.show_images([sde, ode, images[nearest]], titles, "figures/01_samples.png")
 
 # %% [markdown]
-# **This is why networks are trained at all**: limited capacity keeps a network from memorising. How
-# much capacity, and where in time, is the question of this paper. (From the same start the two
-# solvers end in different pictures: the SDE forgets where it began, while the end of an ODE is a
-# function of its start.)
+# **This is why networks are trained at all**: they do not memorise. Limited capacity is one account
+# of that, and how much of it, and where in time, is the question of this paper. Short training is
+# another (Bonnaire et al. 2025, arXiv 2505.17638), and step 08 has two more. (From the same start the
+# solvers end in different pictures: the SDE forgets it, the end of an ODE is a function of it.)
 #
 # ## Where it decides
 #

@@ -208,7 +208,7 @@ if __name__ == "__main__":
         for name in FORMS:
             drawn = torch.stack([row[name] for row in found])
             ax.errorbar(when, drawn.mean(0), drawn.std(0), marker=".", label=name)
-            print(f"{name:{len(title) + 4}}", *(f"{v:5.2f}" for v in drawn.mean(0)), end="")
+            print(f"{name:{len(title) + 5}}", *(f"{v:5.2f}" for v in drawn.mean(0)), end="")
             print(f"  ± {100 * (drawn.std(0) / drawn.mean(0)).max():.0f}% or less")
         ax.axhline(1, color="gray", ls=":")
         ax.set(title=title, xscale="log", yscale="log", xlabel="time t")
@@ -225,8 +225,10 @@ if __name__ == "__main__":
 # each.)
 #
 # Middle and right differ in the forms that recognise training pictures, not in the Gaussian: the
-# network does the same with digits that it has seen and with others. (The Gaussian is less near to
-# the network that was trained 15 times as long. But these two differ in more than that.)
+# network does the same with digits that it has seen and with others. The network on the left, which
+# was trained 15 times as long, is farther from the Gaussian, and from $t$ = 0.2 on nearest to the
+# optimal denoiser: on noisy *training* pictures better networks do come nearer to it (Song et al.
+# 2025, 2510.01378). But these two differ in more than the training.
 #
 # ## Algorithm 1, asked anew
 #
@@ -236,7 +238,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     asked = {name: (images, form) for name, form in FORMS.items()}
-    asked["network"] = images, partial(ask_network, unified)
+    asked["digits-unified"] = images, partial(ask_network, unified)
     asked["optimal, held out"] = left, lambda *x: sde.optimal_denoiser(*x[:3], used)
     _, axes = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     for i, (name, (pictures, denoiser)) in enumerate(asked.items()):
@@ -265,8 +267,8 @@ if __name__ == "__main__":
 #
 # **$t_2$ is everyone's.** All forms cut within 0.03 of each other: with so much noise what remains
 # is the mean, and all of them know the mean. (In the last row it is that of 90 digits.) The network
-# misses it by a little more than $\eta$ = 2/256, so it has none; with 8/256 it has the $t_2$ of the
-# optimal denoiser (exercise 1).
+# misses it by a little more than $\eta$ = 2/256, so it has none; with 8/256 it has the $t_2$ that the
+# optimal denoiser has then (exercise 1).
 #
 # **$t_1$ is a property of memorising.** It is the shorter the less a form sees. The Gaussian has
 # none, a network has none, and the optimal denoiser itself has none about digits that it does not
@@ -277,13 +279,14 @@ if __name__ == "__main__":
 # train better than the paper's, or than equal thirds?** `experiments/whose_cuts.toml` says how that
 # is decided; it was written before anything ran. What came of it stands in RESULTS.md.
 #
-# (Two networks, 8×8 digits. Of the papers the abstracts were read, of Niedoba et al. the code, too.)
+# (Two networks, 8×8 digits. Of the papers the abstracts were read, of Niedoba et al. the code, too.
+# Lukoianov et al., 2509.09672, find that locality comes from the data and not from convolutions.)
 #
 # ### Exercises
 #
 # 1. Does the network have cuts where $\eta$ is larger?
 #    <details><summary>Solution</summary>`clustering.plain_algorithm_1(images, 2000, eta=8 / 256,
-#    denoiser=asked["network"][1])[0]`: a $t_2$ near 0.29, where the optimal denoiser has it with
+#    denoiser=asked["digits-unified"][1])[0]`: a $t_2$ near 0.29, where the optimal denoiser has it with
 #    this $\eta$. A $t_1$ it has with no $\eta$ up to 64/256.</details>
 # 2. What does a denoiser know that sees one pixel, and what does it make of the margin?
 #    <details><summary>Solution</summary>`clean(xt, local_denoiser(xt, t, VP, used, 1), t, VP)`: how

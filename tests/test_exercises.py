@@ -160,12 +160,19 @@ def test_step_07(workshop, beyond):
         y = A(truth) + tau * torch.randn(A(truth).shape)
         drawn = beyond.draw_exactly(y, A, tau, variables["known"], torch.Generator())
         assert ((drawn - truth).flatten(1).norm(dim=1) == 0).float().mean() > 0.8
+    A, tau = beyond.PROBLEMS["a hole"]
+    names = {**vars(beyond), "few": truth[:24], "problem": "a hole", "dice": torch.Generator()}
+    names["points"] = lambda x, t: beyond.sde.plain_optimal_denoiser(x, t, beyond.sde.VP, known)
+    names["y"] = A(truth[:24]) + tau * torch.randn(A(truth[:24]).shape)
+    exact = beyond.draw_exactly(names["y"], A, tau, known, torch.Generator())
+    led = value(STEPS[7], "repair(", names)
+    assert abs(beyond.psnr(led, truth[:24]) - beyond.psnr(exact, truth[:24])) < 1
 
 
 def test_step_08(workshop, sde, training, whose_cuts, digits):
     unified = training.averaged_model(workshop.read_checkpoint("pretrained/digits-unified"))
     network = partial(whose_cuts.ask_network, unified)
-    known = {**vars(whose_cuts), "images": digits, "asked": {"network": (digits, network)}}
+    known = {**vars(whose_cuts), "images": digits, "asked": {"digits-unified": (digits, network)}}
     t_1, t_2 = value(STEPS[8], "clustering.plain", known)
     assert t_1 == 0.001 and t_2 == pytest.approx(0.29, abs=0.02)
     x = torch.randn(5, 1, 8, 8)
