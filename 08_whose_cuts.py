@@ -220,9 +220,9 @@ if __name__ == "__main__":
 # **Next to the image** the optimal denoiser explains nothing. Of digits that it knows it names the
 # true noise (1.00), and others it replaces. Nearest to both networks is the Gaussian at $t$ = 0.01,
 # then 3×3, and 5×5 at 0.1. **From $t$ = 0.2 on** all forms are near, the optimal one as well. So a
-# network sees the more of a picture the more noise is in it; Kamb and Ganguli fit the patch's size
-# to each time, too. (± is a standard deviation over draws of noise, as are the bars; 90 digits in
-# each.)
+# network sees the more of a picture the more noise is in it. Kamb and Ganguli fit the patch's size
+# to each time, too; Niedoba et al. go from 32×32 to 3×3 on CIFAR-10. (± is a standard deviation
+# over draws of noise, as are the bars; 90 digits in each.)
 #
 # Middle and right differ in the forms that recognise training pictures, not in the Gaussian: the
 # network does the same with digits that it has seen and with others. The network on the left, which
@@ -267,8 +267,8 @@ if __name__ == "__main__":
 #
 # **$t_2$ is everyone's.** All forms cut within 0.03 of each other: with so much noise what remains
 # is the mean, and all of them know the mean. (In the last row it is that of 90 digits.) The network
-# misses it by a little more than $\eta$ = 2/256, so it has none; with 8/256 it has the $t_2$ that the
-# optimal denoiser has then (exercise 1).
+# misses it by a little more than $\eta$ = 2/256, so it has none; with 8/256 it has the $t_2$ that
+# the optimal denoiser has then (exercise 1).
 #
 # **$t_1$ is a property of memorising.** It is the shorter the less a form sees. The Gaussian has
 # none, a network has none, and the optimal denoiser itself has none about digits that it does not
@@ -286,8 +286,8 @@ if __name__ == "__main__":
 #
 # 1. Does the network have cuts where $\eta$ is larger?
 #    <details><summary>Solution</summary>`clustering.plain_algorithm_1(images, 2000, eta=8 / 256,
-#    denoiser=asked["digits-unified"][1])[0]`: a $t_2$ near 0.29, where the optimal denoiser has it with
-#    this $\eta$. A $t_1$ it has with no $\eta$ up to 64/256.</details>
+#    denoiser=asked["digits-unified"][1])[0]`: a $t_2$ near 0.29, where the optimal denoiser has it
+#    with this $\eta$. A $t_1$ it has with no $\eta$ up to 64/256.</details>
 # 2. What does a denoiser know that sees one pixel, and what does it make of the margin?
 #    <details><summary>Solution</summary>`clean(xt, local_denoiser(xt, t, VP, used, 1), t, VP)`: how
 #    often each grey value occurs at that place. The corners are black in all digits, so it makes
