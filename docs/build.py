@@ -23,6 +23,7 @@ MORE = ["RESULTS", *MORE.split(), "house", "teaching", "troubleshooting"]
 PLACE = re.compile(r"^(?:def |class |(?=[A-Z]\w* = [A-Z]\w*\())(\w+)", re.MULTILINE)
 
 FOLDED = {"imports", "parameters", "draws"}  # tags of cells that are no part of the lesson
+PROMPTS = "code_prompt_show", "code_prompt_hide"  # what stands where a cell is folded
 
 
 def relink(text):
@@ -65,8 +66,10 @@ def with_places(notebook):
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source)
         elif FOLDED & set(cell.metadata.get("tags", [])):
+            if "draws" in cell.metadata["tags"]:  # else it says what docs/conf.py says
+                cell.metadata["mystnb"] = dict.fromkeys(PROMPTS, "How this is drawn")
             cell.metadata["tags"] = ["hide-input"]  # which MyST-NB folds
-            if cells[-1].metadata.get("tags") == cell.metadata["tags"]:
+            if "mystnb" not in cell.metadata and cells[-1].metadata.get("tags") == ["hide-input"]:
                 cells[-1].source += "\n\n" + cell.source
                 continue
         elif names := PLACE.findall(cell.source):
