@@ -355,10 +355,10 @@ if __name__ == "__main__":
 # fits $y$ with all its noise; led in the middle only it does not, and is better by some two decibels.
 #
 # And the yardstick? DPS on points should draw what *exact* draws. In a hole it lies some two decibels
-# below, at half resolution more than three. That is **the price of 60 steps and of $\zeta$ = 1**, and
-# hardly that of leading by a predicted picture: with 240 steps and $\zeta$ = 2 it is there to within
-# 0.2 (exercise 3). Replacement that starts from $y$ has no leading in it, and loses nothing. The
-# network can be ahead of *exact*, because it is not limited to the training pictures.
+# below, at half resolution more than three: **the price of 60 steps and of $\zeta$ = 1**, hardly that
+# of leading by a predicted picture. With 240 steps and $\zeta$ = 2 it comes within 0.2 (exercise 3).
+# Replacement that starts from $y$ is not led, and loses nothing. The network can be ahead of *exact*,
+# because it is not limited to the training pictures.
 #
 # ## One stage alone
 #
@@ -436,9 +436,8 @@ if __name__ == "__main__":
 # So, to the questions of the beginning. **Together or apart?** Both exist. What shares nothing can
 # be trained apart; decoders that share an encoder can, once it stands still. **Which part of
 # training does each get?** What the draw of times gives it (`--times`), which matters as much as the
-# parts do (RESULTS.md); of experts in blocks, too, tuning has brought more than new gates (Liu et al.,
-# 2512.01252). **Why two cuts?** There is one, a level of noise. Clocks and shifts only count the
-# times, or the steps, on both sides of it.
+# parts do (RESULTS.md), as sizes matter more than gates do (2512.01252). **Why two cuts?** There is
+# one, a level of noise. Clocks and shifts only count the times, or the steps, on both sides of it.
 #
 # ### Exercises
 #

@@ -5,6 +5,10 @@
 # stages are then served by a network. **You will** ask a network the same question, and two closed
 # forms that predict networks better: one sees only a patch, one knows only the mean and the
 # covariance.
+#
+# **Predict first:** which of the two cuts does a network have as well, $t_1$ or $t_2$?
+# <details><summary>Answer</summary>$t_2$, as soon as it may err by a little more. A stage next to
+# the image it has not.</details>
 
 # %% tags=["imports"]
 import importlib
