@@ -357,8 +357,7 @@ if __name__ == "__main__":
 # And the yardstick? DPS on points should draw what *exact* draws. In a hole it lies some two decibels
 # below, at half resolution more than three: **the price of 60 steps and of $\zeta$ = 1**, hardly that
 # of leading by a predicted picture. With 240 steps and $\zeta$ = 2 it comes within 0.2 (exercise 3).
-# Replacement that starts from $y$ is not led, and loses nothing. The network can be ahead of *exact*,
-# because it is not limited to the training pictures.
+# The network can be ahead of *exact*, because it is not limited to the training pictures.
 #
 # ## One stage alone
 #
