@@ -397,6 +397,7 @@ def draw_architecture(x, t, encoder, decoders, cuts, path):
     ax.hlines(range(n), 0, gap * len(decoders), color="0.85", lw=0.8, zorder=0)  # the skips
     ax.barh(n + 0.5, 2 * half, 0.8, -half, color="0.7")
     text(0, n + 0.5, "middle")
+    text(gap / 2, n + 0.4, f"t = {t:g}", va="bottom", weight="bold")
     for j, (part, widths) in enumerate(zip([encoder, *decoders], columns, strict=True)):
         left = [j * gap - width / 2 for width in widths]
         ax.barh(range(n), widths, 0.8, left, color=[f"C{sizes.index(size)}" for size in sizes])
@@ -405,7 +406,8 @@ def draw_architecture(x, t, encoder, decoders, cuts, path):
         text(j * gap, -2.3, f"{name}\n{million:.3g}M parameters")
         arrows = [(0, -1.5), (0, -0.5)], [(0, n - 0.5), (0, n + 0.1)]
         if j:
-            text(j * gap, n + 1, f"t from {edges[j - 1]:.3g} to {edges[j]:.3g}")
+            stage = f"t from {edges[j - 1]:.3g} to {edges[j]:.3g}"
+            text(j * gap, n + 1, stage, weight="bold" if own else "normal")
             arrows = [(half, n + 0.5), (j * gap, n - 0.5)], [(j * gap, -0.5), (j * gap, -1.5)]
         for start, end in arrows:
             way = dict(arrowstyle="->", connectionstyle="angle,angleA=0,angleB=90", lw=1.5)
