@@ -58,7 +58,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## From pictures to noise
 #
-# These are the pictures $y_i$ of this lesson: no more than 2,000 of a set, since its plain forms
+# These are the pictures $y_i$ of this lesson: 2,000 of a set at most, because its plain forms
 # compare every $x$ with every picture. The forward process blends a picture with noise. Its
 # *perturbation kernel* is a Gaussian with a scale $s_t$ and a noise level $\sigma_t$:
 #
@@ -78,9 +78,9 @@ if __name__ == "__main__":
 # $$s_t=e^{-B/2},\qquad \sigma_t=\sqrt{e^{B}-1},\qquad f(t)=-\tfrac12\beta(t),\qquad
 #   g(t)=\sqrt{\beta(t)}.$$
 #
-# As the noise grows the picture shrinks, such that $s_t^2+(s_t\sigma_t)^2=1$: VP is short for
-# *variance preserving*. With $\beta_\text{min}=0.1$ and $\beta_d=19.9$, $B$ ends at 10.05: of the
-# picture 0.7% is left there, beneath noise of variance 1. The signal-to-noise ratio
+# As the noise grows the picture shrinks, so that $s_t^2+(s_t\sigma_t)^2=1$: VP is short for
+# *variance preserving*. With $\beta_\text{min}=0.1$ and $\beta_d=19.9$, $B$ ends at 10.05: there
+# 0.7% of the picture is left, under noise of variance 1. The signal-to-noise ratio
 # $\mathrm{SNR}=s_t^2/(s_t\sigma_t)^2$ falls all the way, so its logarithm is another clock, which
 # `time` reads. Do the four satisfy eq. (2)? Integrate $f$ and $g$ numerically, and compare.
 
@@ -252,10 +252,10 @@ if __name__ == "__main__":
 # whatever it is shown: $\sigma_t$ is large against all distances, so every weight is $1/N$. Between
 # them it wavers among candidates. Step 02 measures where these three regimes begin and end.
 #
-# Is it really the minimum? Ask the loss: write the integrand of (17) out at one $x$, over
-# $\sum_iw_i$. Its gradient (20) must vanish at $\epsilon^*$. And as a square whose weights sum to 1,
-# it has its minimum half a gradient away from any guess: go from 0, with a gradient that no human
-# derived, and arrive at $\epsilon^*$.
+# Is it really the minimum? Ask the loss itself, the integrand of (17) at one $x$, divided by
+# $\sum_iw_i$. Its gradient (20) must vanish at $\epsilon^*$. It is a square with weights that sum
+# to 1, so its minimum lies half a gradient away from any guess: start at 0, let the computer find
+# the gradient, and arrive at $\epsilon^*$.
 
 
 # %%
@@ -301,8 +301,8 @@ if __name__ == "__main__":
 #   =\frac{-\sum_iw_i\,(x-s_ty_i)/(s_t\sigma_t)^2}{\sum_iw_i}=-\frac{\epsilon^*_t(x)}{s_t\sigma_t}.$$
 #
 # Against the noise the density grows. So the first term of (3) undoes the shrinking, the second
-# climbs to where pictures are, and fresh noise makes up for the spread that is lost on the climb.
-# The ODE climbs half as fast and loses none.
+# climbs to where pictures are, and fresh noise restores the spread that the climb loses. The ODE
+# climbs half as fast and loses none.
 #
 # Euler's method replaces $\mathrm dt$ by the difference of two times and, for an SDE
 # (Euler-Maruyama), $\mathrm d\bar w$ by fresh noise times $\sqrt{|\mathrm dt|}$. Its times make equal

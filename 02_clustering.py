@@ -65,10 +65,10 @@ if __name__ == "__main__":
     workshop.show_images([xt, shown], titles, "figures/02_named.png", **columns)
 
 # %% [markdown]
-# On `digits`, on all of them at first: the digit is known, so what was added to it is known as
-# well. Then on fewer and fewer, until only the margin is left, which is black in every picture of
-# the data set. At the very end all are green again, for another reason that Algorithm 1 has to deal
-# with: the noise is so strong that $x_t$ itself is the answer.
+# On `digits` it names the noise of all pixels at first: the digit is known, so what was added to it
+# is known as well. Then it names fewer and fewer, until only the margin is left, which is black in
+# every picture of the data set. At the very end all are green again, for another reason that
+# Algorithm 1 has to deal with: the noise is so strong that $x_t$ itself is the answer.
 #
 # ## How alike are two noise levels?
 #
@@ -219,8 +219,8 @@ if __name__ == "__main__":
 # ## Rivals, and how to cut optimally
 #
 # Table 4 of the paper compares with three clusterings after Go et al. (2023). All cover the times
-# $1/T,\dots,1$ by $n$ contiguous clusters whose members should resemble the *middle* one, and none
-# smaller than $T/2n$ or larger than $3T/2n$. Two of them never look at the data:
+# $1/T,\dots,1$ by $n$ contiguous clusters of $T/2n$ to $3T/2n$ times, whose members should resemble
+# the one in the *middle*. Two of them never look at the data:
 #
 # * **timestep** and **log-SNR**: a cluster costs $\sum|v-v_\text{middle}|$, with $v$ the time
 #   itself or the log-SNR of the kernel. (The third compares a network's gradients, below the line.)
@@ -303,8 +303,8 @@ if __name__ == "__main__":
 # ## Algorithm 2: any number of stages
 #
 # Algorithm 1 knows two ends and so gives three stages. For $n$ stages compare *all* times with each
-# other, and ask for the cut whose clusters are each as homogeneous as can be. Printed, with slips
-# of index mended, is
+# other, and ask for the cut whose clusters are each as homogeneous as can be. The paper prints, with
+# slips of index mended,
 #
 # $$\min_{t_1,\dots,t_{n-1}}\ \sum_{k=0}^{n-1}\int_{t_k}^{t_{k+1}}\!\int_{t_a}^{t_{k+1}}
 #   \mathcal S(\epsilon^*_{t_a},\epsilon^*_{t_b})\,\mathrm dt_b\,\mathrm dt_a
@@ -350,9 +350,9 @@ def plain_similarity_matrix(images, samples, eta=2 / 256, seed=0, function=sde.o
 
 
 # %% [markdown]
-# A minimum of summed *similarities* would put unlike times together: a slip of sign. So sum
-# $1-\mathcal S$. No commercial solver is needed, which the release uses: clusters are contiguous,
-# and the dynamic program above, which is Go et al.'s, finds the optimum.
+# The minimum of summed *similarities* would put unlike times together: a slip of sign. So sum
+# $1-\mathcal S$. The release uses a commercial solver. None is needed: clusters are contiguous, so
+# that the dynamic program above finds the optimum.
 
 
 # %%

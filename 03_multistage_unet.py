@@ -57,14 +57,14 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## Why not one network, and why not three?
 #
-# One network for all times is called *unified* in the paper, one network a stage *separate*.
-# Against both it has hypotheses (Section 4), which it supports by curves of networks of 47 to 169
-# million parameters. The right column says what this project finds on `digits`, with networks a
+# One network for all times is called *unified* in the paper, one network a stage *separate*. The
+# paper has hypotheses against both (Section 4), and supports them by curves of networks of 47 to
+# 169 million parameters. The right column says what this project finds on `digits`, with networks a
 # hundred times smaller. RESULTS.md has the numbers.
 #
 # | the paper's hypothesis | here |
 # |---|---|
-# | near the noise, unified is larger than it need be | holds |
+# | near the noise, unified is larger than it needs to be | holds |
 # | near the image, it is too small | holds, more weakly |
 # | gradients of distant times differ … | holds, for the first and the last stage |
 # | … and therefore unified learns slowly | does not show: at first it learns fastest |
@@ -75,9 +75,10 @@ if __name__ == "__main__" and not table:
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
 # What fails at this scale is not refuted at the paper's.
 #
-# The idea in one sentence: *share what all times have in common, the encoder, and separate what
-# they have not, the decoders*. A decoder can then be as wide as its stage asks for, and learns from
-# its own stage only. The encoder learns from all pictures at all times: that should be hard to overfit.
+# The idea in one sentence: *share what all times have in common, the encoder, and give each stage
+# the rest for itself, a decoder*. A decoder can then be as wide as its stage asks for, and learns
+# from its own stage only. The encoder learns from all pictures at all times: that should be hard to
+# overfit.
 #
 # ## The parts of a U-Net
 #
@@ -183,8 +184,8 @@ class Up(nn.Module):
 
 
 # %% [markdown]
-# The **time** is one number, and a network needs to tell 0.01 from 0.02 as well as 0.1 from 0.9.
-# So it is told as sines and cosines of many frequencies: the fast ones tell close times apart,
+# The **time** is one number, and a network needs to tell 0.01 from 0.02 as well as 0.1 from 0.9. So
+# it gets the time as sines and cosines of many frequencies: the fast ones tell close times apart,
 # the slow ones distant times. With $w$ numbers they are
 #
 # $$\sin(999\,t\cdot\omega_i),\ \cos(999\,t\cdot\omega_i),\qquad

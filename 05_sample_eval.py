@@ -139,9 +139,9 @@ def mixture_flow(kernel, x, end, means=MEANS, c=WIDTH):
 #
 # $$z'=z+(\sigma'-\sigma)\,\epsilon .$$
 #
-# To go along the tangent is an error of the order of the step squared, and $n$ steps make $n$ of
-# them: what remains is a multiple of $1/n$. In general a solver has *order* $p$ when it is wrong by
-# a multiple of $n^{-p}$ after $n$ evaluations. Measure it: the largest error on the mixture, over
+# A step along the tangent is wrong by the order of the step squared, and there are $n$ of them:
+# what remains is a multiple of $1/n$. In general a solver has *order* $p$ when it is wrong by a
+# multiple of $n^{-p}$ after $n$ evaluations. Measure it: the largest error on the mixture, over
 # start noise of $-2$ to 2 standard deviations.
 
 
@@ -268,8 +268,8 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # A solver of order $p$ must give a straight line of slope $-p$ on these axes once there are enough
 # steps, and so they do. Only Heun's comes out steeper: its last step, Euler's from $\sigma_\min$ to
-# 0, is as long with many evaluations as with few, and its error takes something off that of the
-# others; before that step the slope is 2.05.
+# 0, is as long with many evaluations as with few, and its error cancels a part of the others'.
+# Before that step the slope is 2.05.
 #
 # Equal order is not equal error. `probability_flow` of step 01 is Euler's method, too, and with a
 # kernel of scale $s=1$ it is DDIM. With VP it follows $x$ in $t$, a path that bends less, and to
@@ -351,7 +351,7 @@ if __name__ == "__main__" and lesson:
 #
 # ## How good are they?
 #
-# One picture cannot be marked, a set can: compare it with a set of real ones, in some space of
+# One picture cannot be judged, but a set can: compare it with a set of real ones, in some space of
 # features. The **Fréchet distance** takes both for Gaussian clouds, with means $m_i$ and
 # covariances $C_i$, and is the squared distance between these clouds:
 #
@@ -382,12 +382,12 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # A number alone says nothing. The yardstick is **real / real**: what another set of real pictures
 # gets is what perfect samples would get. It is not zero, because means and covariances of few
-# pictures are estimates, and it falls when there are more. So both comparisons must use as many
-# pictures. And a distance sees no more than its features do: whoever paints each quarter as bright
-# as it should be passes this test, whatever it shows. Below the line come features that know
-# digits, and three more marks. **KID** compares with a kernel in place of a Gaussian and has no
-# bias from the number of pictures; **precision** is the share of samples that lie among the real
-# ones, **recall** the share of real ones that lie among the samples.
+# pictures are estimates, and it falls when there are more. So both comparisons must use equally
+# many. And a distance sees no more than its features do: whoever paints each quarter as bright as
+# it should be passes this test, whatever it shows. Below the line come features that know digits,
+# and three more marks. **KID** compares with a kernel in place of a Gaussian and has no bias from
+# the number of pictures; **precision** is the share of samples that lie among the real ones,
+# **recall** the share of real ones that lie among the samples.
 #
 # **You have** the solvers of the paper's best rows in the letters of their papers, pictures of a
 # network, and a distance with a yardstick beside it. What follows draws from your own run of step

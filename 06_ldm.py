@@ -143,9 +143,9 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # Only the entry that was nearest moves, towards the latent. Why the second term? Without it the
-# encoder could run away from the entries, which follow at their own pace; with it, it commits
-# itself to the entry it has. An entry that is never the nearest never learns; so ours are spread
-# out at the start.
+# encoder could run away from the entries, which follow at their own pace; the term commits it to
+# the entry it has. An entry that is never the nearest never learns; so ours are spread out at the
+# start.
 #
 # ## A small autoencoder
 #
@@ -315,10 +315,10 @@ if __name__ == "__main__" and lesson:
 #
 # ## The scale
 #
-# The kernels of step 01 are made for data of a spread near 1: a noise level of 1 shall be as strong
-# as what it covers, and at the end of time nothing shall be left. Latents have whatever spread
-# their autoencoder found convenient, so they are divided by it. The number is part of the model,
-# and before decoding it is multiplied by again:
+# The kernels of step 01 are made for data of a spread near 1: a noise level of 1 should be as
+# strong as what it covers, and at the end of time nothing should be left. Latents have whatever
+# spread their autoencoder found convenient, so they are divided by it. The number is part of the
+# model: before decoding, latents are multiplied by it again:
 #
 # $$u = h\,/\,\mathrm{std}(h),\qquad \hat x = \mathrm{Dec}\big(u\cdot\mathrm{std}(h)\big).$$
 #

@@ -6,9 +6,9 @@
 # parts trained together? Which part of training does each get? Why is the timeline cut at one place
 # in training and at another in sampling? **You will** answer that with code.
 #
-# **Predict first:** the paper's $t_2$ is 0.631 in the clock of VP. Wan2.2, in that of flow matching,
-# cuts at 0.875 or 0.9. Are these other amounts of noise? <details><summary>Answer</summary>Hardly:
-# the levels of noise there are 7.4, 7 and 9, though they were found in different ways.</details>
+# **Predict first:** the paper cuts at $t$ = 0.631 in the clock of VP, Wan2.2 at 0.875 or 0.9 in that
+# of flow matching. Do the amounts of noise differ? <details><summary>Answer</summary>Hardly: the
+# noise levels are 7.4, 7 and 9.</details>
 
 # %% tags=["imports"]
 import importlib
@@ -59,8 +59,7 @@ if __name__ == "__main__":
     workshop.show_figure(figures / "07_clocks.png")
 
 # %% [markdown]
-# Three cuts in two clocks. Wan2.2 makes videos, from text (cut 0.875) or from a picture (0.9), with
-# one network of 14 billion weights above its cut and one below.
+# Wan2.2 makes videos, from text (0.875) or a picture (0.9), with a network each side of its cut.
 #
 # ## The clock of flow matching
 #
