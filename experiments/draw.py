@@ -7,7 +7,7 @@ a file in `results/`; a cell is the mean over seeds ± their standard deviation.
 import functools
 import importlib
 import re
-from statistics import fmean, mode, stdev
+from statistics import fmean, mode
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -28,7 +28,7 @@ def spread(values, digits=2):
     if not values:
         return "–"
     text = f"{fmean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
 def table(head, rows):
@@ -46,11 +46,6 @@ def at(record, budget=None):
 def each(records, key, budget=None):
     """Collect a number of the row at a budget over the seeds."""
     return [at(record, budget)[key] for record in records]
-
-
-def numbers(values, digits=3):
-    """Write a list of numbers."""
-    return ", ".join(f"{value:.{digits}f}" for value in values) or "none"
 
 
 def printed(experiment, label):
@@ -89,7 +84,18 @@ def table3(experiment, runs):
         cells += [spread(each(records, "frechet", budget)), spread(each(records, "kid", budget), 3)]
         gaps = [mean_gap(at(record, budget)) for record in records]
         rows.append([*cells, spread(gaps), printed(experiment, label)])
-    return table(head, rows)
+    return "\n\n".join([table(head, rows), *paired(experiment, runs)])
+
+
+def paired(experiment, runs):
+    """Return a list of one table, of the pairs that an experiment asks for, or of none."""
+    budget, wanted = experiment.get("at"), experiment.get("pairs", [])
+    runs = [(label, records) for label, records in runs if label in sum(wanted, [])]
+    arms = {label: {r["definition"]["seed"]: at(r, budget) for r in rs} for label, rs in runs}
+    seeds = len(experiment["settings"]["seeds"])
+    asked = [(f"{one} − {other}", one, other, seeds) for one, other in wanted]
+    rows = [[found[0], *pairs.cells(found)] for found in pairs.family(arms, asked)]
+    return [table(["pair", *pairs.HEAD], rows)] if rows else []
 
 
 def mean_gap(row):
@@ -121,6 +127,7 @@ def figure1d(experiment, runs):
             cells = [told([reach(a, b, cost) for a, b in pairs]) for cost in COSTS.values()]
             ratios.append([f"{who} as good as the best of {whose}", *cells])
     parts = [table(head, rows), table(["share of the other's training", *COSTS], ratios)]
+    parts += paired(experiment, runs)
     if real:
         parts.append(f"Two halves of the real pictures: {spread(each(real, 'frechet'))}.")
     return "\n\n".join(parts)
@@ -148,14 +155,16 @@ def told(ratios):
 
 def table1(experiment, runs):
     """Write the distances of several solvers on two trained networks."""
-    runs = [(label, records) for label, records in runs if "trained" not in label]
-    found = {label: [record["curve"] for record in records] for label, records in runs}
-    asked = next((curves[0] for curves in found.values() if curves), [])
-    rows = []
-    for i, (name, nfe) in enumerate(row["solver"] for row in asked):
-        cells = [spread([curve[i]["frechet"] for curve in curves]) for curves in found.values()]
-        rows.append([name, nfe, *cells])
-    return table(["solver", "evaluations", *(f"{DISTANCE}, {n}" for n in found)], rows)
+    arms, seeds = {}, len(experiment["settings"]["seeds"])
+    for label, records in runs:
+        for record in records if "trained" not in label else ():
+            for row in record["curve"]:
+                key = label, *row["solver"]
+                arms.setdefault(key, {})[record["definition"]["seed"]] = row
+    solvers = dict.fromkeys(key[1:] for key in arms)
+    asked = [(x, ("multistage", *x), ("unified", *x), seeds) for x in solvers]
+    rows = [[*found[0], *pairs.cells(found)] for found in pairs.family(arms, asked)]
+    return table(["solver", "evaluations", *pairs.HEAD], rows)
 
 
 def table4(experiment, runs):
@@ -183,11 +192,12 @@ def table4(experiment, runs):
         cells += [spread(each(records, "step", budget), 0)]
         cells += [spread(each(records, "frechet", budget)), spread(each(records, "kid", budget), 3)]
         rows.append([*cells, printed(experiment, label)])
-    return table(head, rows)
+    return "\n\n".join([table(head, rows), *paired(experiment, runs)])
 
 
 def figure2(experiment, runs):
     """Write distances and losses of networks that serve one interval only."""
+    whole = runs
     runs = [(label.removeprefix("interval "), r) for label, r in runs if "interval" in label]
     points = max((r["definition"]["points"] for _, records in runs for r in records), default=[])
     head = ["interval", "network", *(f"{DISTANCE}, {n} iterations" for n in points)]
@@ -201,7 +211,7 @@ def figure2(experiment, runs):
             cells.append(spread([fmean(row[key].values()) for row in ends], 4))
         cells += [spread([mean_gap(row) for row in ends], 3), len(records)]
         rows.append([*label.split(": "), *cells])
-    return table(head, rows)
+    return "\n\n".join([table(head, rows), *paired(experiment, whole)])
 
 
 def moment(record, step):
@@ -245,21 +255,89 @@ def plain(experiment, runs):
     return table(["", DISTANCE], rows)
 
 
+MEASURES = {  # of a comparison at own rates: how to read it, and its digits
+    "bound of the stages, bits a dimension": (lambda row: sum(row["bits"][1:-1]), 4),
+    "loss with Min-SNR weights": (lambda row: sum(row["min_snr"]), 5),
+    DISTANCE: (pairs.frechet, 2),
+}
+
+
 def bounds(experiment, runs):
-    """Write the bounds on held-out pictures, seed by seed: what the stages cost, in bits."""
-    head = ["run", "seeds", "bits a dimension of the stages", "loss with Min-SNR weights"]
-    rows = []
+    """Write which learning rate an arm gets by its bound, and what arms differ by with their own.
+
+    A run has diverged where its bound is not finite or 5% above the lowest of its arm; its rate is
+    not taken. The control is the first of the arms.
+    """
+    tuned, asked = {}, experiment["units"]
     for label, records in runs:
-        seeds = ", ".join(str(record["definition"]["seed"]) for record in records) or "open"
-        bits = [sum(at(record)["bits"][1:-1]) for record in records]
-        rows.append(
-            [label, seeds, numbers(bits), numbers([sum(at(r)["min_snr"]) for r in records], 5)]
-        )
-    return table(head, rows)
+        if label.endswith(", tuning"):
+            *key, rate = label.removesuffix(", tuning").split(", ")
+            found = [sum(at(record)["bits"]) for record in records]
+            tuned.setdefault(", ".join(key), {})[rate.removeprefix("rate ")] = found
+    rates, seeds = list(dict.fromkeys(sum(map(list, tuned.values()), []))), len(asked[0][1])
+    there = [arm for arm, found in tuned.items() if any(found.values())]
+    rows = [[arm, *tuning(tuned[arm], rates, seeds)] for arm in there]
+    parts = [table(["arm", *(f"rate {rate}" for rate in rates), "rate taken"], rows)]
+    if rows := list(at_own_rates(experiment, runs)):
+        parts.append(table(["measure", "data", "pair", *pairs.HEAD], rows))
+    if rows := list(exchanged(runs)):
+        parts.append(table(["data", "seeds", *(f"stage {k}" for k in range(3))], rows))
+    if missing := sum(map(len, dict(asked).values())) - sum(len(records) for _, records in runs):
+        parts.append(f"*Still to run: {missing}. Until then fewer comparisons are corrected for.*")
+    return "\n\n".join(parts)
+
+
+def tuning(found, rates, seeds):
+    """Return cells: an arm's mean bound at each rate, those that diverged, the rate to take."""
+    limit = 1.05 * np.nanmin([bound for bounds in found.values() for bound in bounds])
+    cells, means = [], {}
+    for rate in rates:
+        bounds = found.get(rate, [])
+        lost = sum(not bound <= limit for bound in bounds)
+        cells.append(spread(bounds, 3) + f", {lost} diverged" * (lost > 0))
+        means[rate] = fmean(bounds) if bounds and not lost else float("inf")
+    best = min(means, key=means.get)
+    whole = all(len(bounds) == seeds for bounds in found.values()) and np.isfinite(means[best])
+    return [*cells, best if whole else "open"]
+
+
+def finals(experiment, runs):
+    """Collect runs at the arms' own rates: ({(arm, data): {seed: last row}}, pairs to compare)."""
+    arms, asked, (control, *others) = {}, [], experiment["arms"]
+    for label, records in runs:
+        key = letter, data = (*label.split(", "), "")[:2]
+        if letter in experiment["arms"] and "tuning" not in label:
+            arms[key] = {record["definition"]["seed"]: at(record) for record in records}
+            seeds = len(dict(experiment["units"])[label])
+            asked += [(key, key, (control, data), seeds)] * (letter in others)
+    return arms, asked
+
+
+def at_own_rates(experiment, runs):
+    """Yield a row for each measure, data set and arm against the control: a measure is a family."""
+    (arms, asked), control = finals(experiment, runs), next(iter(experiment["arms"]))
+    for name, (value, digits) in MEASURES.items():
+        for found in pairs.family(arms, asked, value):
+            letter, data = found[0]
+            yield [name, data, f"{letter} − {control}", *pairs.cells(found, digits)]
+
+
+def exchanged(runs):
+    """Yield rows: the main effect on the distance of taking each stage from the other arm."""
+    for label, records in runs:
+        if records and label.startswith("stages exchanged"):
+            effects = [[effect(record["curve"], k) for record in records] for k in range(3)]
+            yield [label.split(", ")[1], len(records), *(pairs.told(x, 2) for x in effects)]
+
+
+def effect(curve, k):
+    """Return the mean distance with stage k from the first arm, minus that with the second's."""
+    first, second = ([row["frechet"] for row in curve if row["taken"][k] == i] for i in (1, 0))
+    return fmean(first) - fmean(second)
 
 
 def ran(everything):
-    """Write what was run: units, seeds and minutes; a shared unit counts once."""
+    """Write what was run: units, seeds and minutes; a unit that experiments share counts once."""
     rows, seen = [], set()
     for name, (experiment, runs) in everything.items():
         records = [record for _, found in runs for record in found]
@@ -267,147 +345,117 @@ def ran(everything):
             continue
         new = {str(r["definition"]): r for r in records if str(r["definition"]) not in seen}
         seen |= set(new)
-        how = sorted(
-            {f"{r['device']}, threads: {r['threads']}, torch {r['torch']}" for r in records}
-        )
-        seeds = sorted({r["definition"]["seed"] for r in records})
+        seeds = ", ".join(map(str, sorted({r["definition"]["seed"] for r in records})))
         minutes = sum(r["seconds"] for r in new.values()) / 60
-        seeds = ", ".join(map(str, seeds))
-        title = experiment.get("title", name)
-        rows.append([title, len(records), len(new), seeds, f"{minutes:.1f}", "; ".join(how)])
-    head = ["experiment", "units", "of them not shared with one above", "seeds", "minutes", "on"]
-    return table(head, rows)
+        rows.append([experiment.get("title", name), len(new), seeds, f"{minutes:.0f}"])
+    return table(["experiment", "new units", "seeds", "minutes"], rows)
 
 
 def win(experiment, runs):
-    """Write the study of what makes the multistage network win: pairs, shares of compute, arms."""
-    arms = pairs.arms_of(runs)
-    head = ["factor", "pair", "encoder", "GFLOPs", "seeds", f"difference in {DISTANCE}"]
+    """Write the pairs of a study."""
+    head = ["factor", "pair", "encoder", "GFLOPs", *pairs.HEAD]
     head += [f"held-out loss of stage {k}, %" for k in range(3)]
-    parts = [table([*head, "so it"], pairs.compare(experiment, arms))]
-    head = ["recipe", "control", "seed", "its distance", "share of its GFLOPs to reach that"]
-    if rows := list(pairs.shares(arms)):
-        parts.append(table(head, rows))
-    head = ["stage", "runs", "its held-out loss varies by, %"]
-    head += ["the distance grows with 1% more of it by, %", "correlation"]
-    if rows := list(pairs.follow(arms)):
-        parts.append(table(head, rows))
-    head = ["arm", "decoders", "GFLOPs an evaluation", "steps", "seeds", DISTANCE]
-    head += [f"held-out loss, stage {k}" for k in range(3)]
-    rows = []
-    for label, records in runs:
-        if not records or ", encoder " not in label:
-            continue
-        ends = [record["curve"][-1] for record in records]
-        cells = [label, ", ".join(map(str, records[0]["decoders"]))]
-        cells += [f"{records[0]['equivalent_gflops']:.5f}", ends[0]["step"], len(records)]
-        cells += [spread(each(records, "frechet"))]
-        for k, digits in zip("012", (4, 4, 5), strict=True):
-            cells += [spread([row["held_out"][k] for row in ends], digits)]
-        rows.append(cells)
-    return "\n\n".join([*parts, table(head, rows)])
+    return table(head, pairs.compare(experiment, pairs.arms_of(runs)))
 
 
 def rates(everything):
     """Write what the tuned learning rate changes: arms of tuned.toml against those of win.toml."""
-    slow, fast = (pairs.arms_of(everything[name][1]) for name in ("win", "tuned"))
-    rows = []
-    for letter, name in everything["tuned"][0]["arms"].items():
-        arms = dict(slow=slow.get((letter, 8, 2.88), {}), fast=fast.get((letter, 8, 2.88), {}))
-        found = pairs.differences(arms, "fast", "slow", lambda row: row["frechet"])
-        if found:
-            means = [spread([row["frechet"] for row in rows.values()]) for rows in arms.values()]
-            rows.append([f"{letter}: {name}", len(found), *means, pairs.told(found, 2)])
-    return table(["arm", "seeds", "rate 3e-3", "rate 6e-3", "difference"], rows)
+    arms, names = {}, everything["tuned"][0]["arms"]
+    for rate, name in (("3e-3", "win"), ("6e-3", "tuned")):
+        for letter, rows in pairs.arms_of(everything[name][1]).items():
+            if letter[1:] == (8, 2.88):
+                arms[letter[0], rate] = rows
+    asked = [(letter, (letter, "6e-3"), (letter, "3e-3"), 5) for letter in names]
+    found = pairs.family(arms, asked)
+    rows = [[f"{letter}: {names[letter]}", *pairs.cells((letter, *row))] for letter, *row in found]
+    return table(["arm", *pairs.HEAD], rows)
 
 
 def capacity(everything):
     """Write J - L, three decoders against one of the same recipe, in networks of several widths."""
-    head = ["data", "encoder", "GFLOPs", "learning rate", "one decoder (L)", "three (J)", "seeds"]
-    head += ["J − L", *(f"held-out loss of stage {k}, %" for k in range(3)), "so it", "in % of L"]
+    head = ["data", "channels", "rate", "tried for", *pairs.HEAD]
+    head += [*(f"held-out loss of stage {k}, %" for k in range(3)), "of the timeline, %", "its p"]
+    arms, asked, rates = settings_of(everything)
+    losses = {found[0]: found for found in pairs.family(arms, asked, timeline)}
     rows = []
-    for data, experiment, arms, key in widths(everything):
-        cells = pairs.weigh(arms, ("J", *key), ("L", *key), len(experiment["settings"]["seeds"]))
-        means = [spread([r["frechet"] for r in arms[x, *key].values()]) for x in "LJ"]
-        lr = dict(experiment["units"])[f"J, encoder {key[0]}, {key[1]:g}"][0]["lr"]
-        ratios = pairs.differences(arms, ("J", *key), ("L", *key), lambda r: np.log(r["frechet"]))
-        ratios = pairs.told([100 * np.expm1(ratio) for ratio in ratios], 0)
-        rows.append([data, key[0], f"{key[1]:g}", f"{lr:g}", *means, *cells, ratios])
+    for found in pairs.family(arms, asked):
+        about = found[0]
+        row = [*about, f"{rates[about]:g}", SETTINGS[about][1], *pairs.cells(found)]
+        row += pairs.losses(arms, ("J", about), ("L", about))
+        _, gains, _, p, *_ = losses[about]
+        rows.append([*row, pairs.told([100 * np.expm1(x) for x in gains], 1), f"{p:.2g}"])
     return table(head, rows)
 
 
+SETTINGS = {  # data, channels: the study in which J and L have them, and who the rate was tried for
+    ("`digits`", 4): ("width", "both"),
+    ("`digits`", 8): ("tuned", "both"),
+    ("MNIST", 8): ("mnist16", "both; bad for three"),
+    ("CIFAR-10", 4): ("width16", "one only"),
+    ("CIFAR-10", 8): ("win16", "three only"),
+}
+
+
+def settings_of(everything):
+    """Collect J and L of all settings, at their largest budgets: (arms, pairs, learning rates)."""
+    arms, asked, rates = {}, [], {}
+    for about, (name, _) in SETTINGS.items():
+        experiment, runs = everything[name]
+        mine = [
+            (label, records) for label, records in runs if label.startswith("J, enc") and records
+        ]
+        if not mine:
+            continue
+        label, records = max(mine, key=lambda run: float(run[0].split(", ")[2]))
+        for letter in "JL":
+            rows = pairs.arms_of(runs)[pairs.key_of(letter + label[1:])]
+            cuts = records[0]["boundaries"]
+            arms[letter, about] = {seed: row | dict(cuts=cuts) for seed, row in rows.items()}
+        rates[about] = records[0]["definition"]["lr"]
+        seeds = len(experiment["settings"]["seeds"])
+        asked.append((about, ("J", about), ("L", about), seeds))
+    return arms, asked, rates
+
+
+def timeline(row):
+    """Return the logarithm of the held-out loss of all stages: of the bound, where a row has it."""
+    if "bits" in row:
+        return np.log(sum(row["bits"][1:-1]))
+    return np.log(np.dot(np.diff([0, *row["cuts"], 1]), list(row["held_out"].values())))
+
+
+def families(everything):
+    """Count how many comparisons of each study a correction for their number leaves."""
+    rows, every = [], []
+    for name in STUDIES:
+        experiment, runs = everything[name]
+        found = [x for x in pairs.study(experiment, pairs.arms_of(runs)) if x[4] is not None]
+        every += [x[3] for x in found]
+        counts = [sum(x[i] < 0.05 for x in found) for i in (3, 4)]
+        rows.append([experiment["title"], len(found), *counts])
+    counts = [sum(p < 0.05 for p in some) for some in (every, pairs.holm(every))]
+    rows.append(["all of them as one family", len(every), *counts])
+    return table(["study", "comparisons", "p < 0.05", "the same with Holm's correction"], rows)
+
+
 def rulers(experiment, runs):
-    """Write the pairs of a study whose pictures were compared in two kinds of features."""
-    arms, seeds = pairs.arms_of(runs), len(experiment["settings"]["seeds"])
-    again = f" in {experiment['settings']['ruler']}"
-    kinds = {"FD-ResNet56": ("frechet", 2), "FD-EfficientNetLite0": (f"frechet{again}", 1)}
-    kinds |= {"KID, ResNet56": ("kid", 3), "KID, EfficientNetLite0": (f"kid{again}", 3)}
-    seen = {name: judged(arms, metric) for name, (metric, _) in kinds.items()}
-    head, rows = ["factor", "pair", "GFLOPs", "seeds"], []
-    for name in kinds:
-        head += [f"difference in {name}", *["so it"] * name.startswith("FD")]
-    for one, other, factor in experiment["pairs"]:
-        for key in dict.fromkeys(key[1:] for key in arms):
-            both, cells = ((one, *key), (other, *key)), []
-            for name, (_, digits) in kinds.items():
-                if found := pairs.differences(seen[name], *both, lambda row: row["frechet"]):
-                    cells += [pairs.told(found, digits)]
-                    cells += [pairs.verdict(found, seeds)] * name.startswith("FD")
-            if cells:
-                rows.append([factor, f"{one} − {other}", f"{key[1]:g}", len(found), *cells])
-    parts = [table(head, rows)]
-    head = ["features", "recipe", "control", "seed", "its distance"]
-    head += ["share of its GFLOPs to reach that"]
-    distances = [name for name in kinds if name.startswith("FD")]
-    if rows := [[name, *row] for name in distances for row in pairs.shares(seen[name])]:
-        parts.append(table(head, rows))
-    rows = []
-    for label, records in runs:
-        cells = [spread(each(records, metric), digits) for metric, digits in kinds.values()]
-        rows.append([label, len(records), *cells])
-    return "\n\n".join([*parts, table(["arm", "seeds", *kinds], rows)])
+    """Write the pairs of a study whose pictures were compared in other features as well."""
+    value = lambda row: row[f"frechet in {experiment['settings']['ruler']}"]  # noqa: E731
+    head, rows = ["factor", "pair", "encoder", "GFLOPs", *pairs.HEAD], []
+    for row in pairs.compare(experiment, pairs.arms_of(runs), value, 1):
+        rows.append(row[: len(head)])
+    return table(head, rows)
 
 
-def judged(arms, metric):
-    """Let a metric take the place of the Fréchet distance in the rows of arms."""
-    swap = lambda row: row | dict(frechet=row[metric])  # noqa: E731
-    return {key: {seed: swap(row) for seed, row in rows.items()} for key, rows in arms.items()}
-
-
-def widths(everything):
-    """Yield (data, experiment, arms, (encoder, budget)) of J and L, at their largest budgets."""
-    sets = {"`digits`": ("width", "tuned"), "MNIST": ("mnist16",), "CIFAR-10": ("width16", "win16")}
-    for data, names in sets.items():
-        found = [(pairs.arms_of(everything[name][1]), everything[name][0]) for name in names]
-        largest = {}
-        for arms, experiment in found:
-            for letter, *key in sorted(key for key, rows in arms.items() if rows):
-                if letter == "J" and arms.get(("L", *key)):
-                    largest[key[0]] = data, experiment, arms, tuple(key)
-        yield from (largest[encoder] for encoder in sorted(largest))
-
-
-TABLES = dict(
-    win=win, table3=table3, figure1d=figure1d, table4=table4, table7=table4, figure2=figure2
-)
-TABLES.update(
-    decisive=bounds,
-    whose_cuts=bounds,
-    tuned=win,
-    win16=win,
-    mnist16=win,
-    ruler16=rulers,
-    scarce=table3,
-    overfitting=figure2,
-    table1=table1,
-    cifar16=figure1d,
-    gradients=gradients,
-    cuts=cuts,
-)
+TABLES = dict(table1=table1, table3=table3, scarce=table3, table4=table4, table7=table4)
+TABLES |= dict(figure1d=figure1d, cifar16=figure1d, figure2=figure2, overfitting=figure2)
+TABLES |= dict(gradients=gradients, cuts=cuts, decisive=bounds, whose_cuts=bounds)
+TABLES |= dict(win=win, tuned=win, win16=win, mnist16=win, ruler16=rulers)
 
 # tables across experiments, and the experiments that they ask for
 ACROSS = dict(ran=(ran, ()), rates=(rates, ("win", "tuned")))
-ACROSS["capacity"] = capacity, ("width", "tuned", "mnist16", "width16", "win16")
+STUDIES = "win", "tuned", "win16", "mnist16", "width", "width16"
+ACROSS.update(capacity=(capacity, STUDIES), families=(families, STUDIES))
 
 
 # ---- figures ---------------------------------------------------------------------------------
@@ -459,115 +507,48 @@ def draw_curves(everything, path):
 
 
 def draw_win(everything, path, name="win"):
-    """Draw a study: every seed at encoder 8 and the budget that most arms have, then curves.
-
-    A panel of curves is an encoder, with Min-SNR weights or without, that was run at two budgets.
-    """
+    """Draw a study: every seed at encoder 8 and the budget that most arms have."""
     experiment, runs = everything[name]
-    arms = pairs.arms_of(runs)
+    arms, names = pairs.arms_of(runs), experiment["arms"]
     budgets = sorted((key[2] for key, rows in arms.items() if key[1] == 8 and rows), reverse=True)
     if not budgets:
         return
     budget = mode(budgets)  # of equals the first, which is the largest
-    panels = []
-    for encoder in (8, 16, 32):
-        twice = [x for x in ARMS if len(pairs.budgets_of(arms, x, encoder)) > 1]
-        for weighted in (False, True):
-            letters = [x for x in twice if (x in pairs.WEIGHTED) == weighted]
-            panels += [(encoder, letters)] if letters else []
-    how = dict(figsize=(6.5 + 3 * len(panels), 4), layout="constrained", squeeze=False)
-    ratios = [1.2] + [1] * len(panels)
-    figure, axes = plt.subplots(1, 1 + len(panels), width_ratios=ratios, **how)
-    ax, names = axes[0, 0], experiment["arms"]
     there = [letter for letter in names if arms.get((letter, 8, budget))]
+    size = 6.5, 1 + 0.22 * len(there)
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
     for i, letter in enumerate(there):
-        draw_dots(ax, i, [row["frechet"] for row in arms[letter, 8, budget].values()], ARMS[letter])
+        color = "black" if letter in pairs.ONE_DECODER else "C0"
+        draw_dots(ax, i, [row["frechet"] for row in arms[letter, 8, budget].values()], color)
     rows = [f"{letter}: {names[letter]}" for letter in there]
     ax.set(yticks=range(len(there)), yticklabels=rows, ylim=(len(there) - 0.5, -0.5))
-    ax.set(title=f"encoder 8, {budget:g} GFLOPs", xlabel=DISTANCE)
+    ax.set(xlabel=f"{DISTANCE} after {budget:g} GFLOPs")
     ax.grid(axis="x", color="0.9")
-    for ax, (encoder, letters) in zip(axes[0, 1:], panels, strict=True):
-        draw_budgets(ax, arms, encoder, letters)
-    save(figure, path)
-
-
-# the arms of the study, in colours that arms with and without weights share
-ARMS = dict(zip("ABCDEFGH", "black gray C0 C4 C1 C2 C3 C5".split(), strict=True))
-ARMS |= dict(zip("IJKLMNP", "black C0 C3 gray C1 C6 C5".split(), strict=True))
-
-
-def draw_stages(everything, path):
-    """Draw what the distance follows: the held-out loss of which stage? A dot is a run."""
-    x, y, _ = pairs.within_seeds(pairs.arms_of(everything["win"][1]))
-    if not len(y):
-        return
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
-    for k, ax in enumerate(axes):
-        ax.plot(100 * np.expm1(x[:, k]), np.exp(y), "o", ms=4, alpha=0.5, color=f"C{k}")
-        ax.set(xlabel=f"held-out loss of stage {k}, %", yscale="log")
-        ax.grid(color="0.9")
-    axes[0].set(ylabel=f"{DISTANCE}\nover the mean of its seed")
-    plain_ticks(axes[0], y=(0.7, 0.8, 1, 1.2, 1.4))
-    save(figure, path)
-
-
-def draw_capacity(everything, path):
-    """Draw what three decoders gain over one in networks of several widths: a dot is a seed."""
-    figure, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-    found, named = list(widths(everything)), set()
-    for data, _, arms, key in found:
-        color, shift = {"CIFAR-10": ("C0", 0.95), "MNIST": ("C2", 1.05)}.get(data, ("C1", 1.0))
-        both = ("J", *key), ("L", *key)
-        ratios = pairs.differences(arms, *both, lambda row: np.log(row["frechet"]))
-        percent = [100 * np.expm1(ratio) for ratio in ratios]
-        label = None if data in named else data.strip("`")
-        ax.plot([key[0] * shift] * len(percent), percent, "o", color=color, alpha=0.6, label=label)
-        ax.plot(key[0] * shift, fmean(percent), "_", color=color, ms=24, mew=2)
-        named.add(data)
-    ax.axhline(0, color="gray", ls=":")
-    ax.set(xscale="log", xlabel="channels of the encoder and of every decoder")
-    ax.set(ylabel="distance of three decoders\nagainst that of one, %")
-    ax.margins(x=0.15)
-    plain_ticks(ax, sorted({key[0] for *_, key in found}))
-    if found:
-        ax.legend(fontsize=8)
     save(figure, path)
 
 
 def draw_finding(everything, path):
-    """Draw one recipe for one decoder and for three, on three data sets, for the README."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for ax, name in zip(axes, ("tuned", "mnist16", "win16"), strict=True):
-        experiment, runs = everything[name]
-        arms = pairs.arms_of(runs)
-        letters = [x for x in "ILPJ" if len(pairs.budgets_of(arms, x, 8)) > 1]
-        if letters:
-            draw_budgets(ax, arms, 8, letters, experiment["arms"])
-        ax.set(title=experiment["shows"], ylabel=DISTANCE)
+    """Draw three decoders against one: the distance, and the held-out loss; a row a setting."""
+    arms, asked, _ = settings_of(everything)
+    own, both = finals(*everything["decisive"])
+    said = "{0}, {1} channels\nrate tried for {2}".format
+    asked = [(said(*about, SETTINGS[about][1]), *pair) for about, *pair in asked]
+    asked += [(f"{data}, 8 channels\neach its own rate", *pair) for (_, data), *pair in both]
+    panels = {DISTANCE: lambda row: np.log(row["frechet"]), "Loss on held-out pictures": timeline}
+    figure, axes = plt.subplots(2, 1, figsize=(4.8, 1 + 0.8 * len(asked)), layout="constrained")
+    for ax, (title, value) in zip(axes, panels.items(), strict=True):
+        found = list(pairs.family(arms | own, asked, value))
+        for i, (name, values, *_) in enumerate(found):
+            mean, half = pairs.interval(values)
+            color = "C3" if "own rate" in name else "C0"
+            ax.plot(100 * np.expm1([mean - half, mean + half]), [i, i], color=color, lw=2)
+            ax.plot(100 * np.expm1(mean), i, "o", color=color, ms=8)
+        ax.axvline(0, color="black", lw=1)
+        names = [row[0].replace("`", "") for row in found]
+        ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        ax.set(title=title, xlabel="three decoders − one, %")
+        ax.grid(axis="x", color="0.9")
     save(figure, path)
-
-
-def draw_budgets(ax, arms, encoder, letters, names=None):
-    """Draw distance against training GFLOPs: a thin line a seed, a thick one for their mean."""
-    ticks = set()
-    for letter in letters:
-        budgets = pairs.budgets_of(arms, letter, encoder)
-        ticks.update(budgets)
-        rows = [arms[letter, encoder, budget] for budget in budgets]
-        for seed in set().union(*rows):
-            y = [found[seed]["frechet"] if seed in found else float("nan") for found in rows]
-            ax.plot(budgets, y, ".-", color=ARMS[letter], lw=0.5, ms=3, alpha=0.5)
-        whole = set.intersection(*map(set, rows))  # a mean over other seeds would be no curve
-        means = [
-            fmean(found[seed]["frechet"] for seed in whole) if whole else None for found in rows
-        ]
-        style = dict(color=ARMS[letter], lw=1.8, ms=6, marker="o")
-        style["label"] = (names or {}).get(letter, letter).split(", Min-SNR")[0]
-        ax.plot(budgets, means, ls="--" if letter in pairs.ONE_DECODER else "-", **style)
-    title = f"encoder {encoder}" + ", Min-SNR" * (letters[0] in pairs.WEIGHTED)
-    ax.set(xscale="log", yscale="log", title=title, xlabel="training GFLOPs")
-    plain_ticks(ax, sorted(ticks), (0.3, 0.5, 0.7, 1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 10))
-    ax.legend(fontsize=8)
 
 
 def draw_dots(ax, i, values, color="C0"):
@@ -587,41 +568,27 @@ def plain_ticks(ax, x=None, y=None):
 
 
 def draw_intervals(everything, path):
-    """Draw Figure 2 with all pictures and with few, and below held-out over trained loss."""
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.2), layout="constrained")
+    """Draw Figure 2 with all pictures and with few."""
+    figure, axes = plt.subplots(2, 2, figsize=(7, 5.4), layout="constrained")
     panels = [(name, k) for name in ("figure2", "overfitting") for k in (0, 2)]
-    colors = {"width 16": "C0", "width 32": "C1", "width 48": "C2"}
-    for (top, low), (name, k) in zip(axes.T, panels, strict=True):
+    styles = {f"width {n}": dict(color=f"C{i}") for i, n in enumerate((16, 32, 48))}
+    styles["unified"] = dict(color="black", ls="--")
+    for ax, (name, k) in zip(axes.flat, panels, strict=True):
         experiment, runs = everything[name]
         mine = [(label.split(": ")[1], r) for label, r in runs if label.startswith(f"interval {k}")]
         for label, records in mine:
-            if not records:
-                continue
-            style = (
-                dict(color="black", ls="--") if label == "unified" else dict(color=colors[label])
-            )
-            style.update(marker="o", ms=4, capsize=3, label=label)
-            x, mean, sd = curve_of(records, "step")
-            top.errorbar(x, mean, sd, **style)
-            gaps = np.array([[mean_gap(row) for row in r["curve"]] for r in records])
-            sd = gaps.std(0, ddof=1) if len(gaps) > 1 else 0
-            low.errorbar(x, gaps.mean(0), sd, **style)
+            if records:
+                x, mean, sd = curve_of(records, "step")
+                style = dict(marker="o", ms=4, capsize=3, label=label)
+                ax.errorbar(x, mean, sd, **style, **styles[label])
         few = experiment["settings"].get("pictures")
         title = f"interval {k} alone" + f", {few} pictures" * bool(few)
-        top.set(title=title, xscale="log", yscale="log")
-        top.set_ylim(1.2, 8.5)
-        low.set(xlabel="iterations", xscale="log")
-        low.axhline(1, color="gray", ls=":")
-        points = (75, 300, 1200) if few else (150, 600)
-        plain_ticks(top, points, (1.5, 2, 3, 4, 5, 7))
-        if few and k == 0:
-            low.set_yscale("log")
-            plain_ticks(low, points, (1, 2, 5, 10))
-        else:  # a scale of its own, because the effect is a hundredth of that panel's
-            low.set_ylim(0.97, 1.06)
-            plain_ticks(low, points)
-    axes[0, 0].set_ylabel(DISTANCE)
-    axes[1, 0].set_ylabel("held-out / trained loss")
+        ax.set(title=title, xscale="log", yscale="log", ylim=(1.2, 8.5))
+        plain_ticks(ax, (75, 300, 1200) if few else (150, 600), (1.5, 2, 3, 4, 5, 7))
+    for ax in axes[:, 0]:
+        ax.set_ylabel(DISTANCE)
+    for ax in axes[1]:
+        ax.set_xlabel("iterations")
     if axes[0, 0].has_data():
         axes[0, 0].legend(fontsize=8, loc="upper right")
     save(figure, path)
@@ -692,13 +659,11 @@ def cut_lines(ax, line, color, marker, label):
 
 
 FIGURES = {
-    "finding": (draw_finding, ("tuned", "mnist16", "win16")),
+    "finding": (draw_finding, ("decisive", *STUDIES)),
     "win": (draw_win, ("win",)),
     "tuned": (functools.partial(draw_win, name="tuned"), ("tuned",)),
     "win16": (functools.partial(draw_win, name="win16"), ("win16",)),
     "mnist16": (functools.partial(draw_win, name="mnist16"), ("mnist16",)),
-    "capacity": (draw_capacity, ("width", "tuned", "mnist16", "width16", "win16")),
-    "stages": (draw_stages, ("win",)),
     "arms": (draw_arms, ("table3", "scarce", "table4", "table7")),
     "curves": (draw_curves, ("figure1d", "cifar16")),
     "intervals": (draw_intervals, ("figure2", "overfitting")),
