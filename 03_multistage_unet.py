@@ -65,12 +65,12 @@ if __name__ == "__main__" and not table:
 # | the paper's hypothesis | here |
 # |---|---|
 # | near the noise, unified is larger than it needs to be | holds |
-# | near the image, it is too small | holds, more weakly |
+# | near the image, it is too small | open: so says the loss, the pictures do not tell |
 # | gradients of distant times differ … | holds, for the first and the last stage |
 # | … and therefore unified learns slowly | does not show: at first it learns fastest |
-# | separate is worse than unified | holds |
+# | separate is worse than unified | in each of three seeds; open once corrected |
 # | … because each of its networks overfits | not with all pictures; with a tenth unified does so as much |
-# | one encoder with several decoders is better than both | with two stages better than unified; with three not |
+# | one encoder with several decoders is better than both | open |
 #
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
 # What fails at this scale is not refuted at the paper's.

@@ -146,7 +146,7 @@ if __name__ == "__main__" and lesson:
 # part the two (below the line, `--times`).
 #
 # *Mixed* batches, with all stages in each, are the better estimator: the same expectation with less
-# scatter. On `digits` they help (RESULTS.md), and its recipe below the line takes them.
+# scatter. On `digits` each of five seeds is better with them, and its recipe takes them (RESULTS.md).
 #
 # ## One step
 #

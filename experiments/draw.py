@@ -277,7 +277,9 @@ def bounds(experiment, runs):
     rates, seeds = list(dict.fromkeys(sum(map(list, tuned.values()), []))), len(asked[0][1])
     there = [arm for arm, found in tuned.items() if any(found.values())]
     rows = [[arm, *tuning(tuned[arm], rates, seeds)] for arm in there]
-    parts = [table(["arm", *(f"rate {rate}" for rate in rates), "rate taken"], rows)]
+    parts = (
+        [table(["arm", *(f"rate {rate}" for rate in rates), "rate taken"], rows)] if rows else []
+    )
     if rows := list(at_own_rates(experiment, runs)):
         parts.append(table(["measure", "data", "pair", *pairs.HEAD], rows))
     if rows := list(exchanged(runs)):
