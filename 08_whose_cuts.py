@@ -110,8 +110,8 @@ if __name__ == "__main__":
 #   w_i=\exp\Big(-\frac{\|x_{\Omega_p}/s_t-y_{i,\Omega_p}\|^2}{2\sigma_t^2}\Big).$$
 #
 # It is Prop. 1 with the patch's distance in place of the picture's: the *local score machine* of
-# Kamb and Ganguli (ICML 2025, arXiv 2412.20292). In their other one patches may also lie elsewhere
-# in the picture; digits are centred, and here they stay in place. (Niedoba et al., ICML 2025,
+# Kamb and Ganguli (ICML 2025, arXiv 2412.20292). In another of theirs patches may lie anywhere in
+# the picture; digits are centred, and here they stay in place. (Niedoba et al., ICML 2025,
 # 2411.19339, average whole patches, which overlap.) The code asks step 01 about every patch:
 
 
@@ -223,14 +223,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # **Next to the image** the optimal denoiser explains nothing. Of digits that it knows it names the
 # true noise (1.00), and others it replaces. Nearest to both networks is the Gaussian at $t$ = 0.01,
-# then 3×3, and 5×5 at 0.1. **From $t$ = 0.2 on** all forms are near, the optimal one as well. So a
-# network sees the more of a picture the more noise is in it. Kamb and Ganguli fit the patch's size
+# then 3×3, and 5×5 at 0.1. **From $t$ = 0.2 on** all forms are near, the optimal one as well. A
+# network acts as if it saw more of a picture with more noise. Kamb and Ganguli fit the patch's size
 # to each time, too; Niedoba et al. go from 32×32 to 3×3 on CIFAR-10. (± is a standard deviation
 # over draws of noise, as are the bars; 90 digits in each.)
 #
 # Middle and right differ in the forms that recognise training pictures, not in the Gaussian: the
-# network does the same with digits that it has seen and with others. The network on the left, which
-# was trained 15 times as long, is farther from the Gaussian, and from $t$ = 0.2 on nearest to the
+# network treats digits that it has seen as it treats others. The network on the left, which was
+# trained 15 times as long, is farther from the Gaussian, and from $t$ = 0.2 on nearest to the
 # optimal denoiser: on noisy *training* pictures better networks do come nearer to it (Song et al.
 # 2025, 2510.01378). But these two differ in more than the training.
 #
@@ -269,10 +269,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # (Mean and standard deviation over seeds; *none*: no $\tau$ keeps an average of 0.9.)
 #
-# **$t_2$ is everyone's.** All forms cut within 0.03 of each other: with so much noise what remains
-# is the mean, and all of them know the mean. (In the last row it is that of 90 digits.) The network
-# misses it by a little more than $\eta$ = 2/256, so it has none; with 8/256 it has the $t_2$ that
-# the optimal denoiser has then (exercise 1).
+# **$t_2$ is nearly everyone's.** All forms cut within 0.03 of each other (0.09 on CIFAR-10,
+# RESULTS.md): with so much noise what remains is the mean, and all of them know the mean. (In the
+# last row it is that of 90 digits.) The network misses it by a little more than $\eta$ = 2/256, so
+# it has none; with 8/256 it has the $t_2$ that the optimal denoiser has then (exercise 1).
 #
 # **$t_1$ is a property of memorising.** It is the shorter the less a form sees. The Gaussian has
 # none, a network has none, and the optimal denoiser itself has none about digits that it does not
@@ -292,7 +292,7 @@ if __name__ == "__main__":
 #    <details><summary>Solution</summary>`clustering.plain_algorithm_1(images, 2000, eta=8 / 256,
 #    denoiser=asked["digits-unified"][1])[0]`: a $t_2$ near 0.29, where the optimal denoiser has it
 #    with this $\eta$. A $t_1$ it has with no $\eta$ up to 64/256.</details>
-# 2. What does a denoiser know that sees one pixel, and what does it make of the margin?
-#    <details><summary>Solution</summary>`clean(xt, local_denoiser(xt, t, VP, used, 1), t, VP)`: how
-#    often each grey value occurs at that place. The corners are black in all digits, so it makes
-#    them black, whatever it sees.</details>
+# 2. What does a denoiser know that sees one pixel, and what does it make of the one at the top
+#    left? <details><summary>Solution</summary>`clean(xt, local_denoiser(xt, t, VP, used, 1), t,
+#    VP)`: how often each grey value occurs at that place. The top left is black in all digits, so
+#    it makes it black, whatever it sees.</details>
