@@ -78,7 +78,8 @@ def report_bad_input(kind, error, trace):
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         os._exit(128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1)  # nobody listens
     if kind.__name__ == "OutOfMemoryError":
-        error = BadInput("the GPU's memory is used up: ask for less, as by a smaller --batch")
+        how = "ask for less, as by --pieces 2 in training or a smaller --batch"
+        error = BadInput(f"the GPU's memory is used up: {how}")
     if not isinstance(error, BadInput):
         return sys.__excepthook__(kind, error, trace)
     if FIRST:  # torch takes sys.stderr away from processes that have joined
@@ -540,9 +541,47 @@ def half_precision(device):
 
 
 def move_to_device(model):
-    """Move a module to the device; on a GPU with the channels last, as its convolutions want it."""
-    form = torch.channels_last if device().type == "cuda" else torch.preserve_format
-    return model.to(device(), memory_format=form)
+    """Move a module to the device, with the channels last in memory, as convolutions like it."""
+    return model.to(device(), memory_format=torch.channels_last)
+
+
+class Replayed:
+    """Call work(key, *tensors), which returns a tensor; where `on` and on a GPU, replay it.
+
+    What the GPU is given to do in a call is recorded, once a key and shapes, as a CUDA graph, which
+    is started in one go. So `work` may look at no tensor, and what changes between calls of a key
+    has to come in tensors. The `first` calls run as they are, and a key's first: in them cuDNN has
+    chosen its algorithms, Adam has made its moments, and memory is free again when the graphs, which
+    share theirs, take it up. Dropout draws anew at each replay: torch sees to that.
+    """
+
+    def __init__(self, work, on, first=0):
+        self.work, self.on = work, on and device().type == "cuda"
+        self.first, self.seen, self.graphs = first, set(), {}
+        if self.on:
+            self.side, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, key, *tensors):
+        if not self.on:
+            return self.work(key, *tensors)
+        kind, here = (key, *(x.shape for x in tensors)), torch.cuda.current_stream()
+        self.first -= 1
+        if kind not in self.seen or self.first >= 0:
+            self.seen.add(kind)
+            self.side.wait_stream(here)
+            with torch.cuda.stream(self.side):  # autograd keeps to the stream that it began on
+                found = self.work(key, *tensors)
+            here.wait_stream(self.side)
+            return found
+        if kind not in self.graphs:
+            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in tensors]
+            with torch.cuda.graph(graph, self.pool, self.side):
+                self.graphs[kind] = graph, held, self.work(key, *held)
+        graph, held, found = self.graphs[kind]
+        for own, x in zip(held, tensors, strict=True):
+            own.copy_(x)
+        graph.replay()
+        return found.clone()  # the next replay writes there
 
 
 def ranks():

@@ -162,18 +162,14 @@ if __name__ == "__main__" and lesson:
 
 
 # %%
-def training_step(model, optimizer, loss, step, warmup=100, decay=0):
-    """Take one step of Adam down the gradient of a loss; `step` counts from 1.
-
-    decay: the step at which the learning rate has fallen to zero; 0: it stays.
-    """
-    optimizer.zero_grad()
+def training_step(model, optimizer, loss, rate=1):
+    """Take one step of Adam down the gradient of a loss, at a share of the learning rate."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    rate = min(1, step / warmup) * (1 - (step - 1) / decay if decay else 1)
     for group in optimizer.param_groups:
         group["lr"] = optimizer.defaults["lr"] * rate
     optimizer.step()
+    optimizer.zero_grad()
 
 
 # %%
@@ -185,7 +181,7 @@ if __name__ == "__main__" and lesson:
     found = []
     for _ in range(10):
         loss = compute_loss(model, x0, t, eps)
-        training_step(model, optimizer, loss, step=1, warmup=1)
+        training_step(model, optimizer, loss)
         found.append(f"{loss.item():.3f}")
     print(f"loss of a batch of stage {k}, step after step:", *found)
 
@@ -232,7 +228,7 @@ def train_plainly(model, average, images, edges, steps, batch=32, lr=3e-3, flip=
     for step in range(1, steps + 1):
         x0, t, eps, k = draw_batch(images, edges, batch, step, generator, flip)
         loss = compute_loss(model, x0, t, eps)
-        training_step(model, optimizer, loss, step)
+        training_step(model, optimizer, loss, rate=min(1, step / 100))
         update_average(average, model, step)
         yield step, k, loss.item()
 
@@ -332,6 +328,7 @@ boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 
 classes = False  # tell the network the label of each picture, but of one in ten
 steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
 batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0, 1000000]
+pieces = 1  # parts that a step's pictures are taken in, where memory is small [1, 1000000]
 lr = 0.0  # Adam's learning rate; 0: the recipe of the data set [0, 10]
 decay = ""  # linear: the learning rate falls to zero over the run; none; empty: the recipe
 patience = 0  # early stopping: looks at held-out pictures without gain; 0: none [0, 1000000]
@@ -339,6 +336,7 @@ seed = 0  # seed of every random number [0, 4294967295]
 name = ""  # name of the run; empty: dataset-arch, and the process where it is not vp
 out = "runs"  # the folder that holds the runs
 memory = 4.0  # GiB of pictures to hold on the device; more are read in training [0, 1000000]
+replay = False  # replay steps on a GPU as CUDA graphs; off, as no card has confirmed it yet
 save_every = 0  # steps between checkpoints; 0: every ten minutes [0, 1000000000]
 resume = False  # go on from the checkpoint of that run
 
@@ -400,25 +398,29 @@ def predict_noise(model, x, t, process, **stage):
     return sigma / norm**2 * x - d / norm * model(x / norm, t, **stage)  # (x - D) / sigma
 
 
-def noise_function(model, process, calls=None, half=True, label=None, guidance=(0.0,)):
-    """Return eps(x, t) of a network for the solvers, which ask for one time at a time.
+def noise_function(model, process, calls=None, half=True, guidance=(0.0,), replay=False):
+    """Return eps(x, t, label=None) of a network for the solvers, which ask for one time at a time.
 
-    calls: a list that gets the stage of each evaluation. half: allow `half_precision`. label: (B,)
-    int64 of what is to be drawn, by a network with classes; guidance: w of all stages, or of each.
-    Source of the guided noise: Ho and Salimans 2022, Eq. 6.
+    calls: a list that gets the stage of each evaluation. half: allow `half_precision`. guidance: w
+    of all stages, or of each, for what is drawn with a label, (B,) int64. replay: see `Replayed` of
+    step 00. Source of the guided noise: Ho and Salimans 2022, Eq. 6.
     """
 
-    def eps(x, t):
+    def ask(k, x, times, label=None):
+        with workshop.half_precision(x.device if half else torch.device("cpu")):
+            return predict_noise(model, x, times, process, stage=k, label=label)
+
+    run = workshop.Replayed(ask, replay)
+
+    def eps(x, t, label=None):
         k = int(model.stage(t[:1]))  # solvers keep t on the CPU: a GPU would have to be waited for
         if calls is not None:
             calls.append(k)
         times = torch.full(t.shape, float(t[0]), dtype=x.dtype, device=x.device)
-        w, ask = guidance[k % len(guidance)], partial(predict_noise, model, x, times, process)
-        with workshop.half_precision(x.device if half else torch.device("cpu")):
-            if label is None:
-                return ask(stage=k)
-            found = ask(stage=k, label=label)
-            return (1 + w) * found - w * ask(stage=k) if w else found
+        if label is None:
+            return run(k, x, times)
+        w, found = guidance[k % len(guidance)], run(k, x, times, label)
+        return (1 + w) * found - w * run(k, x, times) if w else found
 
     return eps
 
@@ -527,14 +529,17 @@ def train(
     weight="none",
     decay=0,
     labels=None,
+    pieces=1,
+    replay=False,
 ):
     """Train for `steps` steps in all by denoising score matching, yielding after each.
 
     state: from `new_state`, changed in place. images: (N, C, H, W), uint8 pictures, or floats that
     are in the network's space already (the latents of step 06). stages: "uniform", one a batch, or
     "mixed", all in turns; times: see `stage_chances`; cuts: the stages of a unified one's times;
-    weight: "min-snr" or none; decay: as in `training_step`. labels: (N,) int64 for a network with
-    classes.
+    weight: "min-snr" or none; decay: the step at which the learning rate has fallen to zero, 0: it
+    stays. labels: (N,) int64 for a network with classes. pieces: parts of a batch, whose gradients
+    are added; replay: see `Replayed` of step 00, not with several processes.
     Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
@@ -544,13 +549,34 @@ def train(
     unified = len(model.decoders) == 1
     edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
+
+    def take_step(turns, rate, *given):
+        """Take a step with pictures that belong to the stages `turns` in turns: their losses."""
+        errors, loss = [], None
+        for x0, eps, t, share, *label in zip(*(v.chunk(pieces) for v in given), strict=True):
+            if loss is not None:
+                loss.backward()  # of the last part, before memory is needed for this one
+            at = sum(map(len, errors)) % len(turns)
+            told = dict(stage=[*turns[at:], *turns[:at]] if len(turns) > 1 else turns[0])
+            told.update(label=label[0] if label else None)
+            with workshop.half_precision(device):
+                error = weighted_error(state["forward"], x0, eps, t, process, **told)
+            if weight == "min-snr":  # min(SNR, 5) / SNR, with the SNR 1 / sigma^2 of x0 in [-1, 1]
+                share = share * (5 * kernel.sigma(t) ** 2).clamp(max=1)
+            # the processes' gradients are averaged, their losses shall be summed
+            loss = world * (share.to(error) * error).sum()
+            errors.append(error.detach())
+        training_step(model, optimizer, loss, rate)
+        error = torch.cat(errors)
+        return torch.stack([error[i :: len(turns)].clone().mean() for i in range(len(turns))])
+
+    run = workshop.Replayed(take_step, replay and world == 1, first=10 * (len(edges) - 1))
+    optimizer.param_groups[0]["capturable"] = run.on
     model.train()
     for step in range(state["step"] + 1, steps + 1):
         if not state["active"]:
             return  # early stopping has ended all stages
-        i = workshop.picked_in_step(len(images), batch, state["seed"], step)
-        mine = images[i.chunk(world)[rank].to(images.device)]  # this process' part of the batch
-        x0 = workshop.to_network_space(mine.to(device))  # (b, C, H, W)
+        picked = workshop.picked_in_step(len(images), batch, state["seed"], step)
         active = list(range(len(edges) - 1)) if unified else state["active"]
         dice = workshop.step_generator(state["seed"], 2 * step + 1)
         chance = stage_chances(edges, process, active, times)
@@ -559,35 +585,30 @@ def train(
             k = torch.tensor(active).repeat(batch)[:batch]
         share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # of the loss, (batch,)
         turns = [0] if unified else list(dict.fromkeys(k.chunk(world)[rank].tolist()))
-        k, share = torch.stack([k.double(), share.double()]).to(device)  # one copy to wait for
+        numbers = [picked, k, share] + ([] if labels is None else [labels[picked]])
+        i, k, share, *label = torch.stack([v.double() for v in numbers]).to(device)  # the one wait
+        i = i.long() if images.device == device else picked
+        mine = images[i.chunk(world)[rank]]  # this process' part of the batch
+        x0 = workshop.to_network_space(mine.to(device))  # (b, C, H, W)
         # the random numbers of the whole batch, of which this process takes its part
         t = draw_times(there, process, k.long(), generator)
         eps = sde.fresh_noise(x0[:1].expand(batch, -1, -1, -1), generator, kernel)
         turn = torch.rand(batch, generator=generator, device=device) < 0.5
-        told = {}
-        if labels is not None:
-            label = labels[i]
-            # one in ten is not told, so that it learns to do without (Ho and Salimans 2022)
+        if label:  # one in ten is not told, so that it learns to do without (Ho and Salimans 2022)
             drop = torch.rand(batch, generator=generator, device=device) < 0.1
-            label = torch.where(drop, model.classes, label.to(device))
-            told = dict(label=label.chunk(world)[rank])
-        t, eps, turn, share = (v.chunk(world)[rank] for v in (t, eps, turn, share))
+            label = [torch.where(drop, model.classes, label[0].long())]
+        eps, t, share, turn, *label = (v.chunk(world)[rank] for v in (eps, t, share, turn, *label))
         if flip:
             x0 = torch.where(turn[:, None, None, None], x0.flip(-1), x0)
-        stage = turns if len(turns) > 1 else turns[0]
-        with workshop.half_precision(device):
-            error = weighted_error(state["forward"], x0, eps, t, process, stage=stage, **told)
-        if weight == "min-snr":  # min(SNR, 5) / SNR, with the SNR 1 / sigma^2 of x0 in [-1, 1]
-            share = share * (5 * kernel.sigma(t) ** 2).clamp(max=1)
-        # the processes' gradients are averaged, their losses shall be summed
-        loss = world * (share.to(error) * error).sum()
-        training_step(model, optimizer, loss, step, warmup, decay)
+        rate = min(1, step / warmup) * (1 - (step - 1) / decay if decay else 1)
+        rate = torch.full((), rate, device=device) if run.on else rate
+        losses = run(tuple(turns), rate, x0, eps, t, share, *label)
         with torch.no_grad():  # as update_average, all weights at once
             torch._foreach_lerp_(*weights, 1 - min(ema, (1 + step) / (10 + step)))
         for j in turns:
             state["drawn"][j] += 1 / len(turns)
         state["step"] = step
-        yield step, {j: error[i :: len(turns)].detach().clone().mean() for i, j in enumerate(turns)}
+        yield step, dict(zip(turns, losses, strict=True))
 
 
 # %%
@@ -876,11 +897,11 @@ def draw_grid(state, process, path, decode=None, n=32, nfe=25):
         plt.imsave(aside, workshop.tile_images(images).permute(1, 2, 0).numpy(), format="png")
 
 
-def fit(state, images, settings, folder, held_out=None, decode=None, labels=None, save_every=0):
+def fit(state, images, settings, folder, held_out=None, decode=None, save_every=0, **how):
     """Run `train` to settings["steps"] and leave metrics, sample grids and checkpoints in `folder`.
 
     held_out: pictures for early stopping; decode: turns latents into pictures for the grids;
-    save_every: steps between checkpoints, 0: ten minutes.
+    save_every: steps between checkpoints, 0: ten minutes; how: labels, pieces, replay, see `train`.
     A signal such as Ctrl-C ends the process, after the step is finished and saved.
     """
     steps, batch, process = settings["steps"], settings["batch"], settings["process"]
@@ -914,8 +935,8 @@ def fit(state, images, settings, folder, held_out=None, decode=None, labels=None
             draw_grid(state, process, folder / "samples" / f"{step:07}.png", decode)
 
     same = ("process", "batch", "warmup", "flip", "stages", "times", "cuts", "weight", "decay")
-    options = {key: settings[key] for key in same}
-    loop, log = train(state, images, steps, labels=labels, **options), folder / "metrics.jsonl"
+    how.update({key: settings[key] for key in same})
+    loop, log = train(state, images, steps, **how), folder / "metrics.jsonl"
     return workshop.keep_training(loop, state, steps, log, summarize, save, after, save_every)
 
 
@@ -964,7 +985,8 @@ if __name__ == "__main__":
     elif recipe is workshop.PAPER:
         workshop.print_once("the paper's recipe: on an H100 at 32×32 some 26 hours")
     workshop.print_once(f"on {workshop.device()}, processes: {world}; the run lies in {run}")
-    fit(state, used, asked, run, held_out, labels=labels, save_every=save_every)
+    how = dict(labels=labels, pieces=pieces, replay=replay)
+    fit(state, used, asked, run, held_out, save_every=save_every, **how)
     if rank > 0:
         sys.exit()  # the first process draws
 

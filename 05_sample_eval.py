@@ -760,19 +760,18 @@ def sample(
     numbers of its own, so the set does not depend on how it is divided into batches, calls or
     processes (but for rounding, and for the step lengths of predictor-corrector and rk45, which
     look at the whole batch). sampler, grid: as in `solver_of`. told: label (of all, or (n,) of
-    each), guidance and calls, as in `noise_function`. Raises BadInput as `check_labels` and
+    each); guidance, calls and replay, as in `noise_function`. Raises BadInput as `check_labels` and
     `solver_of` do, and for an impossible number of evaluations.
     """
     solver = solver_of(sampler, grid)
     if nfe < 1 or n < 1 or batch < 1:
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
-    label = check_labels(model, told.get("label"), told.get("guidance", (0.0,)), n)
+    label = check_labels(model, told.pop("label", None), told.get("guidance", (0.0,)), n)
     told["half"] = sampler != "rk45"  # to one that adapts, rounding would look like a step's error
-    done = []
+    ask, done = training.noise_function(model, process, **told), []
     for part in torch.arange(first, first + n).split(batch):
-        told["label"] = label if label is None else label[part - first].to(where)
-        eps = training.noise_function(model, process, **told)
+        eps = ask if label is None else partial(ask, label=label[part - first].to(where))
         dice = [torch.Generator().manual_seed(1_000_003 * seed + i) for i in part.tolist()]
         x_T = torch.empty(len(part), model.channels, model.size, model.size, device=where)
         *_, x = solver(eps, kernel, sde.start_noise(x_T, dice, kernel), nfe, dice)

@@ -1,22 +1,24 @@
 """A pretended GPU: tensors that call themselves cuda:0, and whose numbers lie on the CPU.
 
-It finds two mistakes that a machine without a GPU hides: tensors of two devices in one operation,
-which raises as a GPU does, and waits of the host for the device, counted by line of the steps. It
-does not tell speed, rounding or memory. To torch's C++ the tensors are the CPU's: autograd works.
+It finds mistakes that a machine without a GPU hides: tensors of two devices in one operation, which
+raises as a GPU does; waits of the host for the device, counted by line of the steps; and what may
+not be recorded as a CUDA graph, or does not hold when it is replayed. It does not tell speed,
+rounding or memory. To torch's C++ the tensors are the CPU's: autograd works.
 """
 
 import collections
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from traceback import walk_stack
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 ROOT, GPU = Path(__file__).resolve().parent.parent, torch.device("cuda:0")
 WAITS = collections.Counter()  # (what, line) -> how often
+RECORDING = []  # the graph that is being recorded, if any
 LOOKS = "_local_scalar_dense nonzero _unique2 bincount masked_select equal".split()
 
 
@@ -46,7 +48,48 @@ class OnGPU(torch.Tensor):
         known = {id(getattr(v, "held", v)): v for v in flat}  # what is changed in place
         args, kwargs = tree_unflatten([v.held if isinstance(v, OnGPU) else v for v in flat], form)
         wrap = lambda v: known[id(v)] if id(v) in known else OnGPU(v)  # noqa: E731
-        return tree_map_only(torch.Tensor, wrap, func(*args, **kwargs))
+        return tree_map_only(torch.Tensor, wrap, run(func, args, kwargs))
+
+
+def run(func, args, kwargs):
+    """Do an operation on what tensors hold, and note it where a graph is being recorded."""
+    for graph in RECORDING:
+        if getattr(func, "_schema", None) and func._schema.is_mutable:
+            held = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+            graph.before.update({id(v): (v, v.clone()) for v in held if id(v) not in graph.before})
+    out = func(*args, **kwargs)
+    for graph in RECORDING:
+        graph.tape.append((func, args, kwargs, out))
+    return out
+
+
+class Graph:
+    """A CUDA graph: operations that are done again, on the same tensors."""
+
+    def __init__(self):
+        self.tape, self.before = [], {}
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, out in self.tape:
+            new = func(*args, **kwargs)
+            for old, v in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                if isinstance(v, torch.Tensor) and v.data_ptr() != old.data_ptr():  # no view
+                    old.copy_(v)
+
+
+@contextmanager
+def record(graph, pool, stream):
+    """Record what is done as a graph; as on a GPU, nothing of it happens."""
+    dice = torch.get_rng_state()
+    RECORDING.append(graph)
+    try:
+        yield
+    finally:
+        RECORDING.clear()
+    torch.set_rng_state(dice)
+    for v, before in reversed(graph.before.values()):
+        v.copy_(before)
 
 
 def check(func, args, tensors):
@@ -70,6 +113,8 @@ def check(func, args, tensors):
 
 def wait(what):
     """Count a wait, at the line of the steps that it happens in."""
+    if RECORDING:
+        raise RuntimeError("operation not permitted when stream is capturing")
     places = ((Path(f.f_code.co_filename), n) for f, n in walk_stack(None))
     WAITS[what, next((f"{path.name}:{n}" for path, n in places if path.parent == ROOT), "")] += 1
 
@@ -105,7 +150,7 @@ class Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in (torch.tensor, torch.as_tensor):
             wait("copy")
-        made = func(*args, **{**kwargs, "device": "cpu"})
+        made = run(func, args, {**kwargs, "device": "cpu"})
         return made if isinstance(made, OnGPU) else OnGPU(made)
 
 
@@ -125,11 +170,18 @@ def pretended_gpu():
     """Pretend that this machine has one GPU, which can bfloat16; gives the counter of waits."""
     clip, autocast, state = torch.nn.utils.clip_grad, torch.autocast, torch.zeros(16).byte()
     group = clip._group_tensors_by_device_and_dtype  # asks C++, which knows of no GPU here
-    groups = lambda v: {(v[0][0].device, kind): g for (_, kind), g in group(v).items()}  # noqa: E731
+
+    def groups(v, *more):
+        return {(v[0][0].device, kind): g for (_, kind), g in group(v, *more).items()}
+
     cuda = dict(is_available=lambda: True, is_bf16_supported=lambda **_: True)
     cuda.update(get_rng_state=lambda *_: state, set_rng_state=lambda *_: None)
+    cuda.update(CUDAGraph=Graph, graph=record, stream=nullcontext, graph_pool_handle=mock.Mock)
+    cuda.update(Stream=mock.Mock, current_stream=mock.Mock, synchronize=mock.Mock)
+    cuda.update(reset_peak_memory_stats=mock.Mock, max_memory_allocated=lambda: 0)
     plain = dict(autocast=lambda kind, *a, **how: autocast("cpu", *a, **how), Generator=Generator)
     asks_driver = {"_accelerator_graph_capture_health_check": lambda optimizer: None}
+    asks_driver[group.__name__] = staticmethod(groups)
     places = {torch.cuda: cuda, torch: plain, clip: {group.__name__: groups}}
     WAITS.clear()
     with ExitStack() as stack:

@@ -227,9 +227,9 @@ def test_a_branch_pays_for_its_trunk_and_both_follow_one_falling_rate(tmp_path, 
     (_, [trunk]), (_, [branch]) = runner.units({"settings": all_, "runs": plan}, "test")
     rates, step = [], work.training.training_step
 
-    def watch(model, optimizer, loss, i, *more):
-        step(model, optimizer, loss, i, *more)
-        rates.append((i, optimizer.param_groups[0]["lr"]))
+    def watch(model, optimizer, loss, rate):
+        step(model, optimizer, loss, rate)
+        rates.append(optimizer.param_groups[0]["lr"])
 
     monkeypatch.setattr(work.training, "training_step", watch)
     one = work.train(trunk)
@@ -237,8 +237,8 @@ def test_a_branch_pays_for_its_trunk_and_both_follow_one_falling_rate(tmp_path, 
     plain = rates.copy()
     rates.clear()
     other = work.train(branch)
-    assert [i for i, _ in rates] == list(range(early + 1, full + 1))
-    assert dict(rates) == pytest.approx(dict(plain[early:]))  # the same rate at the same step
+    assert len(plain) == full
+    assert rates == pytest.approx(plain[early:])  # the same rate at the same step
     assert other["curve"][0]["gflops"] == pytest.approx(one["curve"][1]["gflops"])
     assert set(one["curve"][0]["held_out"]) == {0, 1, 2}  # though it has but one decoder
     assert len(one["curve"][0]["frechets"]) == 2
