@@ -1,23 +1,26 @@
-"""Check and measure the project on one GPU, in at most ten minutes.
+"""Check and measure the project on one GPU, in at most eight minutes, with ten lines in the end.
 
-    python benchmarks/gpu.py [--data ROOT] [--out gpu.jsonl] [--parts machine,train_run] [--quick]
+    python benchmarks/gpu.py [--data ROOT] [--parts replay,speed] [--quick]
 
 Each part runs in a process of its own with a time limit, so that one that hangs or crashes spoils
-no other, and prints one JSON line when it ends: what it found (when cut, as much as it had), its
-seconds, and "error" or "cut" where it came to that.
+no other; what it had found when it was cut counts. The parts go in the order of their worth.
 
---quick takes tiny sizes, which a CPU can do too: what needs a card is then null, and no speed means
-anything. How fast and how exact the posterior mean is, posterior_mean.py tells.
+replay     40 steps of step 04, replayed as CUDA graphs, against the same steps one by one
+speed      training each stage of table5_1, as it is, replayed, and replayed with fused norms
+sampling   drawing with table5_1, as it is and replayed
+train_run  step 04 from the shell on 10,000 picture files, replayed, from start to end
+right      networks and a sampler, the card against the CPU
+
+--quick takes tiny sizes, which a CPU can do too: no speed then means anything.
 """
 
 import argparse
 import contextlib
 import copy
 import importlib
+import itertools
 import json
-import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -25,38 +28,133 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from stopwatch import DEVICE, FORM, GPU, ROOT, medians, now, seconds, workshop
+from stopwatch import DEVICE, FORM, GPU, ROOT, machine, medians, now, seconds, workshop
 
 unet = importlib.import_module("03_multistage_unet")
 training = importlib.import_module("04_train")
 evaluation = importlib.import_module("05_sample_eval")
 
-PUBLISHED = ("table5_1", "table7_5", "edm", "table6_4", "ldm")  # all backbones, 3 and 5 stages
-TINY = dict(encoder=32, decoders=(32, 32, 32), blocks=1)  # a network of three stages for --quick
+TINY = dict(encoder=16, decoders=(16, 16, 16), blocks=1, mults=(1, 2))  # for --quick
+Replayed = workshop.Replayed
 
 # ---- small parts -----------------------------------------------------------------------------
 
 
-def product_rate(args, dtype=torch.bfloat16, times=20):
-    """Return the FLOP/s of square matrix products; those of bfloat16 are the parts' yardstick."""
-    n = 256 if args.quick else 8192
-    a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+def product_rate(args, times=20):
+    """Return the FLOP/s of square matrix products in bfloat16, the yardstick."""
+    n = 64 if args.quick else 8192
+    a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
     spent = medians(3, product=lambda: [a @ a for _ in range(times)])["product"]
     return 2 * n**3 * times / spent
 
 
-def allow_tf32(on):
-    """Let products and convolutions round float32 to TF32, or not; torch has a switch for each."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
-
-
-def float32_only():
-    """Keep the steps from computing in bfloat16: a context."""
+def in_float32():
+    """Compute in float32, neither bfloat16 nor TF32: a context."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return mock.patch.object(workshop, "half_precision", lambda _: contextlib.nullcontext())
+
+
+def difference(a, b):
+    """Return the norm of a - b over that of b."""
+    return float((a.cpu() - b.cpu()).norm().detach() / b.cpu().norm().detach())
+
+
+def pictures(args, n):
+    """Return n colour pictures of 32×32 as uint8 (n, 3, 32, 32): CIFAR-10's, or smooth textures."""
+    if Path(args.data, "cifar-10-batches-py").is_dir():
+        return workshop.load_images("cifar10", args.data)[0][:n]
+    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return (F.interpolate(coarse, size=32, mode="bilinear") * 255).to(torch.uint8)
+
+
+def soon(work, on, first=0):
+    """Replay what step 04 would, but from the fourth step on: time is short."""
+    return Replayed(work, on, first=3)
+
+
+def ready(args, name="table5_1", device=None, **changes):
+    """Build a network, always the same, and what trains it."""
+    torch.manual_seed(0)
+    model = unet.build_network(name, **(TINY if args.quick else {}) | changes)
+    return training.new_state(model.to(device or DEVICE, memory_format=FORM), 2e-4, seed=0)
+
+
+@torch.compile(dynamic=True, backend="inductor" if GPU else "eager")
+def norm_and_bend(h, groups, weight, bias, eps):
+    """Normalise (B, c, H, W) in groups of channels, in any layout, and bend it, in one kernel."""
+    x = h.float().unflatten(1, (groups, -1))
+    x = x - x.mean((2, 3, 4), keepdim=True)
+    x = (x * torch.rsqrt(x.square().mean((2, 3, 4), keepdim=True) + eps)).flatten(1, 2)
+    return F.silu(x * weight[:, None, None] + bias[:, None, None]).to(h.dtype)
+
+
+@contextlib.contextmanager
+def fused(model):
+    """Let the norms of residual blocks and decoders bend what they normalise."""
+    for part in model.modules():
+        block = isinstance(part, unet.ResBlock)
+        norms = [part.norm1, part.norm2] if block else []
+        for norm in [part.norm] if isinstance(part, unet.Decoder) else norms:
+            how = norm.num_groups, norm.weight, norm.bias, norm.eps
+            norm.forward = lambda h, how=how: norm_and_bend(h, *how)
+    bent = SimpleNamespace(**{**vars(F), "silu": lambda h: h if h.dim() == 4 else F.silu(h)})
+    torch._dynamo.config.recompile_limit = 64  # beyond it, it falls back in silence
+    with mock.patch.object(unet, "F", bent):
+        yield
+
+
+# ---- the parts: each yields pieces of what it finds --------------------------------------------
+
+
+def replay(args):
+    """Compare replayed steps with the same steps one by one, and two replays with dropout."""
+    batch, more, images = *((4, 6) if args.quick else (32, 40)), pictures(args, 1000).to(DEVICE)
+    for kind, limit in (("float32", 1e-5), ("bfloat16", 1e-3)):
+        ends = []
+        for steps, on in ((0, False), (more, False), (more, True)):
+            with in_float32() if kind == "float32" else contextlib.nullcontext():
+                state = ready(args, "cifar10")
+                list(training.train(state, images, steps, batch=batch, warmup=1, replay=on))
+            ends.append(torch.cat([p.detach().flatten() for p in state["model"].parameters()]))
+        start, plain, replayed = ends
+        error, moved = difference(replayed, plain), difference(start, plain)
+        yield {kind: dict(difference=error, ok=error <= limit, of_a_way_of=moved)}
+    model = unet.randomize(ready(args, "cifar10", "cpu", dropout=0.5)["model"]).train().to(DEVICE)
+    again = Replayed(lambda k, x, t: model(x, t, stage=k), on=True)
+    x, t = torch.randn(4, 3, 32, 32, device=DEVICE), torch.full((4,), 0.1, device=DEVICE)
+    with torch.no_grad():
+        *_, one, other = [again(0, x, t) for _ in range(4)]
+    yield dict(dropout_draws_anew=difference(one, other) > 0)
+
+
+def speed(args):
+    """Time step 04's loop on each stage of table5_1: a row a stage and batch."""
+    costs, peak = unet.cost("table5_1", **TINY if args.quick else {}), product_rate(args)
+    images, n = pictures(args, 1000).to(DEVICE), 1 if args.quick else 5
+    yield dict(bfloat16_tflops=peak / 1e12)
+    for batch, k in itertools.product((4,) if args.quick else (128, 512), range(3)):
+        row = {}
+        for form in ("plain", "replayed", "fused"):
+            state = ready(args) | dict(active=[k])
+            how = dict(batch=batch, flip=True, replay=form != "plain")
+            loop = training.train(state, images, 10**9, **how)
+            with contextlib.ExitStack() as stack, contextlib.suppress(torch.OutOfMemoryError):
+                stack.enter_context(fused(state["model"])) if form == "fused" else None
+                run = lambda n, loop=loop: [next(loop) for _ in range(n)]  # noqa: E731
+                first = seconds(lambda run=run: run(5))
+                spent, gib = measured(lambda run=run: run(n))
+                rate = 3e9 * costs[k]["true_gflops"] * batch * n / spent  # backward counts twice
+                row[form] = dict(pictures_per_s=batch * n / spent, share=rate / peak, gib=gib)
+                row[form] |= dict(first_s=first, **profile(lambda run=run: run(1), spent / n))
+            yield {f"stage {k}, batch {batch}": row}
+            del state, loop, run
+            if GPU:
+                torch.cuda.empty_cache()
 
 
 def measured(work):
@@ -66,247 +164,79 @@ def measured(work):
     return seconds(work), torch.cuda.max_memory_allocated() / 2**30 if GPU else None
 
 
-def difference(a, b):
-    """Return the norm of a - b over that of b."""
-    return float((a.cpu() - b.cpu()).norm() / b.cpu().norm())
-
-
-def pictures(args, n):
-    """Return n colour pictures of 32×32 as uint8 (n, 3, 32, 32), and in words what they are.
-
-    Real ones where CIFAR-10 lies in --data, else smooth textures.
-    """
-    if Path(args.data, "cifar-10-batches-py").is_dir():
-        return workshop.load_images("cifar10", args.data)[0][:n], f"{n} of CIFAR-10"
-    coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    made = F.interpolate(coarse, size=32, mode="bilinear")
-    return (made * 255).to(torch.uint8), f"{n} smooth textures"
-
-
-def train_steps(state, images, n, batch):
-    """Train `state` for n more steps in step 04's loop."""
-    how = dict(batch=batch, warmup=10, ema=0.9, flip=True)
-    for _ in training.train(state, images, state["step"] + n, **how):
-        pass
-
-
-def trained(name, args, steps, batch):
-    """Train a network of NETWORKS shortly, as an untrained one predicts zero: its average.
-
-    It adds its input, else hundreds of steps would not do for samples that are no noise.
-    """
-    torch.manual_seed(0)
-    model = unet.build_network(name, add_input=True, **TINY if args.quick else {})
-    model = model.to(DEVICE, memory_format=FORM)
-    state = training.new_state(model, 2e-4, seed=0)
-    train_steps(state, pictures(args, 1000)[0].to(DEVICE), steps, batch)
-    return state["ema"]
-
-
-# ---- the parts: each yields pieces of what it finds --------------------------------------------
-
-
-def machine(args):
-    """Name the software and the card, and measure what it can do at best."""
-    x = torch.zeros(2**20 if args.quick else 2**28, device=DEVICE)  # the card is awake from here on
-    y, about = torch.empty_like(x), torch.cuda.get_device_properties(0) if GPU else None
-    yield dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-    yield dict(card=about and about.name, gib=about and about.total_memory / 2**30)
-    yield dict(capability=about and f"{about.major}.{about.minor}", cores=os.cpu_count())
-    spent = medians(3, copy=lambda: [y.copy_(x) for _ in range(10)])["copy"]
-    yield dict(copy_tb_per_s=20 * x.nbytes / spent / 1e12)  # read and written
-    yield dict(bfloat16_tflops=product_rate(args) / 1e12)
-    for name, on in (("float32_tflops", False), ("tf32_tflops", True)):
-        allow_tf32(on)
-        yield {name: product_rate(args, torch.float32) / 1e12}
-
-
-def agree_networks(args, names=()):
-    """Compare networks on both devices, [output, gradients], in three precisions.
-
-    A batch has a picture of each stage. "rounding" is what bfloat16 does on the CPU: the card may
-    be as far off where that is more than 1e-2.
-    """
-    small = [name for name in unet.NETWORKS if name.startswith(tuple(unet.SMALL_NETWORKS))]
-    first = [*small, *PUBLISHED]  # all kinds; then the others, as far as the time goes
-    others = [name for name in unet.NETWORKS if name not in first]
-    quick = ("digits", "table5_1", "edm", "ldm")
-    for name in names or (quick if args.quick else [*first, *others]):
-        torch.manual_seed(0)
-        model = unet.build_network(name, dropout=0.0, **TINY if args.quick else {})
-        for p in model.parameters():  # what starts at zero would hide all that is before it
-            if p.dim() > 1 and not p.any():
-                torch.nn.init.xavier_uniform_(p)
-        cuts = [0.0, *model.boundaries.tolist(), min(model.latest, 80.0)]
-        t = torch.tensor([(a + b) / 2 for a, b in zip(cuts, cuts[1:], strict=False)])
-        x = torch.randn(len(t), model.channels, model.size, model.size)
-        same = x, t, torch.randn_like(x)
-        exact, rounded = answer(model, *same), answer(model, *same, half=True)
-        errors = dict(rounding=list(map(difference, rounded, exact)))
-        limits = dict(float32=[1e-4] * 2, tf32=[1e-2] * 2)
-        limits.update(bfloat16=[max(1e-2, 1.5 * error) for error in errors["rounding"]])
-        model = model.to(DEVICE, memory_format=FORM)
-        for precision in limits:
-            allow_tf32(precision == "tf32")
-            found = answer(model, *same, half=precision == "bfloat16")
-            errors[precision] = list(map(difference, found, exact))
-        pairs = [pair for kind in limits for pair in zip(errors[kind], limits[kind], strict=True)]
-        yield {name: dict(**errors, ok=all(error <= limit for error, limit in pairs))}
-
-
-def answer(model, x, t, direction, half=False):
-    """Return a network's output, and the gradients of its product with `direction` as one."""
-    where = next(model.parameters()).device
-    model.zero_grad(set_to_none=True)
-    with torch.autocast(where.type, torch.bfloat16, enabled=half):
-        out = model(x.to(where), t.to(where))
-    (out.float() * direction.to(where)).sum().backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return out.detach().float().cpu(), torch.cat(gradients).cpu()
-
-
-class Stage(torch.nn.Module):
-    """One stage of a network as the plain U-Net that it is, in bfloat16 by itself."""
-
-    def __init__(self, model, k):
-        super().__init__()
-        self.encoder, self.decoder = model.encoders[0], model.decoders[k]
-
-    def forward(self, x, t):
-        # kept casts of the weights would be part of no graph
-        half = dict(enabled=DEVICE.type == "cuda", cache_enabled=False)
-        with torch.autocast(DEVICE.type, torch.bfloat16, **half):
-            return self.decoder(*self.encoder(x, t))
-
-
-def replayed(model, k, batch):
-    """Record what stage k launches, forward and backward, once: a `forward` that replays it."""
-    x, t = torch.randn(batch, 3, model.size, model.size), torch.rand(batch)
-    stage = Stage(model, k).to(DEVICE).train()
-    if DEVICE.type == "cuda":
-        stage = torch.cuda.make_graphed_callables(stage, (x.to(DEVICE), t.to(DEVICE)))
-    return lambda x, t, **_: stage(x.contiguous(), t)
-
-
-def training_speed(args):
-    """Time step 04's loop on each stage of table5_1, as it is and as replayed CUDA graphs.
-
-    Of each: pictures a second, the share of a bfloat16 product's rate, and how busy the card is.
-    """
-    batch, n, changes = (4, 1, TINY) if args.quick else (128, 10, {})
-    costs, peak = unet.cost("table5_1", **changes), product_rate(args)
-    yield dict(batch=batch, bfloat16_tflops=peak / 1e12)
-    images = pictures(args, 1000)[0].to(DEVICE)
-    for form, k in ((form, k) for form in ("as_it_is", "replayed") for k in range(3)):
-        torch.manual_seed(0)
-        model = unet.build_network("table5_1", **changes).to(DEVICE, memory_format=FORM)
-        state = training.new_state(model, 2e-4, seed=0) | dict(active=[k])
-        if form == "replayed":
-            state["forward"] = replayed(model, k, batch)
-        run = lambda n, state=state: train_steps(state, images, n, batch)  # noqa: E731
-        warm_up = seconds(lambda run=run: run(3))
-        spent, gib = measured(lambda run=run: run(n))
-        rate = 3e9 * costs[k]["true_gflops"] * batch * n / spent  # backward counts twice
-        row = dict(pictures_per_s=batch * n / spent, tflops=rate / 1e12, share=rate / peak)
-        row.update(warm_up_s=warm_up, peak_gib=gib, **profile(lambda run=run: run(1), spent / n))
-        yield {f"{form}_{k}": row}
-        del model, state, run
-        torch.cuda.empty_cache()
-
-
 def profile(work, alone):
-    """List what the card spends its time on in `work`, and how much of `alone` seconds it works.
-
-    launches: how many kernels the host has to start, one by one.
-    """
+    """Tell for what share of `alone` seconds the card works in `work`, and what the host starts."""
+    if not GPU:
+        return {}
     kinds, types = torch.profiler.ProfilerActivity, torch.autograd.DeviceType
-    with torch.profiler.profile(activities=[kinds.CUDA if GPU else kinds.CPU]) as found:
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as seen:
         work()
         now()
-    time_of = lambda e: e.self_device_time_total if GPU else e.self_cpu_time_total  # noqa: E731
-    on = types.CUDA if GPU else types.CPU
-    rows = [e for e in found.key_averages() if e.device_type == on]
-    # an annotation spans kernels that have rows of their own
-    rows = [e for e in rows if not getattr(e, "is_user_annotation", False)]
-    total = sum(map(time_of, rows)) or 1
-    launches, rows = sum(e.count for e in rows), sorted(rows, key=time_of, reverse=True)[:8]
-    kernels = [[e.key[:70], time_of(e) / total, e.count] for e in rows]
-    busy, launches = (total / 1e6 / alone, launches) if GPU else (None, None)
-    return dict(busy=busy, launches=launches, kernels=kernels)
+    rows = [e for e in seen.key_averages() if not getattr(e, "is_user_annotation", False)]
+    busy = sum(e.self_device_time_total for e in rows if e.device_type == types.CUDA) / 1e6
+    starts = ("cudaLaunch", "cudaGraphLaunch", "cuLaunch")
+    return dict(busy=busy / alone, launches=sum(e.count for e in rows if e.key.startswith(starts)))
 
 
-def sampling_speed(args):
-    """Draw with table5_1 by DPM-Solver-3: in float32, and in what the project takes on a card.
-
-    Convolutions of float32 may use TF32, which is torch's default.
-    """
-    n, steps, batch, changes = (4, 5, 4, TINY) if args.quick else (256, 30, 128, {})
-    model, how = trained("table5_1", args, steps, batch), dict(sampler="dpm-solver-3", nfe=20)
-    count, shares = evaluation.stage_shares(model, "vp", **how)
-    costs = unet.cost("table5_1", **changes)
-    work = count * sum(part * costs[k]["true_gflops"] for k, part in shares.items())
-    yield dict(pictures=n, evaluations=count, gflop_a_picture=work)
-    drawn, contexts = {}, dict(float32=float32_only, bfloat16=contextlib.nullcontext)
-
-    def draw(kind):
-        with contexts[kind]():
-            drawn[kind] = evaluation.sample(model, "vp", n, batch=n, **how)
-
-    spent = medians(2, **{kind: lambda kind=kind: draw(kind) for kind in contexts})
-    peak = product_rate(args) / 1e9
-    for kind, s in spent.items():
-        yield {kind: dict(pictures_per_s=n / s, share_of_bfloat16_product=work * n / s / peak)}
-    a, b = (workshop.to_pictures(drawn[kind]) for kind in contexts)
-    yield dict(difference=difference(drawn["bfloat16"], drawn["float32"]))
-    yield dict(rms_pixel_difference=float((a - b).square().mean().sqrt()))
-    yield dict(spread=float(drawn["float32"].std()))  # of entries that should lie in [-1, 1]
+def sampling(args):
+    """Draw with table5_1 by DPM-Solver-3, 20 evaluations, as it is and replayed."""
+    n, model, how = 4 if args.quick else 512, ready(args)["ema"], dict(sampler="dpm-solver-3")
+    how.update(nfe=20, batch=n // 2)
+    draw = lambda **more: evaluation.sample(model, "vp", n, **how, **more)  # noqa: E731
+    spent = medians(2, plain=draw, replayed=lambda: draw(replay=True))
+    yield {f"{kind}_pictures_per_s": n / s for kind, s in spent.items()}
 
 
 def train_run(args):
-    """Run step 04 from the shell on 5,000 picture files: its speed, start and end included."""
+    """Run step 04 from the shell on picture files: its speed, start and end included."""
     from PIL import Image
 
-    n, steps, flags = 5000, 100, []  # the recipe: table5_1, 128 pictures a step
+    n, steps, flags = 10_000, 300, ["--replay"]  # the recipe: table5_1, 128 pictures a step
     if args.quick:
         n, steps, flags = 40, 6, ["--network", "digits", "--size", 8, "--batch", 8]
-    pixels, source = pictures(args, n)
-    yield dict(pictures=source, steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "pictures").mkdir()
-        for i, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        for i, picture in enumerate(pictures(args, n).permute(0, 2, 3, 1).numpy()):
             Image.fromarray(picture).save(f"{folder}/pictures/{i:05}.png", compress_level=1)
         flags += ["--dataset", "folder", "--root", "pictures", "--steps", steps]
         flags += ["--boundaries", "0.442,0.6308", "--name", "r"]
         command = [sys.executable, ROOT / "04_train.py", *map(str, flags)]
-        train = lambda: subprocess.run(command, cwd=folder, stdout=sys.stderr, check=True)  # noqa: E731
-        yield dict(wall_s=seconds(train))
+        run = lambda: subprocess.run(command, cwd=folder, stdout=sys.stderr, check=True)  # noqa: E731
+        yield dict(wall_s=seconds(run), pictures=n, steps=steps)
         rows = workshop.read_log(Path(folder, "runs", "r"))
-    losses = [value for row in rows for key, value in row.items() if key.startswith("loss")]
     yield dict(pictures_per_s=statistics.median(row["images_per_s"] for row in rows))
-    yield dict(finite=all(map(math.isfinite, losses)), reached=rows[-1]["step"], last=rows[-1])
+    yield dict(reached=rows[-1]["step"], loss_0=rows[-1].get("loss_0"))
 
 
-def agree_samplers(args):
-    """Draw the same pictures on both devices with six samplers, in float32 without TF32."""
-    allow_tf32(False)
-    steps, batch, n = (5, 4, 2) if args.quick else (60, 64, 16)
-    model = trained("cifar10", args, steps, batch)
-    models = copy.deepcopy(model).cpu(), model
-    for name in ("ddim", "heun", "dpm-solver-3", "dpm-solver++-2m", "deis-3", "ancestral"):
-        with float32_only():
-            nfe = 19 if name == "heun" else 20
-            cpu, card = (evaluation.sample(model, "vp", n, name, nfe) for model in models)
-        error = difference(card, cpu)
-        yield {name: dict(difference=error, ok=error <= 1e-3)}
+def right(args):
+    """Compare networks and a sampler on both devices, in float32: the largest differences."""
+    t, outputs, gradients = torch.tensor([0.1, 0.5, 0.9]), [], []
+    with in_float32():
+        for name in ("digits", "digits_latent", "cifar10", "table5_1"):
+            model, found = unet.randomize(ready(args, name, "cpu", dropout=0.0)["model"]), []
+            x = torch.randn(3, model.channels, model.size, model.size)
+            for device in ("cpu", DEVICE):
+                there = copy.deepcopy(model).to(device, memory_format=FORM)
+                out = there(x.to(device), t.to(device))
+                out.square().mean().backward()
+                found += [out.detach(), torch.cat([p.grad.flatten() for p in there.parameters()])]
+            outputs.append(difference(found[2], found[0]))
+            gradients.append(difference(found[3], found[1]))
+            with fused(there):
+                bent = difference(there(x.to(device), t.to(device)), out)
+            yield dict(outputs=max(outputs), gradients=max(gradients), fused=bent)
+        model = unet.randomize(ready(args, "digits", "cpu")["model"])
+        there = copy.deepcopy(model).to(DEVICE, memory_format=FORM)
+        draw = lambda model: evaluation.sample(model, "vp", 4, "dpm-solver-3", 20)  # noqa: E731
+        yield dict(sampler=difference(draw(there), draw(model)))
 
 
 PARTS = {  # name: (function, seconds it may take)
-    "machine": (machine, 30),
-    "agree_networks": (agree_networks, 75),
-    "agree_samplers": (agree_samplers, 60),
-    "training_speed": (training_speed, 120),
-    "sampling_speed": (sampling_speed, 75),
-    "train_run": (train_run, 95),
+    "replay": (replay, 60),
+    "speed": (speed, 210),
+    "sampling": (sampling, 60),
+    "train_run": (train_run, 100),
+    "right": (right, 50),
 }
 
 # ---- running them ------------------------------------------------------------------------------
@@ -321,9 +251,10 @@ def tidy(found):
 def tell(name, args):
     """Run a part in this process, printing what it has found as it grows."""
     found = dict(part=name, quick=args.quick)
-    for piece in PARTS[name][0](args):
-        found.update(piece)
-        print(tidy(found), flush=True)
+    with mock.patch.object(workshop, "Replayed", soon):
+        for piece in PARTS[name][0](args):
+            found.update(piece)
+            print(tidy(found), flush=True)
 
 
 def watch(command, name, limit):
@@ -355,13 +286,28 @@ def watch(command, name, limit):
     return found
 
 
+def say(found):
+    """Put what was found, a dictionary of dictionaries, into words."""
+    if not isinstance(found, dict):
+        return str(found)
+    return ", ".join(f"{key} {say(value)}" for key, value in found.items())
+
+
+def rows(found):
+    """Make of what a part has found the rows of the table: (name, words)."""
+    found = json.loads(tidy(found))
+    stages = [key for key in found if key.startswith("stage ")]
+    yield from ((key, say(found.pop(key))) for key in stages)
+    if not stages or {"cut", "error"} & found.keys():
+        yield found.pop("part"), say(found)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, comma-separated")
     parser.add_argument("--part", choices=PARTS, help="run this one, in this process")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--data", default="data", help="where CIFAR-10 lies, if at all")
-    parser.add_argument("--out", default="", help="a file that also gets the lines")
     args = parser.parse_args()
     if args.part:
         return tell(args.part, args)
@@ -369,14 +315,14 @@ def main():
         parser.error(f"unknown parts {', '.join(sorted(unknown))}: take of {', '.join(PARTS)}")
     if not (GPU or args.quick):
         parser.error("there is no GPU here: give --quick to see that the parts run")
-    lines, more = [], ["--data", args.data] + ["--quick"] * args.quick
+    failed, more = False, ["--data", args.data] + ["--quick"] * args.quick
+    print(f"| {machine()} | found |\n|---|---|", flush=True)
     for name in names:
-        lines.append(watch([sys.executable, __file__, "--part", name, *more], name, PARTS[name][1]))
-        print(text := tidy(lines[-1]), flush=True)
-        if args.out:
-            with open(args.out, "a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
-    sys.exit(any("error" in line for line in lines))
+        found = watch([sys.executable, __file__, "--part", name, *more], name, PARTS[name][1])
+        failed |= "error" in found
+        for kind, said in rows(found):
+            print(f"| {kind} | {said} |", flush=True)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Times, in turns in this process, a forward pass, a forward and backward pass of 
 square matrix product. Printed is the share of the product's rate that the network's true FLOPs
 (torch's counter; a backward pass counts twice the forward pass) reach. Then a batch that mixes all
 stages against the same images grouped by stage beforehand. On the CPU all of it is float32; on a
-GPU bfloat16, channels_last and torch.compile.
+GPU bfloat16.
 """
 
 import argparse
@@ -31,7 +31,6 @@ def main():
     x, t = x.to(memory_format=FORM), torch.full((args.batch,), 0.1, device=DEVICE)
     a = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16 if GPU else torch.float32)
     stage = lambda x, t: model(x, t, stage=0)  # noqa: E731
-    stage = torch.compile(stage) if GPU else stage
 
     @torch.no_grad()
     def forward(parts=((x, t),), run=stage):

@@ -14,7 +14,7 @@ workshop = importlib.import_module("00_workshop")
 
 GPU = torch.cuda.is_available()
 DEVICE = workshop.device()
-FORM = torch.channels_last if GPU else torch.contiguous_format  # of networks and pictures
+FORM = torch.channels_last  # of networks and pictures, as step 00 moves them
 HALF = dict(device_type=DEVICE.type, dtype=torch.bfloat16, enabled=GPU)  # for torch.autocast
 
 

@@ -1,6 +1,8 @@
 """What a GPU would refuse or be waited for, on a pretended one, and the benchmark for real ones."""
 
+import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +28,11 @@ def counted(waits, work):
 
 def prepared(training, process, content=None):
     more = dict(network="digits_latent", channels=1, size=8) if process == "ldm" else {}
-    asked = dict(network="digits", batch=12, lr=1e-3, seed=0, process=process)
+    asked = dict(network="digits", batch=12, lr=2**-9, seed=0, process=process)
     return training.prepare_state({**asked, "boundaries": CUTS[process], **more}, content)
 
 
-def test_the_pretended_gpu_refuses_and_counts(waits):
+def test_the_pretended_gpu_refuses_and_counts(workshop, waits):
     a, b, i = torch.ones(3, device="cuda"), torch.ones(3), torch.tensor([1], device="cuda")
     for mix in (lambda: a + b, lambda: torch.cat([b, a]), lambda: b.mul_(a), lambda: b[i]):
         with pytest.raises(RuntimeError, match="same device"):
@@ -44,26 +46,43 @@ def test_the_pretended_gpu_refuses_and_counts(waits):
     looks += [lambda: a[torch.tensor([1])], lambda: a[a > 0], lambda: b.to(a)]
     looks += [lambda: b.copy_(a), lambda: a.copy_(b)]
     assert [counted(waits, look)[0] for look in looks] == [1] * len(looks)
+    one = torch.ones(1, device="cuda")
+    added = workshop.Replayed(lambda key, x: one.add_(1).add_(x.sum() * key), on=True)
+    assert [added(2, x).item() for x in (a, 2 * a, 2 * a)] == [8, 21, 34]
+    looked = workshop.Replayed(lambda key, x: x * x.max().item(), on=True)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        [looked(0, a) for _ in range(2)]
 
 
-@pytest.mark.parametrize("stages", ["uniform", "mixed"])
+@pytest.mark.parametrize("stages, pieces", [("uniform", 1), ("mixed", 2)])
 @pytest.mark.parametrize("process", CUTS)
-def test_a_training(workshop, training, waits, process, stages, tmp_path):
-    """It waits twice a step, for the pictures' numbers and the stages' shares, and goes on."""
-    pixels = workshop.load_images("digits")[0][:200].to(workshop.device())
-    state, how, ends = prepared(training, process), dict(process=process, stages=stages), []
-    loop = training.train(state, pixels, 3, batch=12, flip=True, **how)
-    next(loop)  # makes what stays
-    for _ in range(2):
-        number, (_, losses) = counted(waits, lambda: next(loop))
-        assert number <= 2, dict(waits)
-        assert all(torch.isfinite(loss) for loss in losses.values())
+def test_a_training(workshop, training, waits, process, stages, pieces, tmp_path, monkeypatch):
+    """It waits once a step, replayed it is the same in every bit, and it goes on."""
+    pixels, ends = workshop.load_images("digits")[0][:200].to(workshop.device()), []
+    how = dict(process=process, stages=stages, batch=12, flip=True, warmup=64)
+    kind, made = workshop.Replayed, []
+    soon = lambda work, on, first: made.append(kind(work, on, 1)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(workshop, "Replayed", soon)
+
+    def go(state, steps, **more):
+        for part in state["model"].modules():
+            part.p = 0.5  # of dropout, which draws anew at each replay
+        loop, told = training.train(state, pixels, steps, **how, **more), []
+        for step in range(state["step"] + 1, steps + 1):
+            number, (_, losses) = counted(waits, lambda: next(loop))
+            assert number == 1 or not told, dict(waits)  # the first one makes what stays
+            told.append([step, *(loss.item() for loss in losses.values())])
+        return told, torch.cat([p.detach().flatten().cpu() for p in state["ema"].parameters()])
+
+    for replay in (False, True):
+        state = prepared(training, process) | dict(active=[1] if stages == "uniform" else [0, 1, 2])
+        ends.append(go(state, 4, pieces=pieces, replay=replay))
+    assert [len(one.graphs) for one in made] == [0, 1]
     workshop.write_checkpoint(workshop.pack(state), tmp_path)
-    again = prepared(training, process, workshop.read_checkpoint(tmp_path))
-    for run in (state, again):
-        assert [step for step, _ in training.train(run, pixels, 4, batch=12, **how)] == [4]
-        ends.append(torch.cat([p.detach().flatten().cpu() for p in run["ema"].parameters()]))
-    assert torch.equal(*ends)
+    ends.append(go(state, 5))
+    ends.append(go(prepared(training, process, workshop.read_checkpoint(tmp_path)), 5))
+    for (told, one), (same, other) in (ends[:2], ends[2:]):
+        assert told == same and torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +91,18 @@ def test_a_training(workshop, training, waits, process, stages, tmp_path):
     + [("vp", "probability-flow", 0), ("ldm", "ancestral", 1)],
 )
 def test_a_sampler_waits_for_its_noise_alone(training, evaluation, waits, process, sampler, each):
-    """Once a draw, however many pictures; an evaluation of the network does not wait."""
+    """Once a draw and batch; an evaluation of the network does not wait, and can be replayed."""
     model, found, seen = prepared(training, process)["ema"], [], []
     model.encoders[0].first.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
     for nfe in (3, 5, 9):  # the first one makes what stays
-        draw = lambda nfe=nfe: evaluation.sample(model, process, 3, sampler, nfe)  # noqa: E731
-        number, x = counted(waits, draw)
+        draw = lambda **how: evaluation.sample(model, process, 4, sampler, batch=2, **how)  # noqa: E731
+        number, x = counted(waits, lambda nfe=nfe, draw=draw: draw(nfe=nfe))
+        again = counted(waits, lambda nfe=nfe, draw=draw: draw(nfe=nfe, replay=True))
+        assert again[0] == number and torch.equal(again[1], x)
         assert torch.isfinite(x).all() and x.device.type == "cpu"
         found.append(number)
-    assert found[1:] == [2 + 5 * each, 2 + 9 * each], dict(waits)  # the start, and the end
+    ends = 2  # the start, and the end
+    assert found[1:] == [2 * (ends + 5 * each), 2 * (ends + 9 * each)], dict(waits)
     assert set(seen) == {torch.bfloat16} and x.dtype == torch.float32
 
 
@@ -95,6 +117,30 @@ def test_the_posterior_mean_does_not_wait_for_chunks(sde, waits, n):
         torch.testing.assert_close(mean.cpu(), expected, rtol=1e-5, atol=2e-6)
         found.append(number)
     assert found[0] == found[1] <= 4
+
+
+@pytest.mark.parametrize("pretended", [False, True])
+def test_the_benchmark_runs_on_the_cpu_and_on_the_pretended_gpu(
+    workshop, pretended, monkeypatch, request, capfd
+):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    plain = gpu.norm_and_bend._torchdynamo_orig_callable  # compiled for a GPU alone
+    changes = dict(norm_and_bend=plain, GPU=pretended, DEVICE=torch.device("cpu"))
+    if pretended:
+        request.getfixturevalue("waits")
+        changes.update(DEVICE=workshop.device())
+    for name, value in changes.items():
+        monkeypatch.setattr(gpu, name, value)
+    found = {}
+    for name in gpu.PARTS if not pretended else gpu.PARTS.keys() - {"train_run"}:
+        gpu.tell(name, SimpleNamespace(quick=True, data=""))
+        found[name] = json.loads(capfd.readouterr().out.splitlines()[-1])
+    table = [row for part in found.values() for row in gpu.rows(part)]
+    assert len(table) == 7 - pretended  # the larger batch has three more
+    assert found["replay"]["float32"]["ok"] and found["replay"]["dropout_draws_anew"]
+    assert all(error < 1e-4 for error in found["right"].values() if isinstance(error, float))
 
 
 def test_a_part_of_the_benchmark_that_hangs_or_fails_spoils_no_other(monkeypatch):
