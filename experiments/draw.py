@@ -452,7 +452,7 @@ def rulers(experiment, runs):
 TABLES = dict(table1=table1, table3=table3, scarce=table3, table4=table4, table7=table4)
 TABLES |= dict(figure1d=figure1d, cifar16=figure1d, figure2=figure2, overfitting=figure2)
 TABLES |= dict(gradients=gradients, cuts=cuts, decisive=bounds, whose_cuts=bounds)
-TABLES |= dict(whose_cuts16=bounds, whose_cuts_uniform=bounds)
+TABLES |= dict.fromkeys(("whose_cuts16", "whose_cuts_uniform", "whose_cuts_times"), bounds)
 TABLES |= dict(win=win, tuned=win, win16=win, mnist16=win, ruler16=rulers)
 
 # tables across experiments, and the experiments that they ask for
