@@ -281,7 +281,8 @@ if __name__ == "__main__":
 # Are the paper's cuts bad, then? That does not follow: they may be good for another reason than the
 # one that led to them. So the lesson ends with a question. **Do cuts taken from the local denoiser
 # train better than the paper's, or than equal thirds?** `experiments/whose_cuts.toml` says how that
-# is decided; it was written before anything ran. What came of it stands in RESULTS.md.
+# is decided; it was written before anything ran. What came of it stands in RESULTS.md, *Whose
+# cuts?*: on `digits` the likelihood says yes, and the pictures say no.
 #
 # (Two networks, 8×8 digits. Of the papers the abstracts were read, of Niedoba et al. the code, too.
 # Lukoianov et al., 2509.09672, find that locality comes from the data and not from convolutions.)
