@@ -77,9 +77,9 @@ def report_bad_input(kind, error, trace):
     """Report what a user can mend in one line with exit status 2; leave real bugs their trace."""
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         os._exit(128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1)  # nobody listens
-    if kind.__name__ == "OutOfMemoryError":
+    if "Memory" in kind.__name__ or "can't allocate memory" in str(error):  # the latter: a CPU's
         how = "ask for less, as by --pieces 2 in training or a smaller --batch"
-        error = BadInput(f"the GPU's memory is used up: {how}")
+        error = BadInput(f"the memory is used up: {how}")
     if not isinstance(error, BadInput):
         return sys.__excepthook__(kind, error, trace)
     if FIRST:  # torch takes sys.stderr away from processes that have joined
@@ -89,6 +89,8 @@ def report_bad_input(kind, error, trace):
 
 if SCRIPT:
     sys.excepthook = report_bad_input
+if not (os.stat(".").st_nlink and (ROOT / "00_workshop.py").exists()):
+    raise BadInput("this folder is gone, or not the project's: change into it (papermill: --cwd)")
 
 # %% [markdown]
 # ## Settings
@@ -436,7 +438,7 @@ def list_pictures(root):
     from PIL import Image
 
     def refuse(error):
-        raise BadInput(f"cannot read the folder {error.filename} ({error.strerror})")
+        raise BadInput(f"cannot read {error.filename!r} ({error.strerror}): give another folder")
 
     files, seen = [], set()
     for folder, deeper, names in os.walk(root, followlinks=True, onerror=refuse):
@@ -710,7 +712,7 @@ def reading(what):
         raise BadInput(f"there is no {what}: train or make it first") from None
     except Exception as error:  # a broken or foreign file fails in many ways
         reason = f"it has no {error}" if isinstance(error, KeyError) else shorten(error)
-        raise BadInput(f"{what} is damaged or does not fit: {reason}") from error
+        raise BadInput(f"{what} is damaged or does not fit ({reason}): give another") from error
 
 
 def write_checkpoint(content, folder, name="checkpoint.pt"):
@@ -766,17 +768,14 @@ def unpack(state, content):
             if hasattr(known, "load_state_dict"):
                 known.load_state_dict(value)
             elif not isinstance(known, torch.Generator):
-                state[key] = value
+                state[key] = value if known is None else type(known)(value)
             elif len(value) == len(known.get_state()):
                 known.set_state(value)
             else:
                 print_once("saved on another kind of device: going on with other random numbers")
                 known.manual_seed(1_000_003 * state["seed"] + content["step"])
         for weight, moments in state["optimizer"].state.items():
-            for name in (
-                "exp_avg",
-                "exp_avg_sq",
-            ):  # fused Adam wants them to lie as the weight does
+            for name in ("exp_avg", "exp_avg_sq"):  # to lie as the weight does, for fused Adam
                 moments[name] = torch.empty_like(weight).copy_(moments[name])
         torch.set_rng_state(content["torch_rng"])
         if torch.cuda.is_available() and content["cuda_rng"] is not None:
@@ -795,9 +794,10 @@ def unpack(state, content):
 def read_log(folder, file="metrics.jsonl"):
     """Read a run's log as a list of dictionaries."""
     path = Path(folder) / file
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     with reading(path):
-        return [json.loads(line) for line in lines if line.endswith("}")]  # not a torn one
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # not a torn one
+        return [row for row in rows if isinstance(row.get("step"), int)]  # nor anybody else's
 
 
 def keep_training(loop, state, steps, log, summarize, save, after=None, save_every=0, desc=""):

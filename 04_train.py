@@ -15,7 +15,7 @@ import sys
 
 if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
 
 import copy
 
@@ -277,7 +277,8 @@ def show_estimates(predict, images, kernel, path):
     xt = sde.perturb(x0, eps, t, kernel)
     s, sigma = (sde.per_image(value, xt) for value in (kernel.s(t), kernel.sigma(t)))
     learned = xt / s - sigma * predict(xt, t)  # Eq. 1, solved for x0
-    best = sde.posterior_mean(xt, t, kernel, workshop.to_network_space(images[:50_000]))
+    some = images[: min(50_000, 2**28 // images[0].numel())]  # as memory holds as floats
+    best = sde.posterior_mean(xt, t, kernel, workshop.to_network_space(some))
     rows = [workshop.to_pictures(row) for row in (xt, learned, best)]
     titles = ["with noise", "what the network sees", "what the optimal denoiser sees"]
     labels = [f"t = {tau:.2g}" for tau in t.tolist()]
@@ -653,9 +654,12 @@ def network_of(settings):
 def prepare_state(settings, content=None):
     """Build what a run's settings describe: a state ready to train.
 
-    content: of the checkpoint to go on from. Raises BadInput for a batch that cannot be divided
-    into its stages or among the processes.
+    content: of the checkpoint to go on from. Raises BadInput for what does not fit or divide.
     """
+    with torch.device("meta"):  # weights, their average, gradients and two moments: 20 bytes
+        need = 20 * unet.count_parameters(network_of(settings))
+    if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # else the kernel kills
+        raise BadInput(f"weights of {need / 2**30:,.0f} GiB do not fit here: give fewer channels")
     torch.manual_seed(settings["seed"])  # the initial weights
     model = workshop.move_to_device(network_of(settings))
     narrow = model.encoders[0].skip_widths[0] < 20 and model.size < 32
@@ -672,9 +676,8 @@ def prepare_state(settings, content=None):
     if world > 1:  # their gradients are averaged, their dropout differs
         torch.manual_seed((settings["seed"] + state["step"]) * world + rank)
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else None
-        # a batch of one stage leaves the other decoders alone
-        how = dict(find_unused_parameters=len(model.decoders) > 1)
-        state["forward"] = DistributedDataParallel(model, devices, **how)
+        unused = len(model.decoders) > 1  # a batch of one stage leaves the other decoders alone
+        state["forward"] = DistributedDataParallel(model, devices, find_unused_parameters=unused)
     return state
 
 
@@ -772,7 +775,7 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     if len(cuts) == 2:
         cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
         if dataset != "celeba":
-            some = images[: min(50_000, 2**29 // images[0].numel())]  # as memory holds as floats
+            some = images[: min(50_000, 2**28 // images[0].numel())]  # as memory holds as floats
             try:
                 progress = workshop.ranks()[0] == 0
                 cuts = clustering.algorithm_1(some.float() / 255, progress=progress)
@@ -800,11 +803,12 @@ def plan_run(given, recipe, images):
     plan.update(dataset=dataset, arch=arch, process=process, network=network, seed=given["seed"])
     own = unet.NETWORKS[name(arch="multistage") if given.get("tailored") else network]
     encoder = plan["encoder"] = plan["encoder"] or own["encoder"]
-    if encoder < 4 or encoder % 2:
-        raise BadInput(f"encoder = {encoder} must be an even number from 4 on, or 0")
     decoders = read_numbers("decoders", plan["decoders"], int, "channels such as 48,32,16")
-    grown = [max(1, round(width * encoder / own["encoder"])) for width in own["decoders"]]
+    grown = [max(4, round(width * encoder / own["encoder"])) for width in own["decoders"]]
     plan.update(decoders=decoders or grown)  # unsaid they grow or shrink as the encoder does
+    if encoder % 2 or not all(4 <= width <= 8192 for width in (encoder, *plan["decoders"])):
+        widths = f"encoder = {encoder} and decoders = {plan['decoders']}"
+        raise BadInput(f"{widths} must be 4 to 8192, the encoder's even")
     plan.update(channels=images.shape[1], size=images.shape[2], boundaries=[], cuts=None)
     where = given["boundaries"], dataset, images, process
     if arch != "unified":
@@ -821,8 +825,7 @@ def plan_run(given, recipe, images):
 # ### A run
 #
 # Beside its steps a run says what it costs, looks at held-out pictures, draws grids and counts its
-# operations. `fit` joins all that to the loop of step 00 that keeps a training. It leaves in
-# `runs/<name>/` `settings.json`, `metrics.jsonl` (a line a log step), `samples/`, `checkpoint.pt`.
+# operations. `fit` joins all that to the loop of step 00 that keeps a training.
 
 
 # %%
@@ -879,9 +882,7 @@ def check_held_out(state, held_out, process, patience):
             stopping["weights"] = {**stopping.get("weights", {}), **best}
         elif stopping["waited"][k] >= patience:
             state["active"].remove(k)
-            workshop.print_once(
-                f"stage {k} stops: no gain in {patience} looks at held-out pictures"
-            )
+            workshop.print_once(f"stage {k} stops: {patience} looks at held-out pictures in vain")
     return found
 
 
@@ -947,10 +948,11 @@ if __name__ == "__main__":
     rank, world = workshop.ranks()
     name = name or f"{dataset}-{arch}" + f"-{process}" * (process != "vp")
     run = workshop.run_folder(out, name)
-    content = workshop.read_checkpoint(run) if resume else None
-    if resume and not boundaries:  # those that it has are not looked for again
+    content = workshop.read_checkpoint(run) if resume else dict(settings={})
+    with workshop.reading(run):  # boundaries that it has are not looked for again
         old = content["settings"]
-        boundaries = ",".join(map(str, old["boundaries"] or old.get("cuts") or []))
+        cuts = old.get("boundaries") or old.get("cuts") or []
+        boundaries = boundaries or ",".join(map(str, cuts))
     with workshop.first_process_first():  # it may have to download
         pixels, labels = workshop.open_data_set(dataset, root, size, memory), None
         if classes:
@@ -963,14 +965,14 @@ if __name__ == "__main__":
     asked.update(patience=patience, classes=int(labels.max()) + 1 if classes else None)
     asked.update(root=root, pictures=workshop.fingerprint(pixels))
     if resume:
-        workshop.check_same_settings(asked, content["settings"], run)
+        workshop.check_same_settings(asked, old, run)
     held_out, used = None, pixels
     if patience:  # a tenth of the pictures is looked at in training
         n = max(1, len(pixels) // 10)
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
         held_out, used = pixels[order[:n]], pixels[order[n:]]
         labels = labels if labels is None else labels[order[n:]]
-    state = prepare_state(asked, content)
+    state = prepare_state(asked, content if resume else None)
     if rank == 0:  # nothing is touched before everything is known to fit
         workshop.claim_folder(run, resume)
         workshop.write_json(asked, run / "settings.json")
@@ -1003,15 +1005,16 @@ if __name__ == "__main__":
         curves[k] = [(row["step"], row[f"loss_{k}"]) for row in rows if f"loss_{k}" in row]
     draw_losses(curves)
     workshop.show_figure(run / "loss.png")
-    speed, counted, true = (rows[-1][k] for k in ("images_per_s", "petaflops", "true_petaflops"))
+    paths = [path for path in sorted((run / "samples").glob("*.png")) if path.stem.isdecimal()]
+    with workshop.reading(f"a file of {run}"):
+        speed, *work = (rows[-1][k] for k in ("images_per_s", "petaflops", "true_petaflops"))
+        grids = [torch.tensor(plt.imread(path)).movedim(2, 0)[None, :3] for path in paths]
+        rows = [grid[:, :, : grid.shape[2] // 2 + 3] for grid in grids]  # the first of its two rows
+        titles = [f"step {int(path.stem):,}" for path in paths]
+        workshop.show_images(rows, titles, run / "progress.png", columns=1)
     print(f"{speed:,} images/s on {workshop.device()}")
-    print(f"{1e6 * counted:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
-    print(f"{1e6 * true:.4g} GFLOPs in truth: every picture, forward and backward")
-    paths = sorted((run / "samples").glob("*.png"))
-    grids = [torch.tensor(plt.imread(path)).movedim(2, 0)[None, :3] for path in paths]
-    rows = [grid[:, :, : grid.shape[2] // 2 + 3] for grid in grids]  # the first of its two rows
-    titles = [f"step {int(path.stem):,}" for path in paths]
-    workshop.show_images(rows, titles, run / "progress.png", columns=1)
+    print(f"{1e6 * work[0]:.4g} GFLOPs as Table 2 counts: one picture a step, forward")
+    print(f"{1e6 * work[1]:.4g} GFLOPs in truth: every picture, forward and backward")
     trained = averaged_model(workshop.read_checkpoint(run))
     predict = lambda xt, t: predict_noise(trained, xt, t, process)  # noqa: E731
     show_estimates(predict, pixels, kernel_of(process), run / "denoised.png")

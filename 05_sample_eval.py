@@ -13,7 +13,7 @@ import os
 
 if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
 
 import math
 from itertools import pairwise
@@ -816,7 +816,8 @@ def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, 
     new, took = sum(sizes[first] for first in missing), time.perf_counter() - begin
     said = f"{new} drawn in {took:.1f} s on {workshop.device()}: {new / took:.0f}/s"
     workshop.print_once(f"{n} pictures, {said if new else 'already drawn'}")
-    return torch.from_numpy(np.concatenate([np.load(path) for path in paths.values()]))
+    with workshop.reading(folder):
+        return torch.from_numpy(np.concatenate([*map(np.load, paths.values())])).unflatten(0, (n,))
 
 
 def stage_shares(model, process, sampler, nfe, grid=""):
@@ -982,15 +983,15 @@ def likelihood_bound(predict, images, kernel, cuts=(), seed=0):
     first, *_, last = kernel.sigma(ends)
     miss = (x0 + first * draw()) / first  # in units of the first noise, against every grey value
     grey = (torch.arange(256).double() / 127.5 - 1) / first
-    logits = [torch.logsumexp(-((part[..., None] - grey) ** 2) / 2, -1) for part in miss.split(16)]
+    parts = miss.flatten().split(2**16)
+    logits = [torch.logsumexp(-((part[:, None] - grey) ** 2) / 2, -1) for part in parts]
     parts = [torch.cat(logits).mean() + ((miss - x0 / first) ** 2).mean() / 2]
     for high, low in pairwise(kernel.log_snr(ends).tolist()):
         place = torch.randperm(len(x0), generator=dice) + torch.rand(len(x0), generator=dice)
         t, eps = kernel.time(low + (high - low) * place.double() / len(x0)), draw()  # in strata
         xt = sde.perturb(x0, eps, t, kernel).float()
-        found = torch.cat(
-            [predict(*some) for some in zip(xt.split(500), t.split(500), strict=True)]
-        )
+        some = zip(xt.split(500), t.split(500), strict=True)
+        found = torch.cat([predict(*part) for part in some])
         parts.append((high - low) / 2 * ((found - eps) ** 2).mean())
     return torch.stack([*parts, (x0**2).mean() / (2 * last**2)]) / math.log(2)
 
@@ -1003,18 +1004,18 @@ def likelihood_bound(predict, images, kernel, cuts=(), seed=0):
 # %%
 if __name__ == "__main__":
     workshop.join_processes()
-    rank, _ = workshop.ranks()
     run = Path(out) / name
     content = workshop.read_checkpoint(run)
-    settings, made = content["settings"], content["step"]
+    with workshop.reading(run):
+        settings, made = content["settings"], content["step"]
+        dataset, process, there = (settings.get(key) for key in ("dataset", "process", "root"))
     if "scale" in settings:
         raise BadInput(f"{run} draws latents: 06_ldm.py --resume samples from it")
-    model, process = training.averaged_model(content), settings["process"]
+    model = training.averaged_model(content)
     told = dict(label=None if label < 0 else label, guidance=read_guidance(guidance))
     check_labels(model, **told, n=1)
-    dataset, size = settings["dataset"], settings.get("size") or 32
     with workshop.first_process_first():
-        pixels, labels = workshop.load_images(dataset, root or settings.get("root", "data"), size)
+        pixels, labels = workshop.load_images(dataset, root or there or "data", model.size)
         if settings.get("pictures") not in (None, workshop.fingerprint(pixels)):
             raise BadInput(f"{run} was trained on other pictures: give the --root that it had")
         real = pixels if label < 0 else pixels[labels == label]
@@ -1032,7 +1033,7 @@ if __name__ == "__main__":
     costs = stage_gflops(model)
     how = dict(sampler=sampler, nfe=nfe, grid=grid, seed=seed, batch=batch, **told)
     drawn = draw_set(model, process, run / "sets" / f"step{made}-{sampler}-{nfe}", samples, **how)
-    if rank > 0:
+    if workshop.ranks()[0] > 0:
         sys.exit()  # the first process measures
     print(f"{count} evaluations; by stage:", {k: round(part, 2) for k, part in share.items()})
     both = [1 + bool(w and label >= 0) for w in told["guidance"]]  # with the label and without it
@@ -1078,12 +1079,11 @@ if __name__ == "__main__":
     if process == "vp":  # the bound wants Gaussian noise and the end of its kernel
         cuts, here = settings["boundaries"] or settings.get("cuts") or [], workshop.device()
         ask = lambda xt, t: model(xt.to(here), t.float().to(here)).cpu()  # noqa: E731
-        some = half[:1000]  # every stage is asked about each: more would take longer than drawing
+        some = half[: min(1000, 2**25 // half[0].numel())]  # more would take longer than drawing
         bits = likelihood_bound(ask, some, sde.VP, cuts)
         print(f"bits a dimension ≤ {bits.sum():.3f} of the {len(some)} real pictures:", end=" ")
-        print(
-            f"stages {[round(part, 3) for part in bits[1:-1].tolist()]} (trained on most of them)"
-        )
+        parts = [round(part, 3) for part in bits[1:-1].tolist()]
+        print(f"stages {parts} (trained on most of them)")
     if samples > 64 and named.startswith("features"):  # more pictures than features
         sets = [features_of(images, extractor) for images in (drawn, half)]
         by_hand, theirs = frechet_distance(*sets), table["samples / real"]["frechet"]

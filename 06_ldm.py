@@ -19,7 +19,7 @@ import sys
 
 if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
 
 import matplotlib.pyplot as plt
 import torch
@@ -531,10 +531,10 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Its training and its latents
 #
-# The loop is that of the lesson. For large pictures latent diffusion adds two judges, LPIPS and a
-# patch discriminator, against blur. The paper does not train such an autoencoder but loads VQ-f4, and
-# so does this step: `tools/release.py` turns its file into one for `--first_stage`. Under `torchrun`
-# every process trains the same autoencoder; it is small.
+# For large pictures latent diffusion adds two judges, LPIPS and a patch discriminator, against blur.
+# The paper does not train such an autoencoder but loads VQ-f4, and so does this step:
+# `tools/release.py` turns its file into one for `--first_stage`. Under `torchrun` every process
+# trains the same one.
 
 
 # %%
@@ -570,8 +570,7 @@ def encode_set(model, images, path):
     """Encode all pictures into one file, and map it: float16 (N, c, h, w), and their scale.
 
     They have unit variance; the scale is what they were multiplied by. The file says of which
-    pictures it is and by which autoencoder: latents of others would train without complaint and
-    decode to nonsense, so they are made anew.
+    pictures it is and by which autoencoder: those of others would decode to nonsense.
     """
     whose = [workshop.fingerprint(images), workshop.fingerprint(*model.state_dict().values())]
     with workshop.reading(path):
@@ -596,8 +595,7 @@ def encode_set(model, images, path):
 # %% [markdown]
 # ### A run
 #
-# It leaves its files in `runs/<name>/`. Whatever does not fit is refused before the autoencoder is
-# trained: the network is built once to see.
+# Whatever does not fit is refused before the autoencoder is trained: the network is built once.
 
 
 # %%
@@ -622,6 +620,8 @@ if __name__ == "__main__":
     trial = evaluation.mixture_noise(sde.LDM), sde.LDM, torch.ones(1, 1, 1, 1), nfe
     list(evaluation.solver_of(sampler, grid)(*trial, torch.Generator()))  # does it work so?
     recipe = workshop.PAPER_LATENT if colour and first_stage else known["latent_recipe"]
+    if first_stage and (kind or code_steps):
+        raise BadInput(f"{first_stage} is trained: leave out --kind and --code_steps")
     workshop.join_processes()
     rank, world = workshop.ranks()
     run = workshop.run_folder(out, name or f"{dataset}-latent")
@@ -642,6 +642,7 @@ if __name__ == "__main__":
         old = workshop.read_checkpoint(run)["settings"]
         workshop.check_same_settings(settings, old, run)
     saved = workshop.read_checkpoint(run, file.name) if resume and not first_stage else None
+    workshop.check_same_settings(plan, (saved or {}).get("options", plan), file)
     if rank == 0:
         workshop.claim_folder(run, resume)
 
@@ -668,8 +669,7 @@ if __name__ == "__main__":
 # ### Training and drawing
 #
 # On `digits` and `mnist` a unified network is trained as well, by the same recipe, for as many steps
-# as cost the same FLOPs (counted by step 05's `stage_gflops`), and dealt the same times. Do not
-# expect three decoders to win here: in latents one was ahead in all runs that were made.
+# as cost the same FLOPs (counted by step 05's `stage_gflops`), and dealt the same times.
 
 
 # %%

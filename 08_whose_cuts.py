@@ -17,7 +17,7 @@ import os
 
 if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # first: it readies the process for torch
+workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
 
 from functools import partial
 from itertools import product

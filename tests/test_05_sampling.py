@@ -13,8 +13,6 @@ import pytest
 import scipy.linalg
 import torch
 import torch_fidelity
-from conftest import command
-from PIL import Image
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 GOLDEN = Path(__file__).parent / "golden" / "solvers.npz"
@@ -296,16 +294,6 @@ def test_equivalent_work_is_weighted_by_evaluations(evaluation, unet, model):
     assert len(calls) == 12 and calls == sorted(calls, reverse=True) and set(calls) == {0, 1, 2}
 
 
-def test_impossible_sampling(workshop, evaluation, model):
-    for change, sentence in (
-        ({"sampler": "rk4"}, "unknown sampler 'rk4': take one of euler-maruyama"),
-        ({"nfe": 0}, "nfe = 0"),
-        ({"n": 0}, "samples = 0"),
-    ):
-        with pytest.raises(workshop.BadInput, match=sentence):
-            evaluation.sample(model, "vp", **{"n": 2, **change})
-
-
 @pytest.fixture(scope="module")
 def measured(workshop, evaluation):
     """The digits, and the features that they are measured with."""
@@ -423,25 +411,6 @@ def test_only_inceptions_distance_is_called_fid(evaluation, capsys):
         row = dict.fromkeys(evaluation.METRICS, 0.5) | {"samples": n}
         evaluation.print_metrics({"a / b": row}, "title", named)
         assert f"\n{label}" in capsys.readouterr().out
-
-
-REFUSED = {
-    "samples = 899 must be 10 or more, and at most half of the 1797": ["--samples", 899],
-    "heun takes 2n - 1": ["--nfe", 10, "--sampler", "heun"],
-    "label 3 is none of the network's, which has none: train one": ["--label", 3],
-    r"guidance \[1.0\] leads to a label": ["--guidance", "1"],
-    "reference has not the shape": ["--reference", "reference"],
-}
-
-
-@pytest.mark.parametrize("sentence", REFUSED)
-def test_what_cannot_be_drawn_or_measured_is_said_before(sentence):
-    Path("reference").mkdir()
-    for i in range(20):
-        Image.new("RGB", (32, 32), (i, 0, 0)).save(f"reference/{i}.png")
-    with pytest.raises(ValueError, match=sentence):
-        command(5, "--name", "pretrained/digits-demo", "--samples", 10, *REFUSED[sentence])
-    assert not Path("runs").exists()
 
 
 def test_pfgm_noise_is_student_s_and_tends_to_a_gaussian(workshop, sde):

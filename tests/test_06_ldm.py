@@ -57,18 +57,6 @@ def test_the_released_first_stage_is_converted_and_agrees(workshop, ldm, golden,
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
-def test_files_that_are_no_first_stage(workshop, ldm):
-    cases = {
-        "it has no 'step'": dict(options=TINY, model={}),
-        "x.pt is damaged or does not fit": dict(options=dict(kind="kl"), model={}, step=0, of=0),
-        "still in training": dict(options=TINY, model={}, step=3, of=4),
-    }
-    for sentence, content in cases.items():
-        torch.save(content, "x.pt")
-        with pytest.raises(workshop.BadInput, match=sentence):
-            ldm.load_first_stage("x.pt")
-
-
 def test_rounding_takes_the_nearest_entry_and_passes_the_gradient(ldm):
     book = ldm.Codebook(16, 3)
     book.vectors.data = torch.randn(16, 3)
@@ -258,9 +246,7 @@ def test_a_killed_run_goes_on_and_draws_again(workshop, trained, monkeypatch):
 
 def test_a_run_keeps_its_autoencoder(workshop, trained, monkeypatch):
     monkeypatch.chdir(trained)
-    with pytest.raises(workshop.BadInput, match="06_ldm.py --resume"):  # step 05 says whose it is
-        command(5, "--name", "whole")
-    flags = [*FEW, "--name", "reuse", "--steps", 1, "--arch", "unified"]
+    flags = [*FEW[2:], "--name", "reuse", "--steps", 1, "--arch", "unified"]
     command(6, *flags, "--first_stage", "runs/whole/autoencoder.pt")  # that of another run
     other = workshop.read_checkpoint("runs/whole", "autoencoder.pt")
     other["model"] = {key: value + 1 for key, value in other["model"].items()}
@@ -312,26 +298,3 @@ def test_a_colour_folder_trains_the_paper_s_network(workshop, unet, evaluation, 
     assert kept.shape == (24, 3, 8, 8)
     settings = workshop.read_checkpoint("runs/folder-latent")["settings"]
     assert settings["size"] == 8 and settings["network"] == "table6_4"
-
-
-WRONG = {
-    "--dataset celeba --size 250 --first_stage vq.pt": "sides that 4 divides, not .3, 250, 250",
-    "--first_stage vq.pt": "takes 3 channels and .* not .1, 8, 8.: give another --first_stage",
-    "--first_stage none.pt": "there is no none.pt",
-    "--kind gan": "unknown autoencoder 'gan'",
-    "--resume": "there is no runs/digits-latent/autoencoder.pt: train",
-    "--grid even": "unknown grid 'even'",
-    "--sampler dpm": "unknown sampler 'dpm'",
-    "--sampler heun --nfe 3": "leave out grid = 'time'",
-    "--sampler predictor-corrector --nfe 3": "nfe = 3: predictor-corrector takes two",
-    "--samples 899": "samples = 899 must be 10 or more, and at most half",
-    "--boundaries 0.6,0.4": "boundaries",
-    "--batch 2": "batch = 2 cannot mix 3 stages",
-}
-
-
-@pytest.mark.parametrize("flags", WRONG)
-def test_what_cannot_work_is_refused_before_anything_begins(workshop, vq, flags):
-    with pytest.raises(workshop.BadInput, match=WRONG[flags]):
-        command(6, *flags.split())
-    assert not Path("runs").exists()

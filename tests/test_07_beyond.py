@@ -190,12 +190,6 @@ def test_labels_that_cannot_be_drawn(workshop, evaluation, unet, classes, how, s
         evaluation.sample(network(unet, classes=classes), "vp", 2, nfe=1, sampler="ddim", **how)
 
 
-def test_guidance_is_read_as_text(workshop, evaluation):
-    assert [evaluation.read_guidance(w) for w in ("2", "1, 2,4")] == [(2.0,), (1, 2, 4)]
-    with pytest.raises(workshop.BadInput, match="guidance 'much' must be a number"):
-        evaluation.read_guidance("much")
-
-
 # ---- one stage alone -------------------------------------------------------------------------
 
 

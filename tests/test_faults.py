@@ -1,126 +1,263 @@
-"""What users and machines do wrong: one sentence, exit status 2, and nothing is lost."""
+"""What users and machines do wrong: one sentence, exit status 2, and nothing is lost or moved.
 
+The list of faults is faults.txt; here is how they are made, and what no list can hold.
+"""
+
+import ast
 import os
+import pickle
 import re
 import resource
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+from itertools import product
+from pathlib import Path
+from string import Template
 
+import filelock
+import jupytext
+import numpy as np
+import papermill
 import pytest
 import torch
-from conftest import ROOT, STEPS, command
+from conftest import ROOT, STEPS, command, step
 from papermill.translators import PythonTranslator
+from PIL import Image
 
-FLAGS = ["--boundaries", "0.1,0.44", "--steps", "4", "--batch", "8", "--name", "r"]
+FEW = "--boundaries 0.1,0.44 --steps 4 --batch 8"
+
+
+class Hostile:
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
+def put(patch, path, content=b"x"):
+    """Put a file in place of what lies there; without content a folder."""
+    path = next(Path().glob(path), Path(path))
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (path if content is None else path.parent).mkdir(parents=True, exist_ok=True)
+    if content is not None:
+        path.write_bytes(content)
+
+
+def cut(patch, path, n):
+    path = next(Path().glob(path))
+    path.write_bytes(path.read_bytes()[: int(n)])
+
+
+def half(patch, path):
+    """Leave half of the pictures of a drawn set, in a file that is whole."""
+    path = next(Path().glob(path))
+    np.save(path, np.load(path)[:10])
+
+
+def add(patch, path, *words):
+    line = " ".join(words)
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(line + "\n" * line.endswith("}"))
+
+
+def drop(patch, path):
+    shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def change(patch, path, keys, value=None):
+    """Give some entries of a checkpoint a value, or all of it."""
+    content = torch.load(path, weights_only=True)
+    named = {key: ast.literal_eval(value) for key in keys.split(",")} if value else {}
+    torch.save({**content, **named} if value else ast.literal_eval(keys), path)
+
+
+def scale(patch, path, key):
+    content = torch.load(path, weights_only=True)
+    content[key] = {name: 1.5 * weight for name, weight in content[key].items()}
+    torch.save(content, path)
+
+
+def paint(patch, folder, n, shade=0):
+    Path(folder).mkdir(exist_ok=True)
+    for i in range(int(n)):
+        Image.new("RGB", (9, 9), (9 * i, int(shade), 99)).save(f"{folder}/{i}.png")
+
+
+def flip(patch):
+    known = step(0).DATASETS["digits"]
+    pixels, labels = known["read"]("")
+    patch.setitem(known, "read", lambda root: (pixels.flip(-1), labels))
+
+
+def offline(patch):
+    for name in ("create_connection", "getaddrinfo"):
+        patch.setattr(socket, name, lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+
+
+def lock(patch):
+    held = [filelock.FileLock(Path(f"runs/{name}.lock").resolve()) for name in "rl"]
+    for one in held:
+        one.acquire()
+    patch.setattr(step(0), "HELD", held, raising=False)  # until the test is over
+
+
+def pipe(patch, path):
+    Path(path).parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+
+
+BREAKS = dict(put=put, cut=cut, half=half, add=add, drop=drop, set=change, scale=scale, paint=paint)
+BREAKS |= dict(flip=flip, offline=offline, lock=lock, pipe=pipe, keep=lambda patch: None)
+BREAKS["env"] = lambda patch, name, value: patch.setenv(name, value)
+BREAKS["folder"] = lambda patch, path: put(patch, path, None)
+BREAKS["hostile"] = lambda patch, path: put(patch, path, pickle.dumps(Hostile()))
+
+
+TEXT = (ROOT / "tests" / "faults.txt").read_text(encoding="utf-8")
+WORDS = dict(re.findall(r"(?m)^([A-Z]+) = (.+)$", TEXT))
+
+
+def listed():
+    """Read the list: rows of (kind, sentence, command, break) and, where it is harmless, truth."""
+    found = []
+    for block in Template(TEXT).substitute(WORDS).strip().split("\n\n")[2:]:
+        head, *lines = block.split("\n")
+        kind, _, sentence = head.partition(": ")
+        many = {mark: [] for mark in " !="}
+        for line in lines:
+            mark, line = (line[0], line[2:]) if line[0] in "!=" else (" ", line)
+            start, between, rest = line.rpartition(" ~ ") if mark != "=" else ("", "", line)
+            glue = "" if start.endswith("/") else " "
+            many[mark] += [start + glue * bool(between) + part for part in rest.split(" | ")]
+        for one, broken in product(many[" "], many["!"] or ["keep"]):
+            found.append((kind, sentence, one, broken, *many["="]))
+    return found
+
+
+FAULTS = listed()
+
+
+def named(row):
+    return f"{row[0]}: {row[2]} ! {row[3]}"
+
+
+def break_it(patch, how):
+    name, *args = how.split(" ")
+    BREAKS[name](patch, *args)
+
+
+def told(line):
+    number, *flags = shlex.split(line)
+    return command(int(number), *flags)
+
+
+def left():
+    """Read all that lies here, but for locks and caches."""
+    made = {"cache", "data", "figures"}
+    files = [
+        path for path in Path().rglob("*") if path.suffix != ".lock" and path.parts[0] not in made
+    ]
+    return {path: path.read_bytes() if path.is_file() else None for path in files}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """Runs of digits, of a folder's pictures and of latents, and a drawn set, in a folder."""
+    folder = tmp_path_factory.mktemp("house")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(step(0), "CACHE", folder / "cache")
+        paint(patch, "pics", 6)
+        for word in "RFSL":
+            told(WORDS[word])
+    return folder
+
+
+@pytest.fixture
+def here(house, tmp_path, monkeypatch):
+    shutil.copytree(house, tmp_path, dirs_exist_ok=True)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("row", [row for row in FAULTS if len(row) == 4], ids=named)
+def test_a_fault_is_one_sentence_and_nothing_is_lost(row, here, capfd):
+    _, sentence, line, broken = row
+    break_it(here, broken)
+    before = left()
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        told(line)
+    said = str(caught.value)
+    if caught.type is SystemExit:  # argparse has told it
+        assert caught.value.code == 2
+        said = capfd.readouterr().err.strip()
+    assert caught.typename in ("BadInput", "SystemExit") and "\n" not in said, said
+    *_, flag, value = ["", *line.split()]
+    for what, word in (("{flag}", flag.lstrip("-")), ("{value}", value)):
+        sentence = sentence.replace(what, re.escape(word))
+    assert re.search(sentence, said), said
+    assert left() == before
+
+
+def numbers(line, capsys):
+    """Run a command and list the numbers that it leaves and prints."""
+    capsys.readouterr()
+    told(line)
+    found = [row for row in capsys.readouterr().out.split("\n") if "GFLOPs" in row]
+    for path in sorted(Path("runs").glob("*/metrics.json")):
+        found.append(path.read_text(encoding="utf-8"))
+    for path in sorted(Path("runs").glob("*/checkpoint.pt")):
+        weights = step(0).read_checkpoint(path.parent)["ema"].values()
+        rows = step(0).read_log(path.parent)
+        found += [step(0).fingerprint(*weights), *[{**row, "images_per_s": 0} for row in rows]]
+    return found
+
+
+TRUE = {}  # what commands give where nothing is broken
+
+
+@pytest.mark.parametrize("row", [row for row in FAULTS if len(row) == 5], ids=named)
+def test_what_does_no_harm_gives_the_true_numbers(row, house, tmp_path, here, capsys):
+    _, _, line, broken, truth = row
+
+    def of(line, *faults):
+        place = tmp_path / str(len(list(tmp_path.glob("[0-9]"))))
+        shutil.copytree(house, place)
+        here.chdir(place)
+        for how in faults:
+            break_it(here, how)
+        return numbers(line, capsys)
+
+    found = of(line, broken)
+    if truth.startswith("drop "):  # what the same fault gives without something
+        assert found == of(line, broken, truth)
+    else:
+        TRUE[truth] = TRUE.get(truth) or of(truth)
+        assert found == TRUE[truth]
+
+
+def test_the_list_is_long(capsys):
+    kinds = {row[0] for row in FAULTS}
+    with capsys.disabled():
+        print(f"\n{len(FAULTS)} faults of {len(kinds)} kinds")
+    assert len(set(FAULTS)) == len(FAULTS) >= 150 and len(kinds) >= 30
+
+
+# ---------------------------------------------------------------------- processes: eleven real runs
 
 
 def start(*arguments, cwd, **env):
-    """Start a process as a user would, from another folder; Ctrl-C reaches it."""
-    let = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    """Start a process as a user would, from another folder; Ctrl-C and a lost terminal reach it."""
+
+    def let():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
     how = dict(cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, preexec_fn=let)
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen([sys.executable, "-u", *arguments], **how, **pipes)
-
-
-# ------------------------------------------------------------------------------------- parameters
-
-
-@pytest.mark.parametrize("name", STEPS[1:])  # step zero has no number to give
-def test_every_number_has_a_range_and_its_default_lies_in_it(workshop, name):
-    numbers = [entry for entry in workshop.read_parameters(name) if type(entry[1]) in (int, float)]
-    assert numbers
-    for key, default, comment in numbers:
-        assert re.search(r"[\[(]\S+, \S+[\])]$", comment), f"{key} has no range"
-        assert workshop.check_value(key, default, type(default), comment) == default
-        for wrong in (float("nan"), float("inf"), -2, 10**30):
-            with pytest.raises(workshop.BadInput, match=f"{key} = "):
-                workshop.check_value(key, wrong, type(default), comment)
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_papermill_understands_every_parameter(workshop, name, caplog):
-    cell = (ROOT / f"{name}.py").read_text(encoding="utf-8").split('tags=["parameters"]\n')[1]
-    found = PythonTranslator.inspect({"source": cell.split("# %%")[0]})
-    assert [p.name for p in found] == [key for key, _, _ in workshop.read_parameters(name)]
-    assert caplog.text == ""
-
-
-@pytest.mark.parametrize(
-    "injected, sentence",
-    [
-        (dict(steps=[1, 2]), r"steps = \[1, 2\] is no int"),
-        (dict(steps=None), "steps = None is no int"),
-        (dict(name=None), "name = None is no str"),
-        (dict(steps=4.7), "steps = 4.7 is no int"),
-        (dict(steps=True), "steps = True is no int"),
-        (dict(resume="false"), "resume = 'false' is no bool"),
-        (dict(resume=1), "resume = 1 is no bool"),
-        (dict(lr=float("nan")), r"lr = nan must lie in \[0, 10\]"),
-        (dict(stpes=3), "unknown parameter 'stpes'"),
-        (dict(steps="7", lr=1, boundaries="0.5"), None),
-    ],
-)
-def test_what_papermill_hands_over_is_checked(workshop, monkeypatch, injected, sentence):
-    monkeypatch.setattr(workshop, "NOTEBOOK", True)
-    defaults = {key: default for key, default, _ in workshop.read_parameters("04_train")}
-    cell = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in injected.items())
-    kernel = {"__name__": "__main__", **defaults, **injected, "In": ["", cell]}
-    if sentence:
-        with pytest.raises(workshop.BadInput, match=sentence):
-            workshop.settings(kernel, "04_train")
-    else:
-        workshop.settings(kernel, "04_train")
-        assert (kernel["steps"], kernel["lr"], kernel["boundaries"]) == (7, 1.0, "0.5")
-
-
-# ------------------------------------------------------------------------- disks, files, other runs
-
-
-def test_a_full_disk_during_training(workshop, tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # no file grows beyond that
-    try:
-        with pytest.raises(workshop.BadInput, match="cannot write runs/r/checkpoint.pt"):
-            command(4, *FLAGS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not list(tmp_path.rglob("*.part*"))
-
-
-def test_a_torn_row_of_a_log_is_left_out(workshop, tmp_path):
-    log = tmp_path / "metrics.jsonl"
-    log.write_text('{"step": 1, "loss_0": 0.5}\n{"step": 2, "lo', encoding="utf-8")
-    assert workshop.read_log(tmp_path) == [{"step": 1, "loss_0": 0.5}]
-
-
-def test_checkpoints_that_do_not_fit(workshop, training):
-    command(4, *FLAGS)
-    content = workshop.read_checkpoint("runs/r")
-    key = next(iter(content["model"]))
-    for spoiled in ({key: torch.zeros(3)}, {}):
-        del content["model"][key]
-        content["model"].update(spoiled)
-        with pytest.raises(workshop.BadInput, match=f"does not fit: .*{key}"):
-            training.prepare_state(content["settings"], content)
-
-
-def test_two_runs_of_one_name(workshop, tmp_path):
-    claim = f"t = importlib.import_module('{STEPS[0]}'); t.claim_folder('r', False); print('held')"
-    other = start("-c", f"import importlib, time; {claim}; time.sleep(99)", cwd=tmp_path)
-    assert other.stdout.readline() == "held\n"
-    (tmp_path / "r" / "checkpoint.pt").write_text("theirs", encoding="utf-8")
-    for resume in (True, False):
-        with pytest.raises(workshop.BadInput, match="another process is training in .*--name"):
-            workshop.claim_folder(tmp_path / "r", resume)
-    other.kill()
-    other.communicate()
-    workshop.claim_folder(tmp_path / "r", False)  # the lock died with its process
-    workshop.claim_folder(tmp_path / "r", False)  # and one's own does not stand in the way
-    assert (tmp_path / "r.1" / "checkpoint.pt").read_text(encoding="utf-8") == "theirs"
-
-
-# ---------------------------------------------------------------------------- signals and memory
 
 
 def test_ctrl_c_in_the_very_first_moments(tmp_path):
@@ -143,58 +280,129 @@ def test_sigterm_during_sampling_leaves_nothing_behind(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_lost_terminal_lets_a_training_save(workshop, tmp_path):
+    flags = f"{FEW} --steps 9999 --save_every 2 --name r".split()
+    process = start(ROOT / "04_train.py", *flags, cwd=tmp_path)
+    while not (tmp_path / "runs/r/checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    said = "".join(process.communicate(timeout=120))
+    assert process.returncode == 129 and "Traceback" not in said
+    made = workshop.read_checkpoint("runs/r")["step"]
+    assert f"saved at step {made:,}: the same command with --resume goes on" in said
+
+
+@pytest.mark.parametrize(
+    "sink, status",
+    [("> /dev/full", 1), (">&-", 0), ("2>&- >&-", 0), ("| head -1; exit ${PIPESTATUS[0]}", 141)],
+)
+def test_output_that_nobody_takes_ends_a_command_in_silence(tmp_path, sink, status):
+    asked = f"04_train.py {FEW}" if "head" in sink else "00_workshop.py --check"
+    line = f"{sys.executable} {ROOT}/{asked} {sink}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == status and "Error" not in done.stderr
+
+
+def test_torchrun_tells_a_refusal_once(tmp_path):
+    asked = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    done = start(*asked, ROOT / "04_train.py", *FEW.split(), "--batch", "9", cwd=tmp_path)
+    said = done.communicate(timeout=300)[1]
+    sentence = "04_train.py: error: batch = 9 cannot be shared by 2 processes"
+    assert done.returncode and said.count(sentence) == said.count("error: ") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_working_folder_that_is_gone(tmp_path):
+    line = f"mkdir gone; cd gone; rmdir ../gone; {sys.executable} {ROOT}/04_train.py"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("04_train.py: error: this folder is gone")
+
+
+def test_run_in_somebody_s_own_folder_of_notebooks(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    asked = ["-m", "IPython", "-c", f"%run {ROOT}/00_workshop.py"]
+    done = start(*asked, cwd=tmp_path / "notebooks", MPLBACKEND="agg")
+    assert "Error" not in "".join(done.communicate(timeout=300)) and done.returncode == 0
+    assert [path.name for path in tmp_path.glob("*/figures/*")] == ["00_data.png"]
+
+
+def test_papermill_from_another_folder_says_the_way_out(tmp_path):
+    for name in STEPS[:2]:
+        with pytest.raises(papermill.PapermillExecutionError, match="papermill:? --cwd"):
+            notebook = jupytext.read(ROOT / f"{name}.py")
+            papermill.execute_notebook(
+                notebook, "x.ipynb", kernel_name="python3", progress_bar=False
+            )
+
+
+# ------------------------------------------------------------------------ what the list cannot hold
+
+
+@pytest.mark.parametrize("name", STEPS[1:])  # step zero has no number to give
+def test_every_number_has_a_range_and_its_default_lies_in_it(workshop, name):
+    numbers = [entry for entry in workshop.read_parameters(name) if type(entry[1]) in (int, float)]
+    assert numbers
+    for key, default, comment in numbers:
+        assert re.search(r"[\[(]\S+, \S+[\])]$", comment), f"{key} has no range"
+        assert workshop.check_value(key, default, type(default), comment) == default
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_papermill_understands_every_parameter(workshop, name, caplog):
+    cell = (ROOT / f"{name}.py").read_text(encoding="utf-8").split('tags=["parameters"]\n')[1]
+    found = PythonTranslator.inspect({"source": cell.split("# %%")[0]})
+    assert [p.name for p in found] == [key for key, _, _ in workshop.read_parameters(name)]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "injected, sentence",
+    [
+        (dict(steps=[1, 2]), r"steps = \[1, 2\] is no int"),
+        (dict(steps=None), "steps = None is no int"),
+        (dict(steps=4.7), "steps = 4.7 is no int"),
+        (dict(steps=True), "steps = True is no int"),
+        (dict(resume="false"), "resume = 'false' is no bool"),
+        (dict(lr=float("nan")), r"lr = nan must lie in \[0, 10\]"),
+        (dict(stpes=3), "unknown parameter 'stpes'"),
+        (dict(steps="7", lr=1, boundaries="0.5"), None),
+    ],
+)
+def test_what_papermill_hands_over_is_checked(workshop, monkeypatch, injected, sentence):
+    monkeypatch.setattr(workshop, "NOTEBOOK", True)
+    defaults = {key: default for key, default, _ in workshop.read_parameters("04_train")}
+    cell = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in injected.items())
+    kernel = {"__name__": "__main__", **defaults, **injected, "In": ["", cell]}
+    if sentence:
+        with pytest.raises(workshop.BadInput, match=sentence):
+            workshop.settings(kernel, "04_train")
+    else:
+        workshop.settings(kernel, "04_train")
+        assert (kernel["steps"], kernel["lr"], kernel["boundaries"]) == (7, 1.0, "0.5")
+
+
+def test_a_full_disk_during_training(workshop, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # no file grows beyond that
+    try:
+        with pytest.raises(workshop.BadInput, match="cannot write runs/r/checkpoint.pt"):
+            told(WORDS["R"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob("*.part*"))
+
+
 def test_memory_used_up_anywhere_in_a_script_is_one_sentence(workshop, capfd):
     """Such as where a network or a data set is moved to a GPU that others fill."""
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
     with pytest.raises(SystemExit) as end:
         workshop.report_bad_input(type(full), full, None)
     assert end.value.code == 2
-    assert re.search(r"^\S+ error: the GPU's memory is used up.* --batch", capfd.readouterr().err)
+    assert re.search(r"^\S+ error: the memory is used up.* --batch", capfd.readouterr().err)
     workshop.report_bad_input(RuntimeError, RuntimeError("another bug"), None)
     assert capfd.readouterr().err.strip() == "RuntimeError: another bug"
-
-
-# ---------------------------------------------------------------- identity, names, stages, output
-
-
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        (["--name", "../../x"], r"name = '\.\./\.\./x' must be the name of a folder in runs"),
-        (["--name", "/x"], "name = '/x' must be"),
-        (["--name", "."], r"name = '\.' must be"),
-        (["--process", "edm", "--boundaries", "1e-9,1e9"], "leave a stage of edm without times"),
-        (["--process", "flow", "--boundaries", "0.99999,0.999999"], "of flow without times"),
-        (["--tailored", "--arch", "unified"], "tailored widths are for --arch separate"),
-    ],
-)
-def test_a_run_that_cannot_be_is_refused_before_anything_is_made(
-    workshop, tmp_path, flags, sentence
-):
-    with pytest.raises(workshop.BadInput, match=sentence):
-        command(4, *FLAGS, *flags)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_run_knows_its_pictures(workshop, monkeypatch):
-    command(4, *FLAGS)
-    load = workshop.DATASETS["digits"]["read"]
-    monkeypatch.setitem(
-        workshop.DATASETS["digits"], "read", lambda root: (load(root)[0].flip(-1), load(root)[1])
-    )
-    with pytest.raises(workshop.BadInput, match="trained on other pictures: give the --root"):
-        command(4, *FLAGS, "--resume")
-    with pytest.raises(workshop.BadInput, match="trained on other pictures: give the --root"):
-        command(5, "--name", "r", "--samples", "20")
-
-
-def test_output_that_nobody_takes_ends_a_command_in_silence(tmp_path):
-    step = f"{sys.executable} {ROOT / '00_workshop.py'} --check"
-    for sink, status in (("> /dev/full", 1), (">&-", 0), ("2>&- >&-", 0)):
-        done = subprocess.run(
-            f"{step} {sink}", shell=True, cwd=tmp_path, capture_output=True, text=True
-        )
-        assert (done.returncode, done.stderr) == (status, ""), sink
 
 
 def test_a_training_saves_before_its_output_is_missed(workshop, monkeypatch):
@@ -207,5 +415,5 @@ def test_a_training_saves_before_its_output_is_missed(workshop, monkeypatch):
 
     monkeypatch.setattr(workshop.tqdm, "set_postfix", broken)
     with pytest.raises(BrokenPipeError):
-        command(4, *FLAGS)
+        told(WORDS["R"])
     assert workshop.read_checkpoint("runs/r")["step"] == 4
