@@ -15,7 +15,10 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.utils import make_grid
 
-OWN = {"describe_environment"}  # by the workshop's own command
+OWN = {
+    "describe_environment",
+    "Replayed",
+}  # a command; what 04 trains with, and 05 draws through 04
 
 
 def names_within(node):
