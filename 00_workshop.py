@@ -553,8 +553,8 @@ class Replayed:
     What the GPU is given to do in a call is recorded, once a key and shapes, as a CUDA graph, which
     is started in one go. So `work` may look at no tensor, and what changes between calls of a key
     has to come in tensors. The `first` calls run as they are, and a key's first: in them cuDNN has
-    chosen its algorithms, Adam has made its moments, and memory is free again when the graphs take it
-    up, which share theirs. Dropout draws anew at each replay: torch sees to that.
+    chosen its algorithms, Adam has made its moments, and memory is free again when graphs,
+    which share theirs, take it up. Dropout draws anew at each replay: torch sees to that.
     """
 
     def __init__(self, work, on, first=0):
