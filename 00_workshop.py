@@ -280,7 +280,8 @@ def show_images(rows, titles, path, columns=16, labels=None):
 # `shape` is a picture's (C, H, W); without one `--size` decides. `read` makes of `--root` (uint8
 # (N, C, H, W), labels), or `torchvision` names the class that does. Where the `judge` is "digits"
 # a classifier of ten labels measures (step 05), else Inception. `network` and `recipe` are a small
-# network of step 03 and how step 04 trains it; without them the paper's. The rest is for step 06.
+# network of step 03 and how step 04 trains it. Colour pictures have the paper's, and `LAPTOP`'s
+# where there is no GPU. The rest is for step 06.
 
 
 # %%
