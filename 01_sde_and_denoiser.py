@@ -361,10 +361,11 @@ if __name__ == "__main__":
     noise = torch.distributions.Normal(0, 1).icdf((torch.arange(5) + 0.5) / 5).reshape(5, 1, 1, 1)
     t, values = torch.linspace(VP.t_min, 1, 300).double(), torch.linspace(-3, 3, 400)
     shade = mixture_density(values, t, VP, points).T
+    heat = t.numpy(), values.numpy(), (shade / shade.amax(0)).numpy()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
     solvers = {"probability-flow ODE": probability_flow, "reverse SDE": euler_maruyama}
     for ax, title in zip(axes, solvers, strict=True):
-        ax.pcolormesh(t, values, shade / shade.amax(0), cmap="Greys", vmax=2.5, rasterized=True)
+        ax.pcolormesh(*heat, cmap="Greys", vmax=2.5, rasterized=True)
         states = torch.stack([noise, *solvers[title](toy, VP, noise, 300, dice)])
         ax.plot(log_snr_times(VP, 300), states.flatten(1), lw=1.2)
         ax.set(title=title, xlabel="t", ylabel="x", xlim=(0, 1))
@@ -372,8 +373,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Every path ends in one of the points. The ODE's never cross; the SDE's may change their mind. Most
-# commit themselves late, about $0.05<t<0.2$: to the right of it the shade has one bump, to the left
-# each path only slides into its point.
+# commit themselves late, about $0.05<t<0.2$: to the right of it the shade has a single bump.
 #
 # **Predict first:** will real pictures, drawn by the best denoiser that there is, be new ones?
 # <details><summary>Answer</summary>None is. Every sample is a training picture, up to the noise

@@ -73,7 +73,7 @@ LIMITS = {
 MOST_LINES = {
     # pictures of every kind decoded right, output that nobody takes, runs that know whose they are
     "00_workshop": 860,  # and CUDA graphs that replay a step; colour pictures without a GPU; a zip
-    "01_sde_and_denoiser": 740,  # five kernels as plain methods; Prop. 1 at the products' rate
+    "01_sde_and_denoiser": 742,  # five kernels as plain methods; Prop. 1 at the products' rate
     "02_clustering": 715,  # the pilot, without which cuts of digits scatter twice as much
     "03_multistage_unet": 1090,  # three published backbones, bit for bit, and their tables
     "04_train": 1030,  # five processes, early stopping; a step in pieces, or replayed on a card
