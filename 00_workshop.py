@@ -78,8 +78,7 @@ def report_bad_input(kind, error, trace):
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         os._exit(128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1)  # nobody listens
     if "Memory" in kind.__name__ or "can't allocate memory" in str(error):  # the latter: a CPU's
-        how = "ask for less, as by --pieces 2 in training or a smaller --batch"
-        error = BadInput(f"the memory is used up: {how}")
+        error = BadInput("the memory is used up: ask for less, by a smaller --batch or --pieces 2")
     if not isinstance(error, BadInput):
         return sys.__excepthook__(kind, error, trace)
     if FIRST:  # torch takes sys.stderr away from processes that have joined
@@ -302,13 +301,12 @@ SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, en
 WIDTHS = dict(encoder=32, decoders=(48, 32, 16))  # a quarter of the paper's, but for the last
 # not the paper's, but what helped in minutes (RESULTS.md), with one decoder as with three
 FOUND = dict(stages="mixed", times="stages", weight="min-snr", decay="linear")
-# pictures in colour, in half an hour on two cores: the best that was tried (docs/samples.md)
+# pictures in colour, in half an hour on two cores (docs/samples.md says what was tried)
 NARROW = dict(encoder=24, decoders=(36, 24, 12), mults=(1, 2, 2), attention=(8,))
-LAPTOP = dict(small="laptop", network=NARROW)
-LAPTOP["recipe"] = dict(steps=4000, batch=64, lr=2e-3, warmup=100, flip=True, **FOUND)
+BRIEF = dict(steps=4000, batch=64, lr=2e-3, warmup=100, **FOUND)
+LAPTOP = dict(small="laptop", network=NARROW, recipe=dict(BRIEF, flip=True))
 COLOUR = dict(recipe=PAPER, autoencoder={**SMALL, "channels": 3, "code": 4}, latent_network=NARROW)
-COLOUR["latent_recipe"] = dict(code_steps=1500, code_batch=64, code_lr=2e-3, **FOUND)
-COLOUR["latent_recipe"] |= dict(steps=4000, batch=64, lr=2e-3, warmup=100)
+COLOUR["latent_recipe"] = dict(code_steps=1500, code_batch=64, code_lr=2e-3, **BRIEF)
 
 DATASETS = {
     "digits": dict(
@@ -511,6 +509,11 @@ def open_data_set(dataset, root, size, memory):
     """Load a data set as one uint8 tensor, onto the device where it takes `memory` GiB or less."""
     pixels = load_images(dataset, root, size)[0]
     return pixels.to(device()) if pixels.numel() <= memory * 2**30 else pixels
+
+
+def first_of(images, most, numbers=2**28):
+    """Take the first `most` of images (N, C, H, W), or as many as have `numbers` entries in all."""
+    return images[: min(most, numbers // images[0].numel())]
 
 
 def to_network_space(images):

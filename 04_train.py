@@ -277,8 +277,8 @@ def show_estimates(predict, images, kernel, path):
     xt = sde.perturb(x0, eps, t, kernel)
     s, sigma = (sde.per_image(value, xt) for value in (kernel.s(t), kernel.sigma(t)))
     learned = xt / s - sigma * predict(xt, t)  # Eq. 1, solved for x0
-    some = images[: min(50_000, 2**28 // images[0].numel())]  # as memory holds as floats
-    best = sde.posterior_mean(xt, t, kernel, workshop.to_network_space(some))
+    some = workshop.to_network_space(workshop.first_of(images, 50_000))
+    best = sde.posterior_mean(xt, t, kernel, some)
     rows = [workshop.to_pictures(row) for row in (xt, learned, best)]
     titles = ["with noise", "what the network sees", "what the optimal denoiser sees"]
     labels = [f"t = {tau:.2g}" for tau in t.tolist()]
@@ -656,9 +656,9 @@ def prepare_state(settings, content=None):
 
     content: of the checkpoint to go on from. Raises BadInput for what does not fit or divide.
     """
-    with torch.device("meta"):  # weights, their average, gradients and two moments: 20 bytes
+    with torch.device("meta"):  # weights, average, gradients, moments: 20 bytes, or we are killed
         need = 20 * unet.count_parameters(network_of(settings))
-    if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # else the kernel kills
+    if hasattr(os, "sysconf") and need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise BadInput(f"weights of {need / 2**30:,.0f} GiB do not fit here: give fewer channels")
     torch.manual_seed(settings["seed"])  # the initial weights
     model = workshop.move_to_device(network_of(settings))
@@ -775,7 +775,7 @@ def find_boundaries(text, dataset, images, process, network="digits"):
     if len(cuts) == 2:
         cuts = unet.PUBLISHED  # the paper, too, uses CIFAR-10's boundaries for CelebA
         if dataset != "celeba":
-            some = images[: min(50_000, 2**28 // images[0].numel())]  # as memory holds as floats
+            some = workshop.first_of(images, 50_000)
             try:
                 progress = workshop.ranks()[0] == 0
                 cuts = clustering.algorithm_1(some.float() / 255, progress=progress)
@@ -960,8 +960,8 @@ if __name__ == "__main__":
             if labels is None:
                 raise BadInput(f"the pictures of {dataset} have no labels: leave out --classes")
         flags = {key: globals()[key] for key, *_ in workshop.read_parameters("04_train")}
-        recipe = workshop.about(dataset, network, size)["recipe"]
-        asked = plan_run(flags, recipe, pixels)
+        known = workshop.about(dataset, network, size)
+        asked = plan_run(flags, known["recipe"], pixels)
     asked.update(patience=patience, classes=int(labels.max()) + 1 if classes else None)
     asked.update(root=root, pictures=workshop.fingerprint(pixels))
     if resume:
@@ -979,12 +979,12 @@ if __name__ == "__main__":
 
 # %%
 if __name__ == "__main__":
-    if not network and asked["network"].startswith("laptop"):
+    if "small" in known:
         workshop.print_once(
             "no GPU: a small network, in half an hour on two cores (at 16×16 in ten minutes); "
             "the paper's: --network table5_1"
         )
-    elif recipe is workshop.PAPER:
+    elif asked["network"] == "table5_1" and not steps:
         workshop.print_once("the paper's recipe: on an H100 at 32×32 some 26 hours")
     workshop.print_once(f"on {workshop.device()}, processes: {world}; the run lies in {run}")
     how = dict(labels=labels, pieces=pieces, replay=replay)

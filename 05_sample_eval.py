@@ -895,8 +895,8 @@ def pick_extractor(dataset, weights=""):
     except Exception as error:  # torch-fidelity and the download each fail in their own way
         why = (
             f"Inception's weights cannot be had ({workshop.shorten(error)}): give their file with "
+            f"--weights, or put it into {torch.hub.get_dir()}/checkpoints"
         )
-        why += f"--weights, or put it into {torch.hub.get_dir()}/checkpoints"
         if weights:
             raise BadInput(why) from error
         workshop.print_once(f"{why}; pictures are drawn and not measured")
@@ -1079,7 +1079,7 @@ if __name__ == "__main__":
     if process == "vp":  # the bound wants Gaussian noise and the end of its kernel
         cuts, here = settings["boundaries"] or settings.get("cuts") or [], workshop.device()
         ask = lambda xt, t: model(xt.to(here), t.float().to(here)).cpu()  # noqa: E731
-        some = half[: min(1000, 2**25 // half[0].numel())]  # more would take longer than drawing
+        some = workshop.first_of(half, 1000, 2**25)  # more would take longer than drawing
         bits = likelihood_bound(ask, some, sde.VP, cuts)
         print(f"bits a dimension ≤ {bits.sum():.3f} of the {len(some)} real pictures:", end=" ")
         parts = [round(part, 3) for part in bits[1:-1].tolist()]

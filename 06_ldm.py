@@ -604,8 +604,7 @@ def plan_latents(arch):
     flags = {key: globals()[key] for key, *_ in workshop.read_parameters("06_ldm")}
     flags.update(arch=arch, process="ldm", boundaries=boundaries or str(unet.STEPS))
     small = "laptop_latent" if colour else f"{dataset}_latent"
-    paper = training.PAPER_NETWORKS["ldm"].get(arch, "")
-    flags.update(network=paper if colour and first_stage else small)
+    flags.update(network=training.PAPER_NETWORKS["ldm"][arch] if published else small)
     flags.update(encoder=recipe.get("encoder", 0))
     settings = training.plan_run(flags, {**recipe, "flip": False}, blank)
     owner = workshop.fingerprint(*ready.state_dict().values()) if ready else None
@@ -616,10 +615,11 @@ if __name__ == "__main__":
     size = size or (256 if first_stage else 32)
     known = workshop.about(dataset, size=size)
     colour = known.get("judge") != "digits"
+    published = colour and first_stage  # the paper's latent model, on its autoencoder
     training.check_settings(arch, "ldm", stages, 0, times, decay, weight)
     trial = evaluation.mixture_noise(sde.LDM), sde.LDM, torch.ones(1, 1, 1, 1), nfe
     list(evaluation.solver_of(sampler, grid)(*trial, torch.Generator()))  # does it work so?
-    recipe = workshop.PAPER_LATENT if colour and first_stage else known["latent_recipe"]
+    recipe = workshop.PAPER_LATENT if published else known["latent_recipe"]
     if first_stage and (kind or code_steps):
         raise BadInput(f"{first_stage} is trained: leave out --kind and --code_steps")
     workshop.join_processes()
