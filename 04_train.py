@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 04 · Training, stage by stage
 #
-# **You will** train the network of step 03 to predict noise, first in a loop of ten lines that you
-# see through, on digits. Below the line the same training is a command for a laptop, a GPU, or
-# several under `torchrun`: it survives an interruption and leaves what step 05 samples from.
+# **You will** train the network of step 03 to predict noise, first on digits, in a loop of ten
+# lines that you can follow. Below the line the same training is a command, for a laptop, a GPU, or
+# several under `torchrun`. It survives an interruption, and step 05 samples from what it leaves.
 #
 # `python 04_train.py` shows this lesson and then trains on digits. With flags, as in
 # `python 04_train.py --dataset celeba`, the file is the command alone.
@@ -48,13 +48,13 @@ if __name__ == "__main__" and lesson:
     workshop.show_images(rows, titles, "figures/04_task.png", columns=10, labels=labels)
 
 # %% [markdown]
-# One answer, ten questions. At the right it can be read off, because $x_t$ is little else than the
-# noise; at the left it is a faint grain on a picture that has to be known first. These are
-# different tasks, which is why each stage has a decoder of its own.
+# One answer, ten questions. At the right it can be read off, because $x_t$ is almost nothing but
+# noise. At the left it is a faint grain on a picture, and the picture has to be known first. These
+# are different tasks, which is why each stage has a decoder of its own.
 #
-# Why the noise, and not the picture? Either says the other, for $x_t$ is known. But a network's
-# error in the noise is multiplied by $\sigma_t$ in the picture, so that its slips are small where
-# the picture is nearly clean, which is where they would be seen.
+# Why predict the noise, and not the picture? Each gives the other, because $x_t$ is known. But an
+# error in the noise becomes $\sigma_t$ times that error in the picture. So a network's errors are
+# small where the picture is nearly clean, which is where they would be seen.
 #
 # ## The loss
 #
@@ -70,7 +70,7 @@ if __name__ == "__main__" and lesson:
 #
 # The expectation is over pictures, times and noise, and each batch is a fresh sample of all three.
 # The weight $\omega(t)$ says how much each time matters; with the VP kernel it is 1, as in DDPM.
-# The mean over the pixels takes the place of their sum, which changes the unit of the loss alone.
+# The code takes the mean over the pixels, not their sum. That only changes the unit of the loss.
 
 
 # %%
@@ -94,10 +94,10 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # Those are the losses at the ten times of the picture. Noise has variance 1, so a network that
-# always says 0 has a loss of 1 whatever the time. To return the input is worse than that near the
-# image, and nearly perfect near the noise. Our small networks start just so: they add their input
-# to what the decoder says, and step 03 lets that be 0 at first. The best that can be had is the
-# loss of the optimal denoiser of step 01.
+# always says 0 has a loss of 1 at every time. Returning the input is worse than that near the
+# image, and nearly perfect near the noise. Our small networks start exactly there: they add their
+# input to what the decoder says, which is 0 at first (step 03). The lowest possible loss is that of
+# the optimal denoiser of step 01.
 #
 # ## Which times?
 #
@@ -105,10 +105,10 @@ if __name__ == "__main__" and lesson:
 # every picture's $t$ uniformly inside it. So the encoder learns from every batch, a decoder from a
 # third of them.
 #
-# Which pictures and which stage a step sees follows from the seed and the step alone
-# (`step_generator` of step 00), so that a run can go on where it stopped; times and noise come from
-# one generator that goes on from step to step. Of photographs a half is mirrored, as in the
-# authors' recipe; a mirrored digit is none.
+# The seed and the number of the step alone decide which pictures and which stage a step sees
+# (`step_generator` of step 00), so that a run can go on where it stopped. Times and noise come from
+# one generator that goes on from step to step. Half of the photographs are mirrored, as in the
+# authors' recipe; digits are not, because a mirrored digit is no digit.
 
 
 # %%
@@ -140,10 +140,10 @@ if __name__ == "__main__" and lesson:
         print(f"stage {k}: {share:.0%} of the times, from {low:.3f} to {high:.3f}")
 
 # %% [markdown]
-# A third each, but for chance. So a third of the work goes into the tenth of the timeline next to
-# the image. A network for all times, trained with $t$ uniform, would spend a tenth of its work
-# there. The two differ in their times as much as in their decoders, and a fair comparison has to
-# part the two (below the line, `--times`).
+# A third each, up to chance. So a third of the work goes into the tenth of the timeline next to the
+# image. A network for all times, trained with $t$ uniform, would spend a tenth of its work there.
+# The two differ in their times as much as in their decoders, and a fair comparison has to separate
+# these two (below the line, `--times`).
 #
 # *Mixed* batches, with all stages in each, are the better estimator: the same expectation with less
 # scatter. On `digits` each of five seeds is better with them, and its recipe takes them (RESULTS.md).
@@ -157,8 +157,8 @@ if __name__ == "__main__" and lesson:
 # linearly to zero, so that the last steps, too small to jitter, settle what the large ones found.
 #
 # A batch of one stage has no gradient for the other decoders: they and their averages in Adam stay
-# as they are. Does it learn? Take the network for digits from step 03 (`build_network`), and ask it
-# for one batch, again and again.
+# as they are. Does the network learn? Take the one for digits from step 03 (`build_network`), and
+# train it on one batch, again and again.
 
 
 # %%
@@ -186,16 +186,16 @@ if __name__ == "__main__" and lesson:
     print(f"loss of a batch of stage {k}, step after step:", *found)
 
 # %% [markdown]
-# It does. But from batch to batch the weights jitter, as each batch pulls at them in its own
-# direction, and samples suffer from that more than the loss shows. Therefore nobody samples with
-# the trained weights $\theta$, but with their exponential moving average (*EMA*)
+# It does. But the weights jitter from batch to batch, because each batch pulls at them in its own
+# direction, and samples suffer from that more than the loss shows. So one does not sample with the
+# trained weights $\theta$, but with their exponential moving average (*EMA*)
 #
 # $$\bar\theta\leftarrow d\,\bar\theta+(1-d)\,\theta,\qquad d=\min\Big(0.9999,\frac{1+n}{10+n}\Big)
 #   \quad\text{after step }n.$$
 #
-# A decay of 0.9999 averages over about 10,000 steps. From the beginning it would long remember the
-# initial weights: after 150 steps they would still make 98.5% of the average. So it is approached,
-# and after step $n$ the average looks back on about $n/9$ steps.
+# A decay of 0.9999 averages over about 10,000 steps. Used from the beginning it would remember the
+# initial weights for long: after 150 steps they would still be 98.5% of the average. So $d$ grows
+# towards it, and after step $n$ the average looks back on about $n/9$ steps.
 
 
 # %%
@@ -210,10 +210,10 @@ def update_average(average, model, n, decay=0.9999):
 # %% [markdown]
 # ## The whole loop
 #
-# These pieces are a training: draw a batch, compare, step, average. It is a generator: it yields
-# after every step, and leaves all else to its caller. (`fused` computes Adam for all weights at
-# once. The learning rate of 3e-3 suits small networks and little time, and narrow ones bear twice
-# that; the authors' 2e-4 is for a hundred million and 450,000 steps.)
+# These pieces make up the training: draw a batch, compare, step, average. It is written as a
+# generator: it yields after every step, and leaves all else to its caller. (`fused` computes Adam
+# for all weights at once. The learning rate of 3e-3 suits small networks and short runs; the
+# authors' 2e-4 is for a hundred million weights and 450,000 steps.)
 #
 # **Predict first:** which stage has the lowest loss, from the beginning? <details>
 # <summary>Answer</summary>Stage 2, next to the noise: its input is nearly the answer. In stage 0
@@ -254,15 +254,15 @@ if __name__ == "__main__" and lesson:
     workshop.show_figure("figures/04_plain.png")
 
 # %% [markdown]
-# A point a step, at the stage that was drawn. (The 150 steps take seconds, the run below minutes.)
-# Much of the scatter is no change of the network: within a stage, too, small times are harder than
-# large ones, and every batch has its own.
+# One point is one step, in the colour of the stage that was drawn. (The 150 steps take seconds, the
+# run below takes minutes.) Much of the scatter does not come from the network: within a stage small
+# times are harder than large ones, and every batch has its own times.
 #
 # ## What it sees
 #
-# Who knows the noise knows the picture. Solved for it, eq. (1) reads
-# $\hat x_0=x_t/s_t-\sigma_t\,\epsilon_\theta(x_t,t)$. Here is one digit at eight times, seen by the
-# averaged network, and beside it by the optimal denoiser of step 01, which has all digits at hand
+# If you know the noise, you know the picture. Solved for the picture, eq. (1) reads $\hat
+# x_0=x_t/s_t-\sigma_t\,\epsilon_\theta(x_t,t)$. Here is one digit at eight times, as the averaged
+# network sees it, and below as the optimal denoiser of step 01 does, which has all digits at hand
 # (`posterior_mean`, from below that step's line, is its fast form).
 
 
@@ -289,9 +289,9 @@ if __name__ == "__main__" and lesson:
     show_estimates(average.eval(), pixels, sde.VP, "figures/04_plain_denoised.png")
 
 # %% [markdown]
-# After 150 steps the network cleans the left columns well and goes on to guess at $t$ = 0.3, where
-# it sees a blurred digit; at the right it has found the mean of all digits, which is the best
-# answer there. The run below ends in the same figure: a network a quarter as wide, trained longer.
+# After 150 steps the network cleans the left columns well. At $t$ = 0.3 it guesses and sees a
+# blurred digit. At the right it has found the mean of all digits, which is the best answer there.
+# The run below ends in the same figure, for a network a quarter as wide that is trained longer.
 #
 # **You have** the whole method of this step: eq. (4) as a line, a batch of one stage, a step, an
 # average, and the loop. What follows trains in the same way, and proves it.
@@ -310,7 +310,7 @@ if __name__ == "__main__" and lesson:
 # ## Below this line: faster, safer, as published
 #
 # The training command: other processes, mixed batches, several GPUs, checkpoints, early stopping.
-# Where a setting is 0 or empty the recipe of the data set decides (`workshop.DATASETS`, step 00).
+# Where a setting is 0 or empty, the recipe of the data set decides (`workshop.DATASETS`, step 00).
 
 # %% tags=["parameters"]
 dataset = "digits"  # digits, mnist, cifar10, celeba or folder
@@ -449,17 +449,17 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
 # weighted by its chance over its share of the batch: the expectation in place of the draw.
 #
-# `--times` says how often a stage is drawn. As the release has it a stage is as likely as any other
-# (`stages`), and a unified network, which has but one, gets times uniform over the timeline
-# (`uniform`). So the two differ in *two* things, and a comparison needs its control: either can be
-# asked of any network. A unified one with `--times stages` is dealt the times of the three stages.
+# `--times` says how often a stage is drawn. In the release each stage is equally likely (`stages`),
+# and a unified network, which has only one, gets times uniform over the timeline (`uniform`). So
+# the two networks differ in *two* things, and a comparison needs a control: any network can have
+# either. A unified one with `--times stages` gets the times of the three stages.
 #
 # `--weight min-snr` is $\omega(t)=\min(1, 5\,\sigma_t^2)$: in terms of the picture, whose error is
 # $\sigma_t$ times that of the noise, no time weighs more than 5 (Hang et al. 2023).
 #
-# The recipe of `digits` takes all of these, a falling learning rate and a narrow network, for
-# networks of one decoder as of three: RESULTS.md has what each of them gains. The paper's way is
-# `--stages uniform --weight none --decay none --encoder 32`.
+# The recipe of `digits` takes all of these, a falling learning rate and a narrow network, with one
+# decoder as with three; RESULTS.md says what each gains. The paper's way is `--stages uniform
+# --weight none --decay none --encoder 32`.
 
 
 # %%
@@ -629,9 +629,9 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # ### Networks, checkpoints
 #
-# The rows of Table 3 are flags: `--arch unified`, `--arch separate`, with `--patience 5` (early
-# stopping), `--tailored` (the widths of the multistage decoders), or both, and `--arch multistage`.
-# A checkpoint holds state and settings, so that `--resume` goes on as if nothing had happened.
+# The rows of Table 3 are flags: `--arch unified`; `--arch separate`, also with `--patience 5`
+# (early stopping), `--tailored` (the multistage network's widths) or both; `--arch multistage`. A
+# checkpoint holds state and settings, so that `--resume` goes on as if nothing had happened.
 
 
 # %%
@@ -701,8 +701,8 @@ def averaged_model(content):
 # %% [markdown]
 # ### What a run is made of
 #
-# A flag decides, else the recipe of the data set, else the paper's way. That gives the settings of
-# a run, from which all that follows is built, on resuming and in step 05, too.
+# A flag decides; without it the recipe of the data set; without that the paper's way. That gives
+# the settings of a run. All that follows is built from them, also on resuming and in step 05.
 
 # %%
 # paper: one stage a batch, all of Eq. 4's weights 1, a constant learning rate; here: what is
@@ -825,7 +825,7 @@ def plan_run(given, recipe, images):
 # ### A run
 #
 # Beside its steps a run says what it costs, looks at held-out pictures, draws grids and counts its
-# operations. `fit` joins all that to the loop of step 00 that keeps a training.
+# operations. `fit` joins all that to step 00's loop, which saves and resumes a training.
 
 
 # %%
@@ -995,8 +995,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What it learned
 #
-# The losses, a point now an average of many steps; how the samples came about, from one noise
-# (most of it in the first few hundred steps); what it sees now.
+# First the losses, where a point is now an average of many steps. Then the samples from one noise,
+# as training went on: most changes in the first few hundred steps. Last what the network sees now.
 
 # %%
 if __name__ == "__main__":
@@ -1021,8 +1021,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Where noise is low both return the picture. In the middle the optimal denoiser knows *which
-# training picture* it was; the network, which cannot store them all, returns a similar digit in a
-# softer hand. At the right both see an average. This gap makes it generative.
+# training picture* it was. The network cannot store them all, and returns a similar digit in softer
+# strokes. At the right both see an average. The gap in the middle makes it generative.
 #
 # **You have** a trained multistage model in `runs/`. Step 05 draws with it.
 #

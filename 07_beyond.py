@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 07 · Beyond the paper: another clock, labels, holes, and one stage alone
 #
-# The paper leaves open conditional models and inverse problems. Meanwhile its idea, another network
-# for another level of noise, has come to models of billions of weights, and their users ask: are the
-# parts trained together? Which part of training does each get? Why is the timeline cut at one place
-# in training and at another in sampling? **You will** answer that with code.
+# The paper leaves conditional models and inverse problems open. Since then its idea has reached
+# models of billions of weights, and their users ask: are the parts trained together? How much of the
+# training does each get? Why is the timeline cut at one place in training and at another in sampling?
+# **You will** answer with code.
 #
 # **Predict first:** the paper cuts at $t$ = 0.631 in the clock of VP, Wan2.2 at 0.875 or 0.9 in that
-# of flow matching. Do the amounts of noise differ? <details><summary>Answer</summary>Hardly: the
-# noise levels are 7.4, 7 and 9.</details>
+# of flow matching. Are these different amounts of noise? <details><summary>Answer</summary>Hardly:
+# the noise levels are 7.4, 7 and 9.</details>
 
 # %% tags=["imports"]
 import importlib
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     workshop.show_figure(figures / "07_clocks.png")
 
 # %% [markdown]
-# Wan2.2 makes videos, from text (0.875) or a picture (0.9), with a network each side of its cut.
+# Wan2.2 makes videos, from text (cut 0.875) or from a picture (0.9), with a network on each side.
 #
 # ## The clock of flow matching
 #
@@ -82,9 +82,9 @@ if __name__ == "__main__":
     assert torch.allclose(x, by_ddim)
 
 # %% [markdown]
-# What a clock does change is how many steps fall where. These models *shift* it further,
-# $t\to s\,t/(1+(s-1)\,t)$, which multiplies $\sigma$ by $s$: more steps at much noise. A cut is a
-# level of noise and stays where it is, but the steps on both sides of it do not. Wan2.2 takes 40
+# What a clock does change is how many steps fall where. These models *shift* it further, $t\to
+# s\,t/(1+(s-1)\,t)$, which multiplies $\sigma$ by $s$: more steps at high noise. A cut is a level of
+# noise and stays where it is, but the numbers of steps on its two sides change. Wan2.2 takes 40
 # steps, uniform before a shift of 12 (text to video, cut 0.875) or of 5 (from a picture, cut 0.9):
 
 
@@ -106,13 +106,13 @@ if __name__ == "__main__":
         print(f"{40 - n} below; a cut at {cut} before the shift is one at {shift_time(cut, s):.3f}")
 
 # %% [markdown]
-# The part at the noise has an eighth of the time, or a tenth, and 26 steps, or 15. Whoever trains it
-# needs the cut as a *noise level*: as a share of the steps, or of the time before the shift, it is
-# another cut. Several trainers of such models had to mend just that.
+# The part at the noise has an eighth of the time, or a tenth, but 26 steps, or 15. Whoever trains it
+# needs the cut as a *noise level*: as a share of the steps, or of the time before the shift, it would
+# be another cut. Several trainers of such models had to fix exactly this.
 #
-# **Does Algorithm 1 find the same cuts in this clock?** Similarity depends on the noise level
-# alone. But the algorithm averages it *over time*, and each clock weighs the noise levels in its
-# own way. (`algorithm_1` is step 02's; two seeds show how it scatters.)
+# **Does Algorithm 1 find the same cuts in this clock?** Similarity depends on the noise level alone.
+# But the algorithm averages it *over time*, and each clock weighs the noise levels in its own way.
+# (`algorithm_1` is step 02's; two seeds show the scatter.)
 
 # %%
 if __name__ == "__main__":
@@ -123,20 +123,20 @@ if __name__ == "__main__":
         print("{:4s} {:.3f}, {:.3f}; in VP's clock {:.3f}, {:.3f}".format(kernel.name, *cuts, *vp))
 
 # %% [markdown]
-# No: they differ by far more than by chance. The paper's cuts belong to VP's clock. One may carry them
-# to another clock by their SNR (`match_snr`); to find them anew there is another definition.
+# No: they differ by far more than chance. The paper's cuts belong to VP's clock. They can be carried
+# to another clock by their SNR (`match_snr`); finding them anew in that clock gives other cuts.
 #
 # ## Asking for a digit
 #
-# To be told a label a network needs a vector for each, added to that of the time, and one more for
-# "none" (step 03); in training every tenth picture is "none". It knows the noise of a seven, then,
-# and that of any picture. What tells the two apart can be exaggerated (*classifier-free guidance*;
-# Ho and Salimans 2022):
+# To be told a label, a network needs a vector for each, added to that of the time, and one for "none"
+# (step 03); in training every tenth picture is "none". So it predicts the noise of a seven, and that
+# of any picture. The difference can be exaggerated (*classifier-free guidance*; Ho and Salimans
+# 2022):
 #
 # $$\hat\epsilon=(1+w)\,\epsilon_\theta(x_t,t,c)-w\,\epsilon_\theta(x_t,t,\varnothing)$$
 #
-# One comes with the project (`pretrained/`). It was trained by the recipe of step 04, without 90
-# pictures that are left for later; `--steps` or another `--seed` trains one here.
+# Such a network comes with the project (`pretrained/`), trained by the recipe of step 04 without 90
+# pictures that are needed later. `--steps` or another `--seed` trains one here.
 
 # %%
 if __name__ == "__main__":
@@ -160,13 +160,13 @@ if __name__ == "__main__":
     workshop.show_images(rows, titles, figures / "07_labels.png", columns=10)
 
 # %% [markdown]
-# Each column is the digit that was asked for, but for a few slips above, and from the same noise
-# comes the same hand. Below the slips are gone, and so is much of the variety.
+# Each column is the digit that was asked for, with a few slips in the upper rows. In the lower rows
+# the same noise gives the same handwriting. The slips are gone, and so is much of the variety.
 #
-# **Where does guidance act?** The weight may differ from stage to stage (step 05 has
-# `--guidance 0,1,0`). Let it act in one stage at a time, and ask twice: which share of the pictures
-# does a classifier of real digits take for what was asked, and how far are they from real ones (the
-# five lines of step 05)? The spread is that of sampling seeds; `--seed` trains other networks.
+# **Where does guidance act?** The weight may differ from stage to stage (step 05 has `--guidance
+# 0,1,0`). Let it act in one stage at a time, and ask two things: which share of the pictures does a
+# classifier of real digits take for what was asked, and how far are they from real ones (the distance
+# of step 05)? The spread is over seeds of sampling; `--seed` trains other networks.
 
 
 # %% tags=["draws"]
@@ -210,20 +210,20 @@ if __name__ == "__main__":
 # %% [markdown]
 # Without guidance some 95 of 100 are as asked. Guidance corrects the rest **at the noise**, where the
 # digit is chosen: with $w$ = 1 in stage 2 alone 99 are. **At the image** it corrects a few, and the
-# distance falls, too: a little sharper, with nothing left to choose. **In the middle** this network
-# goes astray: with 3 only half are still what was asked. With 3 in all, the prices add up.
+# distance falls, too: pictures are a little sharper, and there is nothing left to choose. **In the
+# middle** this network goes astray: with $w$ = 3 only half are still what was asked.
 #
-# Is that so of guidance, or of this network? Seeds of sampling cannot tell; networks that were
-# trained anew can. Of five (RESULTS.md, *Where guidance acts*) all agree about the noise and the
-# image, and three about the middle. On MNIST guidance at the image harms, from $w$ = 3. A weight for
-# each stage is worth trying out on the network at hand.
+# Is that true of guidance, or of this network? Seeds of sampling cannot tell, but networks that were
+# trained anew can. Five of them (RESULTS.md, *Where guidance acts*) agree about the noise and the
+# image, and three about the middle. On MNIST guidance at the image does harm, from $w$ = 3. So a
+# weight for each stage is worth trying, on the network at hand.
 #
 # ## Repairing pictures
 #
-# An inverse problem asks for a picture $x_0$ of which only $y=A(x_0)+\tau n$ is known, with noise
-# $n$: a hole in it, half its resolution, much noise. How well can it be done at all? If only the
-# pictures $y_i$ of a finite set were possible, Bayes would say that it is picture $i$ with the
-# probability $\mathrm{softmax}_i(-\|y-A(y_i)\|^2/2\tau^2)$, and one could draw from that:
+# An inverse problem asks for a picture $x_0$ when only $y=A(x_0)+\tau n$ is known, with noise $n$:
+# there is a hole in it, or half its resolution is missing, or it is very noisy. How well can this be
+# solved at all? If only the pictures $y_i$ of a finite set were possible, Bayes' rule gives picture
+# $i$ the probability $\mathrm{softmax}_i(-\|y-A(y_i)\|^2/2\tau^2)$, and one could draw from that:
 
 
 # %%
@@ -273,13 +273,13 @@ if __name__ == "__main__":
     workshop.show_images(rows, titles, figures / "07_exact.png")
 
 # %% [markdown]
-# That is the whole answer for a finite set, without a step of diffusion. Among 1,700 digits there
-# is nearly always one that fits far better than all others, so that the answer hardly varies, and
-# it is as good as the set is rich.
+# That is the whole answer for a finite set, without a step of diffusion. Among 1,700 digits one
+# nearly always fits far better than the others, so the answer hardly varies, and is as good as the
+# set is rich.
 #
-# A network is not limited to a set. It is led to pictures that fit, step by step from the noise.
-# What would lead it exactly is the gradient of $\log p(y\mid x_t)$, an average over all pictures
-# that $x_t$ may come from, which nobody has. Both ways take the one predicted picture $\hat x_0$:
+# A network is not limited to a set. It is led, step by step from the noise, to pictures that fit. The
+# gradient of $\log p(y\mid x_t)$ would lead it exactly, but that is an average over all pictures that
+# $x_t$ may come from, which nobody has. Both ways below use the one predicted picture $\hat x_0$:
 #
 # * **Replacement** (DDNM; Wang, Yu, Zhang 2023): in the predicted $\hat x_0$ put what is known in its
 #   place. (RePaint, Lugmayr et al. 2022, does so in $x_{t-1}$, with as much noise, and repeats steps.)
@@ -318,9 +318,10 @@ def repair(eps, y, shape, problem, way, generator, stages=(0, 1, 2), cuts=(), n=
 
 # %% [markdown]
 # In decibels of the mean square error: PSNR = $10\log_{10}(4/\text{error})$ for pixels in [-1, 1].
-# *Points* has the optimal denoiser of the set (step 01) in place of the network (a function of $x$
-# and $t$ by `noise_function` of step 04): what it lacks to *exact* is the fault of the way, not of a
-# network. Without a network: the mean digit in the hole, bicubic interpolation, the picture as it is.
+# *Points* uses the optimal denoiser of the set (step 01) instead of the network (a function of $x$
+# and $t$ by `noise_function` of step 04): where it falls short of *exact*, the way is to blame, not a
+# network. *Without a network* is the mean digit in the hole, bicubic interpolation, the picture as it
+# is.
 
 # %%
 if __name__ == "__main__":
@@ -348,19 +349,19 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # With a hole or at half resolution DPS is ahead of replacement, and of what needs no network. Led in
-# one stage alone it is worse: led at the noise only, the picture has forgotten it by the end; at the
-# image only, the digit has been chosen before. Of a hole the middle makes most, where digits are
-# decided. Noise is best repaired by starting from $y$: led all the way, to the last step, a picture
-# fits $y$ with all its noise; led in the middle only it does not, and is better by some two decibels.
+# one stage alone it is worse: led at the noise only, it has forgotten $y$ by the end; led at the
+# image only, the digit has been chosen before. For a hole the middle helps most, where digits are
+# decided. Noise is best repaired by starting from $y$. Led to the last step, a picture fits $y$ with
+# all its noise; led in the middle only it does not, and is better by some two decibels.
 #
 # And the yardstick? DPS on points should draw what *exact* draws. In a hole it lies some two decibels
-# below, at half resolution more than three: **the price of 60 steps and of $\zeta$ = 1**, hardly that
-# of leading by a predicted picture. With 240 steps and $\zeta$ = 2 it comes within 0.2 (exercise 3).
-# The network can be ahead of *exact*, because it is not limited to the training pictures.
+# lower, at half resolution more than three. That is **the price of 60 steps and of $\zeta$ = 1**,
+# hardly that of a predicted picture: with 240 steps and $\zeta$ = 2 it comes within 0.2 (exercise 3).
+# The network can beat *exact*: it is not limited to the training pictures.
 #
 # ## One stage alone
 #
-# The encoder is shared, so it is frozen while one decoder learns; what the others say stays as it is,
+# The encoder is shared, so it is frozen while one decoder learns. What the others say stays the same,
 # bit by bit. Let one decoder see nothing but sevens, and draw from the same noise:
 
 
@@ -401,11 +402,11 @@ if __name__ == "__main__":
     workshop.show_images(list(rows.values()), list(rows), figures / "07_alone.png")
 
 # %% [markdown]
-# The stage at the image saw nothing but sevens and draws about as many as before: what it gets is a
-# digit by then, of which it can only draw the strokes anew (above and below: the same digits). Each
-# of the other two draws some three times as many, and no more, for the stage beside it still knows
-# all ten. **What a stage has learned shows as far as its part of the timeline decides it.** Who wants
-# other strokes trains the stage at the image alone; who wants other objects cannot.
+# The stage at the image saw nothing but sevens and draws about as many as before: what it gets is
+# already a digit, and it can only redraw the strokes (above and below: the same digits). Each of the
+# other two draws some three times as many, and no more, because the stage beside it still knows all
+# ten. **What a stage has learned shows as far as its part of the timeline decides it.** For other
+# strokes, train the stage at the image alone; for other objects that is not enough.
 #
 # ## Who shares what
 #
@@ -431,8 +432,8 @@ if __name__ == "__main__":
 # | DiffMoE, 2503.14487 | all but experts in the blocks | 16 a block | a gate in a batch | together |
 # | Wan2.2, its code | text encoder, latent space | 2 | $t$ = 0.875, 0.9 | not published |
 #
-# So, to the questions of the beginning. **Together or apart?** Both exist. What shares nothing can
-# be trained apart; decoders that share an encoder can, once it stands still. **Which part of
+# Back to the questions at the beginning. **Together or apart?** Both exist. Parts that share nothing
+# can be trained apart; decoders that share an encoder can, once it is frozen. **How much of the
 # training does each get?** What the draw of times gives it (`--times`), which matters as much as the
 # parts do (RESULTS.md), as sizes matter more than gates do (2512.01252). **Why two cuts?** There is
 # one, a level of noise. Clocks and shifts only count the times, or the steps, on both sides of it.
