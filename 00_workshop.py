@@ -16,9 +16,14 @@ import re
 import signal
 import sys
 
-NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, false in a script
-MAIN = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
-SCRIPT = bool(re.fullmatch(r"0\d_\w+\.py", MAIN)) and not NOTEBOOK
+
+def flags():
+    """Return the words after a step's name, from a shell or %run; None in a notebook's cells."""
+    return sys.argv[1:] if re.fullmatch(r"0\d_\w+\.py", os.path.basename(sys.argv[0])) else None
+
+
+NOTEBOOK = hasattr(builtins, "get_ipython")  # true in a notebook's kernel, even under %run
+SCRIPT = flags() is not None and not NOTEBOOK
 FIRST = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, or the only one
 SIGNALS = [getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP")]  # not on Windows
 SIGNALS = [kind for kind in SIGNALS if kind and signal.getsignal(kind) != signal.SIG_IGN]  # nohup
@@ -58,7 +63,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
 
 def is_lesson():
     """Tell whether a step shows its lesson: in a notebook, and as a script without a flag."""
-    return NOTEBOOK or (len(sys.argv) == 1 and "RANK" not in os.environ)
+    return not flags() and "RANK" not in os.environ
 
 
 # %% [markdown]
@@ -82,7 +87,8 @@ def report_bad_input(kind, error, trace):
     if not isinstance(error, BadInput):
         return sys.__excepthook__(kind, error, trace)
     if FIRST:  # torch takes sys.stderr away from processes that have joined
-        print(f"{MAIN}: error: {error}", file=sys.__stderr__, flush=True)
+        place = sys.stderr if NOTEBOOK else sys.__stderr__
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=place, flush=True)
     sys.exit(2)
 
 
@@ -111,14 +117,13 @@ def read_parameters(step):
 def settings(namespace, step):
     """Let the `parameters` cell of `step` be set from the shell, papermill or the cell itself.
 
-    namespace: the step's `globals()`. As a script every assignment of the cell becomes a flag: its
-    value is the default and the type, its comment the help. An unknown name, a value of the wrong
-    type or out of its range exits with status 2, in a notebook as `BadInput`.
+    namespace: the step's `globals()`. A name, type or range that is wrong exits with status 2, in a
+    notebook as `BadInput`.
     """
     if namespace["__name__"] != "__main__":
         return
     known = read_parameters(step)
-    if NOTEBOOK:  # papermill's own cell may hold names that no parameter has
+    if flags() is None:  # papermill's own cell may hold names that no parameter has
         injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]
         names = re.findall(r"^(\w+) =", "\n".join(injected), re.MULTILINE)
         if unknown := set(names) - {name for name, *_ in known}:
@@ -140,9 +145,8 @@ def check_value(name, value, kind, comment):
     """Bring a value to its kind (bool, int, float, str), within the range that ends `comment`."""
     try:
         found = kind(value)
-        if value is None or isinstance(value, bool) != (kind is bool):
-            raise ValueError
-        if kind is int and found != float(value):
+        other = value is None or isinstance(value, bool) != (kind is bool)
+        if other or kind is int and found != float(value):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise BadInput(f"{name} = {value!r} is no {kind.__name__}") from None
@@ -189,7 +193,7 @@ def describe_environment():
     return lines
 
 
-if __name__ == "__main__" and check and not NOTEBOOK:
+if __name__ == "__main__" and check and flags():
     print(*describe_environment(), sep="\n")
     sys.exit()
 
@@ -477,10 +481,8 @@ def decode(files, size):
                 print(f"unreadable: {len(bad):,} of {len(files):,} pictures, such as {bad[0]}")
             if len(bad) > 0.01 * len(files):
                 raise BadInput("more than 1% of the pictures are unreadable: mend or remove them")
-    n = kept.stat().st_size // (3 * size**2)
-    return torch.from_file(str(kept), size=n * 3 * size**2, dtype=torch.uint8).view(
-        -1, 3, size, size
-    )
+    pixels = torch.from_file(str(kept), size=kept.stat().st_size, dtype=torch.uint8)
+    return pixels.view(-1, 3, size, size)
 
 
 def decode_picture(path, size):
@@ -672,10 +674,7 @@ def run_folder(out, name):
 
 
 def claim_folder(folder, resume):
-    """Make the folder of a run and lock it; an earlier run of that name is kept as `folder`.1, …
-
-    Raises BadInput where another process has it, or it cannot be made.
-    """
+    """Make and lock a run's folder, else BadInput; an earlier run is kept as `folder`.1, `.2`, …"""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

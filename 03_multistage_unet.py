@@ -1048,7 +1048,7 @@ if __name__ == "__main__":
         raise BadInput(f"table = {table}: take 5, 6 or 7, or 0 for the whole step")
     for number in [table] if table else TABLES:
         print_table(number)
-    if table and not workshop.NOTEBOOK:
+    if table and workshop.flags():
         sys.exit()
 
 # %% [markdown]

@@ -320,12 +320,13 @@ def test_a_working_folder_that_is_gone(tmp_path):
     assert done.stderr.startswith("04_train.py: error: this folder is gone")
 
 
-def test_run_in_somebody_s_own_folder_of_notebooks(tmp_path):
+def test_run_in_somebody_s_own_folder_of_notebooks(workshop, tmp_path):
     (tmp_path / "notebooks").mkdir()
-    asked = ["-m", "IPython", "-c", f"%run {ROOT}/00_workshop.py"]
+    asked = ["-m", "IPython", "-c", f"%run {ROOT}/04_train.py {FEW} --name r"]
     done = start(*asked, cwd=tmp_path / "notebooks", MPLBACKEND="agg")
     assert "Error" not in "".join(done.communicate(timeout=300)) and done.returncode == 0
-    assert [path.name for path in tmp_path.glob("*/figures/*")] == ["00_data.png"]
+    assert not list(tmp_path.rglob("04_*"))  # the figures of a lesson
+    assert workshop.read_checkpoint(tmp_path / "notebooks/runs/r")["step"] == 4
 
 
 def test_papermill_from_another_folder_says_the_way_out(tmp_path):
@@ -370,8 +371,7 @@ def test_papermill_understands_every_parameter(workshop, name, caplog):
         (dict(steps="7", lr=1, boundaries="0.5"), None),
     ],
 )
-def test_what_papermill_hands_over_is_checked(workshop, monkeypatch, injected, sentence):
-    monkeypatch.setattr(workshop, "NOTEBOOK", True)
+def test_what_papermill_hands_over_is_checked(workshop, injected, sentence):
     defaults = {key: default for key, default, _ in workshop.read_parameters("04_train")}
     cell = "# Parameters\n" + "".join(f"{key} = {value!r}\n" for key, value in injected.items())
     kernel = {"__name__": "__main__", **defaults, **injected, "In": ["", cell]}
