@@ -642,10 +642,7 @@ def first_process_first():
 
 # %%
 def step_generator(seed, step):
-    """Make the random numbers that all processes share in a step.
-
-    Twice the step gives the pictures, one more the stage.
-    """
+    """Make a step's shared random numbers: twice the step for pictures, one more for the stage."""
     return torch.Generator().manual_seed(2_000_003 * seed + step)
 
 
@@ -699,8 +696,10 @@ def check_same_settings(asked, old, folder):
     if asked.get("pictures") != old.get("pictures"):
         raise BadInput(f"{folder} was trained on other pictures: give the --root that it had")
     for key in sorted(set(asked) - {"steps", "root"}):
-        if (asked[key] or None) != (old.get(key) or None):  # what it does not know is empty
-            raise BadInput(f"{folder} was made with {key} = {old.get(key)!r}, not {asked[key]!r}")
+        was, now = old.get(key), asked[key]
+        if (was or None) != (now or None):  # what it does not know is empty
+            what = "a learning rate of zero at step" if key == "decay" else f"{key} ="
+            raise BadInput(f"{folder} was made with {what} {was!r}, not {now!r}: give another --name")
 
 
 # %%

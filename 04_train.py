@@ -728,7 +728,7 @@ def check_settings(arch, process, stages, patience, times="", decay="", weight="
     if weight == "min-snr" and process not in PLAIN:
         raise BadInput(f"process {process!r} has weights of its own: leave out --weight")
     if tailored and arch != "separate":
-        raise BadInput(f"tailored widths are for --arch separate, not {arch}")
+        raise BadInput(f"--tailored widths are for --arch separate, not {arch}")
     if patience and arch == "multistage":
         raise BadInput("early stopping (patience) needs stages that share nothing: --arch separate")
 
