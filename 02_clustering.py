@@ -6,7 +6,7 @@
 # them. They cut the timeline into stages, each of which gets its own decoder in step 03. No network
 # is needed: the cuts are a closed-form property of the data set.
 #
-# The published cuts, to 0.003: `python 02_clustering.py --dataset cifar10 --samples 50000`.
+# The published cuts, to 0.003: `python 02_clustering.py --dataset cifar10 --samples 13000`.
 
 # %% tags=["imports"]
 import importlib
