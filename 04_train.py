@@ -289,9 +289,9 @@ if __name__ == "__main__" and lesson:
     show_estimates(average.eval(), pixels, sde.VP, "figures/04_plain_denoised.png")
 
 # %% [markdown]
-# After 150 steps the network cleans the left columns well. At $t$ = 0.3 it guesses and sees a
-# blurred digit. At the right it has found the mean of all digits, which is the best answer there.
-# The run below ends in the same figure, for a network a quarter as wide that is trained longer.
+# After 150 steps the network hardly cleans the left columns. From $t$ = 0.1 on it does more, and at
+# 0.3 it guesses and sees a blurred digit. At the right it nears the mean of all digits, the best
+# answer there. The run below ends in the same figure, for a narrower network and more steps.
 #
 # **You have** the whole method of this step: eq. (4) as a line, a batch of one stage, a step, an
 # average, and the loop. What follows trains in the same way, and proves it.
@@ -324,7 +324,7 @@ encoder = 0  # channels of the encoder; 0: the recipe's, or the network's [0, 40
 decoders = ""  # channels of the decoders such as 48,32,16; empty: the recipe's, or the network's
 stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; empty: the recipe
 weight = ""  # min-snr: less weight near the image; none: that of Eq. 4; empty: the recipe
-times = ""  # stages: as many pictures in each; uniform: over the timeline; empty: the recipe
+times = ""  # stages: all count the same; uniform: all times do; empty: the recipe
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
 classes = False  # tell the network the label of each picture, but of one in ten
 steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
@@ -449,10 +449,10 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
 # weighted by its chance over its share of the batch: the expectation in place of the draw.
 #
-# `--times` says how often a stage is drawn. In the release each stage is equally likely (`stages`),
-# and a unified network, which has only one, gets times uniform over the timeline (`uniform`). So
-# the two networks differ in *two* things, and a comparison needs a control: any network can have
-# either. A unified one with `--times stages` gets the times of the three stages.
+# `--times` says how often a stage is drawn, or how much its losses weigh in mixed batches. In the
+# release each stage is equally likely (`stages`), and a unified network has times uniform over the
+# timeline (`uniform`). So the two differ in *two* things, and a comparison needs a control: any
+# network can have either. A unified one with `--times stages` gets the times of the three stages.
 #
 # `--weight min-snr` is $\omega(t)=\min(1, 5\,\sigma_t^2)$: in terms of the picture, whose error is
 # $\sigma_t$ times that of the noise, no time weighs more than 5 (Hang et al. 2023).
@@ -981,7 +981,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     if "small" in known:
         workshop.print_once(
-            "no GPU: a small network, in half an hour on two cores (at 16×16 in ten minutes); "
+            "no GPU: a small network, some 20 minutes on two free cores (7 at 16×16); "
             "the paper's: --network table5_1"
         )
     elif asked["network"] == "table5_1" and not steps:
@@ -1020,9 +1020,9 @@ if __name__ == "__main__":
     show_estimates(predict, pixels, kernel_of(process), run / "denoised.png")
 
 # %% [markdown]
-# Where noise is low both return the picture. In the middle the optimal denoiser knows *which
-# training picture* it was. The network cannot store them all, and returns a similar digit in softer
-# strokes. At the right both see an average. The gap in the middle makes it generative.
+# Up to $t$ = 0.1 the optimal denoiser knows *which training picture* it was; from 0.15 on it blends
+# in others. The network cannot store them all, and returns a similar digit in softer strokes. At
+# the right both see an average. The gap in the middle makes the network generative.
 #
 # **You have** a trained multistage model in `runs/`. Step 05 draws with it.
 #

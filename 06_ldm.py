@@ -83,7 +83,7 @@ if __name__ == "__main__" and lesson:
 # *straight through*, as if nothing had been rounded. One line does both: forwards
 # $h+\mathrm{sg}[e-h]$ is $e$, backwards it is $h$, where $\mathrm{sg}$ stops the gradient.
 #
-# (The parts serve large codebooks, such as the 8,192 entries of VQ-f4.)
+# (`nearest` below works in parts, for large codebooks such as the 8,192 entries of VQ-f4.)
 
 
 # %%
@@ -243,8 +243,8 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # ## Latents
 #
-# After some fifty steps it is ahead of the means. From now on its two halves are used apart: all
-# pictures are encoded once, and only what is drawn has to be decoded. Many pictures go in parts.
+# Within 25 steps it is ahead of the means. From now on its two halves are used apart: all pictures
+# are encoded once, and only what is drawn has to be decoded. Many pictures go in parts.
 
 
 # %%
@@ -295,14 +295,14 @@ if __name__ == "__main__" and lesson:
 # what stands at a place of the picture stands at the same place of its latent. But their two
 # channels are no colours, and what is bright in them is not bright in the picture.
 #
-# And the codebook? Here the two numbers of a position are a point of the plane, so that all
-# positions of all latents can be drawn, and the 64 entries over them.
+# And the codebook? Here the two numbers of a position are a point of the plane, so that the
+# positions of all latents can be drawn (every fifth is), and the 64 entries over them.
 
 # %%
 if __name__ == "__main__" and lesson:
     points, entries = h.movedim(1, 3).reshape(-1, 2).cpu(), small.codebook.vectors.detach().cpu()
     plt.figure(figsize=(5, 5))
-    plt.scatter(*points[::4].T, s=2, alpha=0.3, label="positions of latents")
+    plt.scatter(*points[::5].T, s=2, alpha=0.3, label="positions of latents")
     plt.scatter(*entries.T, marker="x", color="black", label="entries of the codebook")
     plt.gca().set(xlabel="channel 0", ylabel="channel 1", aspect="equal")
     plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
@@ -407,7 +407,7 @@ code_steps = 0  # training steps of the autoencoder; 0: the recipe of the data s
 arch = "multistage"  # multistage, unified or separate
 stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; empty: the recipe
 weight = ""  # min-snr: less weight near the image; none: that of Eq. 4; empty: the recipe
-times = ""  # stages: as many latents in each; uniform: over the timeline; empty: the recipe
+times = ""  # stages: all count the same; uniform: all times do; empty: the recipe
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: LDM's steps 442 and 631
 steps = 0  # training steps of the latent model; 0: the recipe [0, 1000000000]
 batch = 0  # latents a step, over all devices; 0: the recipe [0, 1000000]
@@ -727,9 +727,9 @@ if __name__ == "__main__":
     workshop.write_json({**record, "features": named, **table}, run / "metrics.json")
 
 # %% [markdown]
-# One seed says little, so here is what more of them say (RESULTS.md). In pixels, with 8 channels and
-# one recipe for both, three decoders come to 1.44 and one to 1.45 on `digits` (five seeds), to 3.18
-# and 2.93 on MNIST and to 3.36 and 3.82 on CIFAR-10 at 16×16 (three seeds). Corrected for their
-# number, none of these differences is significant. In latents one decoder is ahead: 0.89 ± 0.11
-# against 1.25 ± 0.11 with the release's recipe (three seeds, mean and deviation). The paper's claim
-# is about far longer runs.
+# One seed says little, so here is what more of them say (RESULTS.md). In pixels, with 8 channels
+# and one recipe for both, three decoders come to 1.44 and one to 1.45 on `digits` (five seeds), to
+# 3.18 and 2.93 on MNIST and to 3.36 and 3.82 on CIFAR-10 at 16×16 (three seeds). Corrected for
+# their number, none of these differences is significant. In latents one decoder is ahead
+# (docs/samples.md): 0.89 ± 0.11 against 1.25 ± 0.11 with the release's recipe (three seeds, mean
+# and deviation). The paper's claim is about far longer runs.

@@ -6,9 +6,9 @@
 # training does each get? Why is the timeline cut at one place in training and at another in sampling?
 # **You will** answer with code.
 #
-# **Predict first:** the paper cuts at $t$ = 0.631 in the clock of VP, Wan2.2 at 0.875 or 0.9 in that
-# of flow matching. Are these different amounts of noise? <details><summary>Answer</summary>Hardly:
-# the noise levels are 7.4, 7 and 9.</details>
+# **Predict first:** the paper's second cut is at $t$ = 0.631 in the clock of VP, Wan2.2's at 0.875 or
+# 0.9 in that of flow matching. Are these different amounts of noise? <details>
+# <summary>Answer</summary>Hardly: the noise levels are 7.4, 7 and 9.</details>
 
 # %% tags=["imports"]
 import importlib
@@ -55,7 +55,7 @@ if __name__ == "__main__":
         plt.plot(t, kernel.sigma(t), label=f"the clock of {kernel.name}")
         plt.plot(cuts, kernel.sigma(cuts), "o", color=plt.gca().lines[-1].get_color())
     plt.gca().set(yscale="log", xlabel="time t", ylabel=r"noise level $\sigma_t$")
-    plt.legend()
+    plt.legend(title="dots: the cuts")
     workshop.show_figure(figures / "07_clocks.png")
 
 # %% [markdown]
@@ -161,7 +161,7 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Each column is the digit that was asked for, with a few slips in the upper rows. In the lower rows
-# the same noise gives the same handwriting. The slips are gone, and so is much of the variety.
+# the same noise gives the same handwriting, and most slips are mended. The price is measured below.
 #
 # **Where does guidance act?** The weight may differ from stage to stage (step 05 has `--guidance
 # 0,1,0`). Let it act in one stage at a time, and ask two things: which share of the pictures does a
@@ -189,7 +189,7 @@ if __name__ == "__main__":
     measure = lambda x: evaluation.features_of(x, evaluation.pick_extractor(dataset)[0])  # noqa: E731
     half, other = map(measure, evaluation.real_halves(pixels, samples))
     floor = evaluation.frechet_distance(half, other)
-    print(f"the classifier is right on {accuracy:.1%} of real digits; real / real: {floor:.2f}")
+    print(f"the classifier is right on {accuracy:.1%} of unseen digits; real / real: {floor:.2f}")
 
 # %%
 if __name__ == "__main__":
@@ -209,9 +209,9 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Without guidance some 95 of 100 are as asked. Guidance corrects the rest **at the noise**, where the
-# digit is chosen: with $w$ = 1 in stage 2 alone 99 are. **At the image** it corrects a few, and the
-# distance falls, too: pictures are a little sharper, and there is nothing left to choose. **In the
-# middle** this network goes astray: with $w$ = 3 only half are still what was asked.
+# digit is chosen: with $w$ = 1 in stage 2 alone 99 are. The price: the distance rises, with $w$ = 3
+# to four times as much. **At the image** $w$ = 1 corrects two in a hundred, and the distance falls:
+# pictures are a little sharper. **In the middle** with $w$ = 3 only half are still what was asked.
 #
 # Is that true of guidance, or of this network? Seeds of sampling cannot tell, but networks that were
 # trained anew can. Five of them (RESULTS.md, *Where guidance acts*) agree about the noise and the
@@ -273,9 +273,8 @@ if __name__ == "__main__":
     workshop.show_images(rows, titles, figures / "07_exact.png")
 
 # %% [markdown]
-# That is the whole answer for a finite set, without a step of diffusion. Among 1,700 digits one
-# nearly always fits far better than the others, so the answer hardly varies, and is as good as the
-# set is rich.
+# That is the whole answer for a finite set, without a step of diffusion. The draws vary little,
+# because one of 1,700 digits fits far better than the others; and it is as good as the set is rich.
 #
 # A network is not limited to a set. It is led, step by step from the noise, to pictures that fit. The
 # gradient of $\log p(y\mid x_t)$ would lead it exactly, but that is an average over all pictures that
@@ -288,7 +287,7 @@ if __name__ == "__main__":
 #   $\|y-A(\hat x_0(x))\|$, times $\zeta$ = 1, the first that was tried. (DPS writes the gradient of
 #   the square, over the norm: twice as much, so that its $\zeta'$ is half of our $\zeta$.)
 #
-# The steps are DDPM's (`posterior_step` of step 05).
+# The steps are those of `posterior_step` (DDPM, step 05), written out: $\hat x_0$ changes on the way.
 
 
 # %%
@@ -348,9 +347,9 @@ if __name__ == "__main__":
     workshop.show_images(drawn, list(rows), figures / "07_repaired.png")
 
 # %% [markdown]
-# With a hole or at half resolution DPS is ahead of replacement, and of what needs no network. Led in
-# one stage alone it is worse: led at the noise only, it has forgotten $y$ by the end; led at the
-# image only, the digit has been chosen before. For a hole the middle helps most, where digits are
+# With a hole or at half resolution DPS is ahead of replacement, and of the row *without a network*.
+# Led in one stage alone it is worse: led at the noise only, it has forgotten $y$ by the end; led at
+# the image only, the digit has been chosen before. For a hole the middle helps most, where digits are
 # decided. Noise is best repaired by starting from $y$. Led to the last step, a picture fits $y$ with
 # all its noise; led in the middle only it does not, and is better by some two decibels.
 #
@@ -397,7 +396,7 @@ if __name__ == "__main__":
         sets = [workshop.to_pictures(x) for x in sets]
         share = [float((read(x) == 7).float().mean()) for x in sets]
         title = "before: " if k is None else f"stage {k} saw sevens only: "
-        title += f"{fmean(share):.2f} ± {stdev(share):.2f} are sevens"
+        title += f"{fmean(share):.2f} ± {stdev(share):.2f} of {samples} are read as sevens (red)"
         rows[title] = frame(sets[0][:32], read(sets[0][:32]) == 7)
     workshop.show_images(list(rows.values()), list(rows), figures / "07_alone.png")
 
@@ -410,10 +409,11 @@ if __name__ == "__main__":
 #
 # ## Who shares what
 #
-# Ways differ in what all times have in common, in how many parts the rest comes, what cuts the timeline
-# between them, and whether they learn together. (From abstracts and official code; a star: from what
-# others say. Wan2.2's cuts: pull request 12074 of diffusers; its README has them at half of the least
-# SNR, which no time has; its shifts: musubi-tuner, docs/wan.md. This paper: as of CVPR 2024, not v4.)
+# Ways differ in what all times have in common, in how many parts the rest comes, what cuts the
+# timeline between them, and whether they learn together. (A gate is a learned function that picks
+# among parallel layers, the experts. From abstracts and official code; a star: from what others say.
+# Wan2.2's cuts: pull request 12074 of diffusers; its shifts: musubi-tuner, docs/wan.md. This paper:
+# CVPR 2024, not v4.)
 #
 # | work, arXiv | shared by all times | parts | cut by | trained |
 # |---|---|---|---|---|
@@ -432,11 +432,12 @@ if __name__ == "__main__":
 # | DiffMoE, 2503.14487 | all but experts in the blocks | 16 a block | a gate in a batch | together |
 # | Wan2.2, its code | text encoder, latent space | 2 | $t$ = 0.875, 0.9 | not published |
 #
-# Back to the questions at the beginning. **Together or apart?** Both exist. Parts that share nothing
-# can be trained apart; decoders that share an encoder can, once it is frozen. **How much of the
-# training does each get?** What the draw of times gives it (`--times`), which matters as much as the
-# parts do (RESULTS.md), as sizes matter more than gates do (2512.01252). **Why two cuts?** There is
-# one, a level of noise. Clocks and shifts only count the times, or the steps, on both sides of it.
+# Back to the questions at the beginning. **Together or apart?** Both exist. Parts that share
+# nothing can be trained apart; decoders that share an encoder can, once it is frozen. **How much of
+# the training does each get?** What the draw of times gives it (`--times`). For one decoder that
+# changes more than two more decoders do (RESULTS.md); sizes matter more than gates (2512.01252).
+# **Why two cuts?** There is one, a level of noise. Clocks and shifts count times, or steps, on its
+# two sides.
 #
 # ### Exercises
 #

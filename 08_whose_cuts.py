@@ -131,9 +131,7 @@ if __name__ == "__main__":
     best = sde.optimal_denoiser(xt, t, VP, used)
     for size in (15, 7, 5, 3, 1):
         off = (local_denoiser(xt, t, VP, used, size) - best).square().mean().sqrt()
-        print(
-            f"{size:2d}×{size:<2d} differs from the optimal denoiser by {off:.2g}, root mean square"
-        )
+        print(f"{size:2d}×{size:<2d} is off the optimal denoiser by {off:.2g} of the noise")
 
 # %% [markdown]
 # With 15×15 every pixel of a digit sees all of it, and Prop. 1 is back.
@@ -180,8 +178,8 @@ if __name__ == "__main__":
 # ## How much of the network is explained?
 #
 # In numbers: the squared difference between the noise that a form names and the noise that the
-# network names, over the network's own error, which is its squared difference to the noise that was
-# put in. At 0 the form is the network. At 1 it tells no more about it than the true noise does.
+# network names, over the network's own error, its squared difference to the noise that was put in. At
+# 0 the form is the network. At 1 it is as far from the network as the true noise is.
 
 
 # %%
@@ -216,23 +214,23 @@ if __name__ == "__main__":
             print(f"  ± {100 * (drawn.std(0) / drawn.mean(0)).max():.0f}% or less")
         ax.axhline(1, color="gray", ls=":")
         ax.set(title=title, xscale="log", yscale="log", xlabel="time t")
-    axes[0].set_ylabel("difference to the network\nover its own error")
+    axes[0].set_ylabel("squared difference to the\nnetwork over its own error")
     axes[0].legend(fontsize=8)
     workshop.show_figure(figures / "08_explained.png")
 
 # %% [markdown]
 # **Next to the image** the optimal denoiser explains nothing. Of digits that it knows it names the
-# true noise (1.00), and others it replaces. Nearest to both networks is the Gaussian at $t$ = 0.01,
-# then 3×3, and 5×5 at 0.1. **From $t$ = 0.2 on** all forms are near, the optimal one as well. A
-# network acts as if it saw more of a picture with more noise. Kamb and Ganguli fit the patch's size
-# to each time, too; Niedoba et al. go from 32×32 to 3×3 on CIFAR-10. (± is a standard deviation
-# over draws of noise, as are the bars; 90 digits in each.)
+# true noise (1.00), and others it replaces. Nearest to both networks is the Gaussian at $t$ = 0.01.
+# **Among the patches** 3×3 is nearest, then 5×5 at 0.1, then larger ones, as if a network saw more of
+# a picture with more noise. **From $t$ = 0.2 on** all forms are near. Kamb and Ganguli fit the
+# patch's size to each time, too; Niedoba et al. go from 32×32 to 3×3 on CIFAR-10. (± is the largest
+# standard deviation over draws of noise, in percent; 90 digits in each.)
 #
 # Middle and right differ in the forms that recognise training pictures, not in the Gaussian: the
 # network treats digits that it has seen as it treats others. The network on the left, which was
-# trained 15 times as long, is farther from the Gaussian, and from $t$ = 0.2 on nearest to the
-# optimal denoiser: on noisy *training* pictures better networks do come nearer to it (Song et al.
-# 2025, 2510.01378). But these two differ in more than the training.
+# trained 15 times as long, is farther from the Gaussian up to $t$ = 0.2, and from there on nearest to
+# the optimal denoiser: on noisy *training* pictures better networks come nearer to it (Song et al.
+# 2025, 2510.01378). But each is measured by its own error, and they differ in more than the training.
 #
 # ## Algorithm 1, asked anew
 #
@@ -262,12 +260,13 @@ if __name__ == "__main__":
         print(f"alike with the image end, t < 0.1: {fmean(alike):.2f} ± {stdev(alike):.2f}")
     for ax, end in zip(axes, ("image", "noise"), strict=True):
         ax.axhline(0.9, color="gray", ls=":")
-        ax.set(title=f"similarity to the {end} end", xlabel=r"averaged from there to $\tau$")
+        ax.set(title=f"share alike with the {end} end", xlabel=r"averaged from there to $\tau$")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     workshop.show_figure(figures / "08_cuts.png")
 
 # %% [markdown]
-# (Mean and standard deviation over seeds; *none*: no $\tau$ keeps an average of 0.9.)
+# (Mean and standard deviation over seeds, a line each; *none*: no $\tau$ keeps an average of 0.9. The
+# last column is the similarity to the image end, averaged over $t$ < 0.1.)
 #
 # **$t_2$ is nearly everyone's.** All forms cut within 0.03 of each other (0.09 on CIFAR-10,
 # RESULTS.md): with so much noise what remains is the mean, and all of them know the mean. (In the
