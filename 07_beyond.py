@@ -432,12 +432,11 @@ if __name__ == "__main__":
 # | DiffMoE, 2503.14487 | all but experts in the blocks | 16 a block | a gate in a batch | together |
 # | Wan2.2, its code | text encoder, latent space | 2 | $t$ = 0.875, 0.9 | not published |
 #
-# Back to the questions at the beginning. **Together or apart?** Both exist. Parts that share
-# nothing can be trained apart; decoders that share an encoder can, once it is frozen. **How much of
-# the training does each get?** What the draw of times gives it (`--times`). For one decoder that
-# changes more than two more decoders do (RESULTS.md); sizes matter more than gates (2512.01252).
-# **Why two cuts?** There is one, a level of noise. Clocks and shifts count times, or steps, on its
-# two sides.
+# Back to the questions. **Together or apart?** Both exist. Parts that share nothing can be trained
+# apart; decoders that share an encoder can, once it is frozen. **How much of the training does each
+# get?** What the draw of times gives it (`--times`). For one decoder that changes more than two
+# more decoders do (RESULTS.md); sizes matter more than gates (2512.01252). **Why two cuts?** There
+# is one, a level of noise. Clocks and shifts count times, or steps, on its two sides.
 #
 # ### Exercises
 #
