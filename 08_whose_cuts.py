@@ -8,7 +8,7 @@
 #
 # **Predict first:** which of the two cuts does a network have as well, $t_1$ or $t_2$?
 # <details><summary>Answer</summary>$t_2$, as soon as it may err by a little more. A stage next to
-# the image it has not.</details>
+# the image it does not have.</details>
 
 # %% tags=["imports"]
 import importlib
@@ -63,7 +63,7 @@ if __name__ == "__main__":
 # Only a *finite* set has that end of the timeline. Step 01 found that
 # $\epsilon^*_t(x)=-s_t\sigma_t\nabla\log p_t(x)$. Where pictures have a smooth density the gradient
 # stays finite as $t\to0$, so $\epsilon^*_t$ goes to **zero**: nobody can tell which way so little
-# noise went. Of points one can, namely away from the nearest.
+# noise went. With a set of points one can: away from the nearest.
 #
 # ## What a network says
 #
@@ -178,8 +178,9 @@ if __name__ == "__main__":
 # ## How much of the network is explained?
 #
 # In numbers: the squared difference between the noise that a form names and the noise that the
-# network names, over the network's own error, its squared difference to the noise that was put in. At
-# 0 the form is the network. At 1 it is as far from the network as the true noise is.
+# network names, divided by the network's own squared error, which is its difference to the noise
+# that was put in. At 0 the form is the network. At 1 it is as far from the network as the true
+# noise is.
 
 
 # %%
@@ -291,7 +292,7 @@ if __name__ == "__main__":
 # 1. Does the network have cuts where $\eta$ is larger?
 #    <details><summary>Solution</summary>`clustering.plain_algorithm_1(images, 2000, eta=8 / 256,
 #    denoiser=asked["digits-unified"][1])[0]`: a $t_2$ near 0.29, where the optimal denoiser has it
-#    with this $\eta$. A $t_1$ it has with no $\eta$ up to 64/256.</details>
+#    with this $\eta$. It has no $t_1$ with any $\eta$ up to 64/256.</details>
 # 2. What does a denoiser know that sees one pixel, and what does it make of the one at the top
 #    left? <details><summary>Solution</summary>`clean(xt, local_denoiser(xt, t, VP, used, 1), t,
 #    VP)`: how often each grey value occurs at that place. The top left is black in all digits, so
