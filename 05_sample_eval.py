@@ -953,7 +953,9 @@ def real_halves(images, n):
 
 def print_metrics(table, title, named):
     """Print {column: metrics} as a table with a metric a line; named: the features."""
-    print(f"{title}\n{'':20s}" + "".join(f"{column:>24s}" for column in table))
+    print(title)
+    if named != "no features":
+        print(" " * 20 + "".join(f"{column:>24s}" for column in table))
     for key, (_, label) in METRICS.items():
         if key == "frechet" and named.startswith("Inception"):  # it is FID with these alone
             n = min(metrics["samples"] for metrics in table.values())
