@@ -427,10 +427,10 @@ class Hybrid(nn.Module):
     def stage(self, t):
         return unet.find_stage(t, self.cuts)
 
-    def forward(self, x, t, stage):
+    def forward(self, x, t, stage, label=None):
         model = self.decoders[stage]
         alike = torch.equal(model.boundaries, self.boundaries)
-        return model(x, t, stage=stage) if alike else model(x, t)  # else it looks at the times
+        return model(x, t, stage=stage if alike else None, label=label)  # else by the times
 
 
 def serve_alone(model, own, cuts, other):

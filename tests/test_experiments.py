@@ -172,7 +172,7 @@ def test_another_network_serves_the_other_intervals(unet):
         assert torch.equal(hybrid(x, t, stage=k), expected(x, t))
     mine = unet.randomize(unet.build_network("digits", boundaries=(0.2, 0.7)))
     t = torch.tensor([0.15, 0.43])  # of one stage here, of two of its own
-    assert torch.equal(work.Hybrid(cuts, [mine] * 3)(x, t, stage=1), mine(x, t))
+    assert torch.equal(work.Hybrid(cuts, [mine] * 3)(x, t, stage=1, label=None), mine(x, t))
 
 
 def test_gradients_of_neighbouring_times_agree_and_follow_the_seed(digits, unet):
