@@ -535,8 +535,9 @@ def draw_finding(everything, path):
     arms, asked, _ = settings_of(everything)
     own, both = finals(*everything["decisive"])
     said = "{0}, {1} channels\nrate tried for {2}".format
-    asked = [(said(*about, SETTINGS[about][1]), *pair) for about, *pair in asked]
-    asked += [(f"{data}, 8 channels\neach its own rate", *pair) for (_, data), *pair in both]
+    names = {"colour": "CIFAR-10, colour", "grey": "CIFAR-10, grey"}
+    first = [(f"{names.get(d, d)}, 8 channels\neach its own rate", *pair) for (_, d), *pair in both]
+    asked = first + [(said(*about, SETTINGS[about][1]), *pair) for about, *pair in asked]
     panels = {DISTANCE: lambda row: np.log(row["frechet"]), "Loss on held-out pictures": timeline}
     figure, axes = plt.subplots(2, 1, figsize=(4.8, 1 + 0.8 * len(asked)), layout="constrained")
     for ax, (title, value) in zip(axes, panels.items(), strict=True):
