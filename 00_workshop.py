@@ -63,7 +63,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
 
 def is_lesson():
     """Tell whether a step shows its lesson: in a notebook, and as a script without a flag."""
-    return not flags() and "RANK" not in os.environ
+    return flags() is None or not (flags() or "RANK" in os.environ)
 
 
 # %% [markdown]

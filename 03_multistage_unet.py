@@ -70,7 +70,7 @@ if __name__ == "__main__" and not table:
 # | … and therefore unified learns slowly | does not show: at first it learns fastest |
 # | separate is worse than unified | in each of three seeds; open once corrected |
 # | … because each of its networks overfits | not with all pictures; with a tenth unified does so as much |
-# | one encoder with several decoders is better than both | CIFAR-10: in bits it is; else open |
+# | one encoder with several decoders is better than both | than unified, on CIFAR-10: in bits; by pictures in colour only |
 #
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
 # What fails at this scale is not refuted at the paper's.

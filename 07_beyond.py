@@ -434,9 +434,9 @@ if __name__ == "__main__":
 #
 # Back to the questions. **Together or apart?** Both exist. Parts that share nothing can be trained
 # apart; decoders that share an encoder can, once it is frozen. **How much of the training does each
-# get?** What the draw of times gives it (`--times`). For one decoder that changes more than two
-# more decoders do (RESULTS.md); sizes matter more than gates (2512.01252). **Why two cuts?** There
-# is one, a level of noise. Clocks and shifts count times, or steps, on its two sides.
+# get?** What the draw of times gives it (`--times`): on `digits` that changed one decoder more than
+# two further decoders did (RESULTS.md). Sizes matter more than gates (2512.01252). **Why two cuts?**
+# There is one, a level of noise. Clocks and shifts count times, or steps, on its two sides.
 #
 # ### Exercises
 #
