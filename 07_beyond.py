@@ -47,7 +47,7 @@ figures = Path("figures") if out == "runs" else Path(out) / "figures"
 if __name__ == "__main__" and workshop.about(dataset).get("judge") != "digits":
     raise workshop.BadInput(f"this lesson is about digits, not {dataset}: take digits or mnist")
 
-# %%
+# %% tags=["draws"]
 if __name__ == "__main__":
     plt.figure(figsize=(8, 3))
     for kernel, cuts in ((sde.VP, [0.631]), (sde.Flow, [0.875, 0.9])):
@@ -112,7 +112,6 @@ if __name__ == "__main__":
 #
 # **Does Algorithm 1 find the same cuts in this clock?** Similarity depends on the noise level alone.
 # But the algorithm averages it *over time*, and each clock weighs the noise levels in its own way.
-# (`algorithm_1` is step 02's; two seeds show the scatter.)
 
 # %%
 if __name__ == "__main__":
@@ -153,6 +152,9 @@ if __name__ == "__main__":
         training.fit(state, pixels[used], plan, run, labels=labels[used])
     content = workshop.read_checkpoint(run)
     model = training.averaged_model(content)
+
+# %% tags=["draws"]
+if __name__ == "__main__":
     draw, each = partial(evaluation.sample, model, "vp", seed=seed), torch.arange(10).repeat(4)
     rows = [draw(40, label=each, guidance=(w,)) for w in (0.0, 1.0)]
     rows = [workshop.to_pictures(row) for row in rows]
@@ -241,6 +243,7 @@ PROBLEMS = {"a hole": (cut_hole, 0.05), "half the resolution": (shrink, 0.05)}
 PROBLEMS["much noise"] = ((lambda x: x), 0.5)
 
 
+# %%
 def put_back(x, y, problem):
     """Bring predicted pictures x to agree with what is known, y."""
     if problem == "half the resolution":
@@ -262,6 +265,7 @@ def draw_exactly(y, A, tau, images, generator):
     return images[torch.multinomial(weight, 1, generator=generator)[:, 0]]
 
 
+# %%
 if __name__ == "__main__":
     truth, known = (workshop.to_network_space(pixels[i]) for i in (left, used[:2000]))
     dice, rows, titles = torch.Generator().manual_seed(seed), [truth[:16]], ["held out"]
@@ -273,12 +277,10 @@ if __name__ == "__main__":
     workshop.show_images(rows, titles, figures / "07_exact.png")
 
 # %% [markdown]
-# That is the whole answer for a finite set, without a step of diffusion. The draws vary little,
-# because one of 1,700 digits fits far better than the others; and it is as good as the set is rich.
-#
-# A network is not limited to a set. It is led, step by step from the noise, to pictures that fit. The
-# gradient of $\log p(y\mid x_t)$ would lead it exactly, but that is an average over all pictures that
-# $x_t$ may come from, which nobody has. Both ways below use the one predicted picture $\hat x_0$:
+# That is the whole answer for a finite set, and as good as the set is rich. A network is not limited to
+# a set. It is led, step by step from the noise, to pictures that fit. The gradient of $\log p(y\mid
+# x_t)$ would lead it exactly, but that is an average over all pictures that $x_t$ may come from, which
+# nobody has. Both ways below use the one predicted picture $\hat x_0$:
 #
 # * **Replacement** (DDNM; Wang, Yu, Zhang 2023): in the predicted $\hat x_0$ put what is known in its
 #   place. (RePaint, Lugmayr et al. 2022, does so in $x_{t-1}$, with as much noise, and repeats steps.)
@@ -418,9 +420,7 @@ if __name__ == "__main__":
 # | work, arXiv | shared by all times | parts | cut by | trained |
 # |---|---|---|---|---|
 # | eDiff-I, 2211.01324 | an ancestor | 3* | noise | one, then split and apart |
-# | P2, 2204.00227 | all; a weight of the loss | 1 | – | together |
 # | ANT, 2306.00354 | all; groups of losses | 5 | SNR, gradients (see step 02) | together |
-# | OMS-DPM, 2306.08860 | nothing; a pool of networks | any | a search | they are given |
 # | **this paper**, 2312.09181 | **the encoder** | 3 | the optimal denoiser | together |
 # | SDXL's refiner, 2307.01952 | the latent space | 2 | the last fifth* | as a network of its own |
 # | DTR, 2310.07138 | all; a mask of channels a time | – | time | together |

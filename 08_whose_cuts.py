@@ -91,6 +91,7 @@ def clean(x, eps, t, kernel):
     return x / sde.per_image(kernel.s(t), x) - sde.per_image(kernel.sigma(t), x) * eps
 
 
+# %%
 if __name__ == "__main__":
     runs = [workshop.read_checkpoint(f"pretrained/digits-{kind}") for kind in ("unified", "labels")]
     unified, labels = map(training.averaged_model, runs)
@@ -127,6 +128,7 @@ def local_denoiser(x, t, kernel, images, size):
     return sde.infer_noise(x, mean, t, kernel)
 
 
+# %%
 if __name__ == "__main__":
     best = sde.optimal_denoiser(xt, t, VP, used)
     for size in (15, 7, 5, 3, 1):
@@ -161,6 +163,7 @@ def gaussian_denoiser(x, t, kernel, images):
     return sde.infer_noise(x, mean.to(x.dtype).reshape(x.shape), t, kernel)
 
 
+# %%
 FORMS = {"optimal": sde.optimal_denoiser}
 FORMS |= {f"local, {n}×{n}": partial(local_denoiser, size=n) for n in (7, 5, 3)}
 FORMS["Gaussian"] = gaussian_denoiser
