@@ -83,7 +83,7 @@ if __name__ == "__main__" and lesson:
 # line with a tolerance of $10^{-11}$ is the yardstick.
 
 
-# %%
+# %% tags=["nbval-check-output"]
 def levels(kernel, x, n, grid="log-snr"):
     """Return z = x / s, and n + 1 noise levels from t_max to t_min; grid: see `time_grid` below."""
     times = sde.log_snr_times(kernel, n) if grid == "log-snr" else time_grid(kernel, n, grid)

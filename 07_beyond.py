@@ -6,8 +6,8 @@
 # training does each get? Why is the timeline cut at one place in training and at another in sampling?
 # **You will** answer with code.
 #
-# **Predict first:** the paper's second cut is at $t$ = 0.631 in the clock of VP, Wan2.2's at 0.875 or
-# 0.9 in that of flow matching. Are these different amounts of noise? <details>
+# **Predict first:** the paper's second cut is at $t$ = 0.631 on VP's clock. Wan2.2, a video model, cuts
+# at 0.875 or 0.9 on another. Are these different amounts of noise? <details>
 # <summary>Answer</summary>Hardly: the noise levels are 7.4, 7 and 9.</details>
 
 # %% tags=["imports"]
@@ -88,7 +88,7 @@ if __name__ == "__main__":
 # steps, uniform before a shift of 12 (text to video, cut 0.875) or of 5 (from a picture, cut 0.9):
 
 
-# %%
+# %% tags=["nbval-check-output"]
 def shift_time(t, s):
     """Shift times of `Flow` towards the noise, such that sigma becomes s sigma."""
     return s * t / (1 + (s - 1) * t)
@@ -212,7 +212,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # Without guidance some 95 of 100 are as asked. Guidance corrects the rest **at the noise**, where the
 # digit is chosen: with $w$ = 1 in stage 2 alone 99 are. The price: the distance rises, with $w$ = 3
-# to four times as much. **At the image** $w$ = 1 corrects two in a hundred, and the distance falls:
+# more than fourfold. **At the image** $w$ = 1 corrects two in a hundred, and the distance falls:
 # pictures are a little sharper. **In the middle** with $w$ = 3 only half are still what was asked.
 #
 # Is that true of guidance, or of this network? Seeds of sampling cannot tell, but networks that were
@@ -277,7 +277,7 @@ if __name__ == "__main__":
     workshop.show_images(rows, titles, figures / "07_exact.png")
 
 # %% [markdown]
-# That is the whole answer for a finite set, and as good as the set is rich. A network is not limited to
+# For a finite set that is the whole answer; a richer set gives a better one. A network is not limited to
 # a set. It is led, step by step from the noise, to pictures that fit. The gradient of $\log p(y\mid
 # x_t)$ would lead it exactly, but that is an average over all pictures that $x_t$ may come from, which
 # nobody has. Both ways below use the one predicted picture $\hat x_0$:
@@ -411,7 +411,7 @@ if __name__ == "__main__":
 #
 # ## Who shares what
 #
-# Ways differ in what all times have in common, in how many parts the rest comes, what cuts the
+# Methods differ in what all times share, in how many parts the rest has, what cuts the
 # timeline between them, and whether they learn together. (A gate is a learned function that picks
 # among parallel layers, the experts. From abstracts and official code; a star: from what others say.
 # Wan2.2's cuts: pull request 12074 of diffusers; its shifts: musubi-tuner, docs/wan.md. This paper:
@@ -435,7 +435,7 @@ if __name__ == "__main__":
 # Back to the questions. **Together or apart?** Both exist. Parts that share nothing can be trained
 # apart; decoders that share an encoder can, once it is frozen. **How much of the training does each
 # get?** What the draw of times gives it (`--times`): on `digits` that changed one decoder more than
-# two further decoders did (RESULTS.md). Sizes matter more than gates (2512.01252). **Why two cuts?**
+# two further decoders did (RESULTS.md). **Why two cuts?**
 # There is one, a level of noise. Clocks and shifts count times, or steps, on its two sides.
 #
 # ### Exercises

@@ -52,16 +52,18 @@ def test_checks_tell_right_from_wrong(step, monkeypatch):
     assert seen == gaps.keys()
 
 
-def test_a_notebook_stops_at_its_gap_and_runs_once_it_is_filled(tmp_path, capsys):
-    """As students meet it: the handout of step 03, through papermill."""
-    student.write(tmp_path / "handout")
-    assert {path.stem for path in (tmp_path / "handout").glob("*.ipynb")} == set(WITH_GAPS)
-    draft, how = tmp_path / "handout" / f"{STEPS[3]}.ipynb", dict(kernel_name="python3")
-    how |= dict(cwd=tmp_path / "handout", progress_bar=False)
+def test_a_notebook_stops_at_its_gap_and_nowhere_before(tmp_path, monkeypatch):
+    """As students meet it: the last gap of step 05, which draws from a run and kept weights."""
+    name, handout = "the Fréchet distance", tmp_path / "handout"
+    student.write(handout, chosen=[name])
+    assert {path.stem for path in handout.glob("*.ipynb")} == set(WITH_GAPS)
+    monkeypatch.chdir(handout)
+    command(4, "--steps", 3, "--boundaries", "0.1,0.44")
+    how = dict(kernel_name="python3", cwd=handout, progress_bar=False)
     with pytest.raises(papermill.PapermillExecutionError) as caught:
-        papermill.execute_notebook(draft, tmp_path / "out.ipynb", **how)
+        papermill.execute_notebook(handout / f"{STEPS[5]}.ipynb", tmp_path / "out.ipynb", **how)
     assert caught.value.ename == "NotImplementedError"
-    assert student.GAPS["the dispatch"]["says"] in str(caught.value)
+    assert student.GAPS[name]["says"] in str(caught.value)
 
 
 def test_the_handout_has_no_solution_and_every_wrong_answer_is_told_to_teachers():
