@@ -7,8 +7,8 @@
 # covariance.
 #
 # **Predict first:** which of the two cuts does a network have as well, $t_1$ or $t_2$?
-# <details><summary>Answer</summary>$t_2$, as soon as it may err by a little more. A stage next to
-# the image it does not have.</details>
+# <details><summary>Answer</summary>$t_2$, as soon as it may err by a little more. It has no stage
+# next to the image.</details>
 
 # %% tags=["imports"]
 import importlib
@@ -226,9 +226,8 @@ if __name__ == "__main__":
 # **Next to the image** the optimal denoiser explains nothing. Of digits that it knows it names the
 # true noise (1.00), and others it replaces. Nearest to both networks is the Gaussian at $t$ = 0.01.
 # **Among the patches** 3×3 is nearest, then 5×5 at 0.1, then larger ones, as if a network saw more of
-# a picture with more noise. **From $t$ = 0.2 on** all forms are near. Kamb and Ganguli fit the
-# patch's size to each time, too; Niedoba et al. go from 32×32 to 3×3 on CIFAR-10. (± is the largest
-# standard deviation over draws of noise, in percent; 90 digits in each.)
+# a picture with more noise. **From $t$ = 0.2 on** all forms are near. (Kamb and Ganguli fit the patch's
+# size to each time, too. ± is the largest standard deviation over draws of noise; 90 digits in each.)
 #
 # Middle and right differ in the forms that recognise training pictures, not in the Gaussian: the
 # network treats digits that it has seen as it treats others. The network on the left, which was
@@ -277,15 +276,14 @@ if __name__ == "__main__":
 # last row it is that of 90 digits.) The network misses it by a little more than $\eta$ = 2/256, so
 # it has none; with 8/256 it has the $t_2$ that the optimal denoiser has then (exercise 1).
 #
-# **$t_1$ is a property of memorising.** It is the shorter the less a form sees. The Gaussian has
+# **$t_1$ is a property of memorising.** The less a form sees, the shorter it is. The Gaussian has
 # none, a network has none, and the optimal denoiser itself has none about digits that it does not
 # know: it ends where a denoiser no longer recognises a training picture.
 #
 # Are the paper's cuts bad, then? That does not follow: they may be good for another reason than the
-# one that led to them. So the lesson ends with a question. **Do cuts taken from the local denoiser
-# train better than the paper's, or than equal thirds?** `experiments/whose_cuts.toml` says how that
-# is decided; it was written before anything ran. What came of it stands in RESULTS.md, *Whose
-# cuts?*: on `digits` the likelihood says yes, and the pictures say no.
+# one that led to them. **Do cuts taken from the local denoiser train better than the paper's, or than
+# equal thirds?** How that is decided was written down before anything ran. The answer (RESULTS.md,
+# *Whose cuts?*): on `digits` the likelihood says yes, the pictures say no; on CIFAR-10 it is open.
 #
 # (Two networks, 8×8 digits. Of the papers the abstracts were read, of Niedoba et al. the code, too.
 # Lukoianov et al., 2509.09672, find that locality comes from the data and not from convolutions.)
