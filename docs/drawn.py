@@ -1,6 +1,6 @@
 """Draw six of each digit, as asked for, by the weights that come with the project: docs/drawn.png.
 
-    python docs/drawn.py        # some two minutes on one core; needs no data set
+    python docs/drawn.py        # seconds; needs no data set
 
 None is selected: the first 60 of seed 1, with guidance at the noise, where the digit is decided.
 """

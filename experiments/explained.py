@@ -1,8 +1,8 @@
 """Who explains a network of CIFAR-10? Step 08's measure, asked of a run of decisive.toml.
 
-    python experiments/explained.py --root data --features resnet56.th    # an hour of one core
+    python experiments/explained.py --root data --features resnet56.th    # five minutes of one core
 
-The run's network is trained first where its weights are not kept (five minutes).
+The run's network is trained first where its weights are not kept, which takes as long.
 """
 
 import argparse
@@ -56,9 +56,10 @@ def main():
     print(f"{'t =':42s}", *(f"{t:6g}" for t in times.tolist()))
 
     def tell(name, *found):
-        found = torch.stack(found)
-        spread = f"  ± {100 * (found.std(0) / found.mean(0)).max():.0f}% or less"
-        print(f"{name:42s}", *(f"{v:6.2f}" for v in found.mean(0)), spread * (len(found) > 1))
+        mean, spread = torch.stack(found).mean(0), ""
+        if len(found) > 1:
+            spread = f"  ± {100 * (torch.stack(found).std(0) / mean).max():.0f}% or less"
+        print(f"{name:42s}", *(f"{v:6.2f}" for v in mean), spread, flush=True)
 
     def measure(forms, pictures, known, seeds):
         whose_cuts.FORMS = forms
