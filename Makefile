@@ -1,4 +1,4 @@
-# make demo: see it work (4 minutes on 2 free cores after the install). make test: check that it does.
+# make demo: see it work (4 to 8 minutes on 2 free cores after the install). make test: check that it does.
 # make site: README, RESULTS.md and the executed notebooks as pages. make student: notebooks with gaps;
 # make solved: the same with the gaps filled.
 # make -j3 experiments: run what RESULTS.md lacks, seeds side by side; FLAGS="--only table3" for one.
