@@ -73,7 +73,7 @@ if __name__ == "__main__" and lesson:
 # What keeps the latents tidy? Two kinds of autoencoders are in use, and they differ in the answer;
 # the other kind, KL, stands below the line. With nothing else to obey, an encoder may hide detail
 # in tiny differences between large numbers, which a diffusion model could never draw well enough.
-# VQ (vector quantisation; van den Oord et al. 2017) allows the decoder no more than a list of $K$
+# VQ (vector quantisation; van den Oord et al. 2017) allows the decoder no more than a list of
 # vectors, the *codebook*. Each position $h$ of the encoder's output is rounded to the nearest
 # entry:
 #
@@ -82,8 +82,6 @@ if __name__ == "__main__" and lesson:
 # Rounding has no useful gradient: a small change of $h$ changes nothing. So the gradient is passed
 # *straight through*, as if nothing had been rounded. One line does both: forwards
 # $h+\mathrm{sg}[e-h]$ is $e$, backwards it is $h$, where $\mathrm{sg}$ stops the gradient.
-#
-# (`nearest` below works in parts, for large codebooks such as the 8,192 entries of VQ-f4.)
 
 
 # %%
@@ -283,6 +281,7 @@ def draw_latents(model, pictures, scale, path):
     workshop.show_images(rows, titles, path)
 
 
+# %%
 if __name__ == "__main__" and lesson:
     draw_latents(small, digits[:16], 1.0, "figures/06_rebuilt.png")
     h = encode_pictures(small, digits)
@@ -709,7 +708,8 @@ if __name__ == "__main__":
 #
 # Reconstructions of real pictures are the floor. All sets are compared with the same half of the
 # real pictures; the last one is the other half, which is what perfect samples would get. Networks
-# draw from the same noise at the same place.
+# draw from the same noise at the same place. See how far both are from the rebuilt ones; which of
+# them is ahead one seed does not tell.
 
 # %%
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ if __name__ == "__main__":
     content = workshop.read_checkpoint(run)
     model = training.averaged_model(content)
 
-# %% tags=["draws"]
+# %%
 if __name__ == "__main__":
     draw, each = partial(evaluation.sample, model, "vp", seed=seed), torch.arange(10).repeat(4)
     rows = [draw(40, label=each, guidance=(w,)) for w in (0.0, 1.0)]
@@ -185,6 +185,7 @@ def draw_bars(panels, path, digits=2):
     workshop.show_figure(path)
 
 
+# %%
 if __name__ == "__main__":
     classifier, accuracy = evaluation.load_classifier(dataset)
     read = lambda x: classifier(x).argmax(1).detach()  # noqa: E731
@@ -268,10 +269,10 @@ def draw_exactly(y, A, tau, images, generator):
 # %%
 if __name__ == "__main__":
     truth, known = (workshop.to_network_space(pixels[i]) for i in (left, used[:2000]))
-    dice, rows, titles = torch.Generator().manual_seed(seed), [truth[:16]], ["held out"]
+    dice, rows, titles = torch.Generator().manual_seed(seed), [truth[:10]], ["held out"]
     for problem, (A, tau) in PROBLEMS.items():
         y = A(truth) + tau * torch.randn(A(truth).shape, generator=dice)
-        rows += [F.interpolate(y, truth.shape[2:])[:16], draw_exactly(y, A, tau, known, dice)[:16]]
+        rows += [F.interpolate(y, truth.shape[2:])[:10], draw_exactly(y, A, tau, known, dice)[:10]]
         titles += [f"{problem}: what is known", "drawn exactly, from the training pictures"]
     rows = [workshop.to_pictures(row) for row in rows]
     workshop.show_images(rows, titles, figures / "07_exact.png")
@@ -332,7 +333,7 @@ if __name__ == "__main__":
     ways.update({f"DPS in stage {k} only": (network, "guide", (k,)) for k in range(3)})
     ways.update({"points, replacement": (points, "replace"), "points, DPS": (points, "guide")})
     few, average = truth[:48].repeat(seeds, 1, 1, 1), known.mean(0, keepdim=True)
-    rows, panels = {"the truth": few[:16]}, {}
+    rows, panels = {"the truth": few[:10]}, {}
     for problem, (A, tau) in PROBLEMS.items():
         y = A(few) + tau * torch.randn(A(few).shape, generator=dice)
         plain = F.interpolate(y, few.shape[2:], mode="bicubic")  # of as many pixels: y itself
@@ -340,7 +341,7 @@ if __name__ == "__main__":
         results = {"without a network": plain, "exact": draw_exactly(y, A, tau, known, dice)}
         for way, (eps, how, *stages) in ways.items():
             results[way] = repair(eps, y, few.shape, problem, how, dice, *stages, cuts=model.cuts)
-        rows.update({f"{problem}: {way}": results[way][:16] for way in ("replacement", "DPS")})
+        rows.update({f"{problem}: {way}": results[way][:10] for way in ("replacement", "DPS")})
         panels[f"{problem}, dB"] = {
             way: [psnr(part, truth[:48]) for part in x.chunk(seeds)] for way, x in results.items()
         }
@@ -399,8 +400,8 @@ if __name__ == "__main__":
         share = [float((read(x) == 7).float().mean()) for x in sets]
         title = "before: " if k is None else f"stage {k} saw sevens only: "
         title += f"{fmean(share):.2f} ± {stdev(share):.2f} of {samples} are read as sevens (red)"
-        rows[title] = frame(sets[0][:32], read(sets[0][:32]) == 7)
-    workshop.show_images(list(rows.values()), list(rows), figures / "07_alone.png")
+        rows[title] = frame(sets[0][:20], read(sets[0][:20]) == 7)
+    workshop.show_images(list(rows.values()), list(rows), figures / "07_alone.png", columns=10)
 
 # %% [markdown]
 # The stage at the image saw nothing but sevens and draws about as many as before: what it gets is
@@ -424,7 +425,6 @@ if __name__ == "__main__":
 # | **this paper**, 2312.09181 | **the encoder** | 3 | the optimal denoiser | together |
 # | SDXL's refiner, 2307.01952 | the latent space | 2 | the last fifth* | as a network of its own |
 # | DTR, 2310.07138 | all; a mask of channels a time | – | time | together |
-# | T-Stitch, 2402.14167 | the latent space | 2 | a share of the steps | they are given |
 # | Switch-DiT, 2403.09176 | one expert a block | 3 a block | a learned gate | together |
 # | DeMe, 2410.06664 | begins and ends as one | 4 | time | apart, then merged |
 # | Remix-DiT, 2412.05628 | 4 sets of weights, mixed | 8, 20 | equal times | together, from one |
