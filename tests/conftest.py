@@ -61,6 +61,13 @@ def no_strays():
             process.kill()
 
 
+class Hostile:
+    """What touches a file where it is unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("touched"),))
+
+
 def command(number, *flags):
     """Run a step as a command, but in this process: command(4, "--steps", 3)."""
     file = str(ROOT / f"{STEPS[number]}.py")

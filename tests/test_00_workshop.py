@@ -209,6 +209,9 @@ def test_pictures_that_cannot_be_read_are_counted(workshop, tmp_path, capsys, wh
     images, _ = workshop.load_images("folder", tmp_path, 8)
     assert images[:, 0, 4, 4].tolist() == [i for i in range(120) if i != 5]
     assert "unreadable: 1 of 120 pictures, such as" in capsys.readouterr().out
+    (tmp_path / "0007.png").write_bytes(b"")
+    with pytest.raises(workshop.BadInput, match="more than 1% of the pictures"):
+        workshop.load_images("folder", tmp_path, 8)
 
 
 def test_decoded_pictures_are_kept_for_these_pictures_alone(workshop, tmp_path, monkeypatch):

@@ -334,6 +334,7 @@ def test_the_first_stage_of_ldm_loads_and_agrees(
         assert torch.equal(model.codebook.nearest(h), torch.from_numpy(found["indices"]))
         y = model.decode(h)
         torch.testing.assert_close(y, torch.from_numpy(found["y"]), rtol=1e-4, atol=1e-5)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_other_files_are_no_checkpoints(workshop, unet, release, golden, monkeypatch, capsys):

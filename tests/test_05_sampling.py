@@ -13,6 +13,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch_fidelity
+from conftest import Hostile
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 GOLDEN = Path(__file__).parent / "golden" / "solvers.npz"
@@ -201,7 +202,7 @@ def model(unet):
     return unet.randomize(unet.build_network("digits", encoder=8, decoders=(8, 8, 8), attention=()))
 
 
-def test_grids(sde, evaluation, model):
+def test_grids(workshop, sde, evaluation, model):
     for grid in ("log-snr", "time", "quadratic"):
         times = evaluation.time_grid(sde.VP, 10, grid)
         assert times[[0, -1]].tolist() == pytest.approx([1, 1e-3]) and (times.diff() < 0).all()
@@ -209,6 +210,10 @@ def test_grids(sde, evaluation, model):
     draw = lambda **how: evaluation.sample(model, "vp", 2, "ddim", 4, seed=3, **how)  # noqa: E731
     assert torch.equal(draw(), draw(grid="log-snr"))
     assert not torch.equal(draw(), draw(grid="time"))
+    with pytest.raises(workshop.BadInput, match="unknown grid 'cubic'"):
+        draw(grid="cubic")
+    with pytest.raises(workshop.BadInput, match="'heun' has a grid of its own"):
+        evaluation.solver_of("heun", "time")
 
 
 @pytest.mark.parametrize("name", ["dpm-solver-3", "ancestral", "euler-maruyama"])
@@ -372,15 +377,13 @@ def test_no_more_than_a_part_of_a_set_is_held_as_float(evaluation, measured):
     torch.testing.assert_close(few, expected.sqrt() / 255, rtol=1e-5, atol=1e-4)
 
 
-def test_halves_are_disjoint(evaluation):
+def test_halves_are_disjoint_and_bounded(workshop, evaluation):
     pixels = torch.arange(100, dtype=torch.uint8).reshape(100, 1, 1, 1)
     a, b = evaluation.real_halves(pixels, 50)
     assert len(set(a.flatten().tolist()) | set(b.flatten().tolist())) == 100
-
-
-class Hostile:
-    def __reduce__(self):
-        return (Path.touch, (Path("touched"),))
+    for n in (9, 51):
+        with pytest.raises(workshop.BadInput, match=f"samples = {n} must be 10 .* of the 100 real"):
+            evaluation.real_halves(pixels, n)
 
 
 def test_inceptions_weights_are_missing_foreign_or_hostile(

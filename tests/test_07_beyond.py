@@ -175,9 +175,19 @@ def test_every_picture_has_its_own_label_however_it_is_divided(evaluation, unet,
     torch.testing.assert_close(whole[4:5], one, rtol=1e-3, atol=1e-3)
 
 
-def test_a_label_that_the_network_has_not(workshop, evaluation, unet):
-    with pytest.raises(workshop.BadInput, match="label 10 .* which are 0 to 9"):
-        evaluation.sample(network(unet, classes=10), "vp", 2, nfe=1, label=10)
+@pytest.mark.parametrize(
+    "classes, how, sentence",
+    [
+        (10, dict(label=10), "label 10 is none of the network's, which are 0 to 9"),
+        (10, dict(label=-2), "label -2 is none"),
+        (0, dict(label=3), "which has none: train one with --classes"),
+        (0, dict(guidance=(2.0,)), "leads to a label: give one"),
+        (10, dict(label=3, guidance=(1.0, 2.0)), r"\[1.0, 2.0\] must be one number, or 3"),
+    ],
+)
+def test_labels_that_cannot_be_drawn(workshop, evaluation, unet, classes, how, sentence):
+    with pytest.raises(workshop.BadInput, match=sentence):
+        evaluation.sample(network(unet, classes=classes), "vp", 2, nfe=1, sampler="ddim", **how)
 
 
 # ---- one stage alone -------------------------------------------------------------------------

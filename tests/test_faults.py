@@ -26,16 +26,11 @@ import numpy as np
 import papermill
 import pytest
 import torch
-from conftest import ROOT, STEPS, command, step
+from conftest import ROOT, STEPS, Hostile, command, step
 from papermill.translators import PythonTranslator
 from PIL import Image
 
 FEW = "--boundaries 0.1,0.44 --steps 4 --batch 8"
-
-
-class Hostile:
-    def __reduce__(self):
-        return (Path.touch, (Path("touched"),))
 
 
 def put(patch, path, content=b"x"):
@@ -216,7 +211,7 @@ def test_a_fault_is_one_sentence_and_nothing_is_lost(row, here, capfd):
 
 
 def numbers(line, capsys):
-    """Run a command, without its figures, and list the numbers that it leaves and prints."""
+    """Run a command and list the numbers that it leaves and prints."""
     capsys.readouterr()
     told(line)
     found = [row for row in capsys.readouterr().out.split("\n") if "GFLOPs" in row]
