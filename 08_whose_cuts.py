@@ -187,8 +187,8 @@ if __name__ == "__main__":
 
 
 # %%
-def unexplained(model, pictures, images, times, dice):
-    """Measure how far FORMS are from a network, over its own error: {name: (times,)}.
+def unexplained(model, pictures, images, times, dice, forms=FORMS):
+    """Measure how far forms are from a network, over its own error: {name: (times,)}.
 
     pictures: (B, C, H, W), to which noise is added. images: the ones that the forms know.
     """
@@ -197,7 +197,7 @@ def unexplained(model, pictures, images, times, dice):
     x = sde.perturb(y, eps, t, VP)
     said = ask_network(model, x, t, VP)
     add = lambda gap: gap.square().reshape(len(times), -1).sum(1).cpu()  # noqa: E731
-    return {name: add(f(x, t, VP, images) - said) / add(eps - said) for name, f in FORMS.items()}
+    return {name: add(f(x, t, VP, images) - said) / add(eps - said) for name, f in forms.items()}
 
 
 # %%

@@ -670,7 +670,8 @@ def write(out, chosen=None):
             jupytext.write(with_gaps(step, chosen), part / f"{step}.ipynb")
     for name in ("requirements.txt", "constraints.txt"):
         shutil.copy(ROOT / name, part)
-    shutil.copytree(ROOT / "pretrained", part / "pretrained", ignore=lambda *_: ["__pycache__"])
+    no_cache = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "pretrained", part / "pretrained", ignore=no_cache)
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
     gaps = len(GAPS if chosen is None else chosen)

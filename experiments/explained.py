@@ -55,28 +55,20 @@ def main():
     times = torch.tensor([0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3]).double()
     print(f"{'t =':42s}", *(f"{t:6g}" for t in times.tolist()))
 
-    def tell(name, *found):
-        mean, spread = torch.stack(found).mean(0), ""
-        if len(found) > 1:
-            spread = f"  ± {100 * (torch.stack(found).std(0) / mean).max():.0f}% or less"
-        print(f"{name:42s}", *(f"{v:6.2f}" for v in mean), spread, flush=True)
-
-    def measure(forms, pictures, known, seeds):
-        whose_cuts.FORMS = forms
-        dice = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with torch.no_grad():
-            rows = [whose_cuts.unexplained(model, pictures, known, times, one) for one in dice]
-        return {name: [row[name] for row in rows] for name in forms}
+    def tell(name, form, pictures, known, draws=3):
+        dice = [torch.Generator().manual_seed(seed) for seed in range(draws)]
+        asking = dict(forms={name: form})
+        found = [whose_cuts.unexplained(model, pictures, known, times, d, **asking) for d in dice]
+        found, spread = torch.stack([row[name] for row in found]), ""
+        if draws > 1:
+            spread = f"  ± {100 * (found.std(0) / found.mean(0)).max():.0f}% or less"
+        print(f"{name:42s}", *(f"{v:6.2f}" for v in found.mean(0)), spread, flush=True)
 
     forms, known = whose_cuts.FORMS, used[:10_000]
-    optimal = {name: form for name, form in forms.items() if name == "optimal"}
-    for name, rows in measure(optimal, known[:90], known, range(3)).items():
-        tell(f"{name}, pictures that it knows", *rows)
-    anywhere = {"local, 3×3, from anywhere, 1,000 pictures": from_anywhere}
-    for name, rows in measure(anywhere, held_out[:30], used[:1000], [0]).items():
-        tell(name, *rows)
+    tell("optimal, pictures that it knows", forms["optimal"], known[:90], known)
     for name, form in forms.items():
-        tell(name, *measure({name: form}, held_out[:90], known, range(3))[name])
+        tell(name, form, held_out[:90], known)
+    tell("local, 3×3, from anywhere, 1,000 pictures", from_anywhere, held_out[:30], used[:1000], 1)
 
 
 if __name__ == "__main__":
