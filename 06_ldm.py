@@ -52,8 +52,8 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # Which numbers would say more? Let two networks find out: an *encoder* that maps a picture to its
-# latent $h=\mathrm{Enc}(x)$, a few channels at a lower resolution, and a *decoder* with
-# $\mathrm{Dec}(h)\approx x$. They are trained together, once, before the diffusion model, and only
+# latent $a=\mathrm{Enc}(x)$, a few channels at a lower resolution, and a *decoder* with
+# $\mathrm{Dec}(a)\approx x$. They are trained together, once, before the diffusion model, and only
 # on rebuilding pictures.
 #
 # The authors use the released **VQ-f4** of latent diffusion: pictures of 3×256×256, latents of
@@ -63,10 +63,10 @@ if __name__ == "__main__" and lesson:
 #
 # | symbol | in the code | meaning |
 # |---|---|---|
-# | $h=\mathrm{Enc}(x)$ | `model.encode(x)` | the latent as the encoder gives it, (B, c, h, w) |
-# | $e$ | `codebook(h)[1]` | the same, each position rounded to an entry of the codebook |
-# | $\mathrm{Dec}(h)$ | `model.decode(h)` | the decoder: it rounds first |
-# | $u$ | `scale * h` | the latent of unit variance that the diffusion model sees |
+# | $a=\mathrm{Enc}(x)$ | `model.encode(x)` | the latent as the encoder gives it, (B, c, h, w) |
+# | $b$ | `codebook(a)[1]` | the same, each position rounded to an entry of the codebook |
+# | $\mathrm{Dec}(a)$ | `model.decode(a)` | the decoder: it rounds first |
+# | $a'$ | `scale * a` | the latent of unit variance that the diffusion model sees |
 #
 # ## A codebook
 #
@@ -74,14 +74,14 @@ if __name__ == "__main__" and lesson:
 # the other kind, KL, stands below the line. With nothing else to obey, an encoder may hide detail
 # in tiny differences between large numbers, which a diffusion model could never draw well enough.
 # VQ (vector quantisation; van den Oord et al. 2017) allows the decoder no more than a list of
-# vectors, the *codebook*. Each position $h$ of the encoder's output is rounded to the nearest
+# vectors, the *codebook*. Each position $a$ of the encoder's output is rounded to the nearest
 # entry:
 #
-# $$e = e_j,\qquad j=\arg\min_i\|h-e_i\|_2 .$$
+# $$b = b_j,\qquad j=\arg\min_i\|a-b_i\|_2 .$$
 #
-# Rounding has no useful gradient: a small change of $h$ changes nothing. So the gradient is passed
+# Rounding has no useful gradient: a small change of $a$ changes nothing. So the gradient is passed
 # *straight through*, as if nothing had been rounded. One line does both: forwards
-# $h+\mathrm{sg}[e-h]$ is $e$, backwards it is $h$, where $\mathrm{sg}$ stops the gradient.
+# $a+\mathrm{sg}[b-a]$ is $b$, backwards it is $a$, where $\mathrm{sg}$ stops the gradient.
 
 
 # %%
@@ -92,30 +92,30 @@ class Codebook(nn.Module):
         super().__init__()
         self.vectors = nn.Parameter(torch.empty(entries, c).uniform_(-1, 1))
 
-    def nearest(self, h):
+    def nearest(self, a):
         """Return the index of the nearest entry at each position: (B, H, W) int64."""
-        rows = h.movedim(1, 3).flatten(0, 2).float()  # in parts: all distances may not fit
+        rows = a.movedim(1, 3).flatten(0, 2).float()  # in parts: all distances may not fit
         index = [torch.cdist(part, self.vectors.float()).argmin(1) for part in rows.split(4096)]
-        return torch.cat(index).reshape(len(h), *h.shape[2:])
+        return torch.cat(index).reshape(len(a), *a.shape[2:])
 
-    def forward(self, h):
-        """Return the rounded latents, with the gradient of h, their entries and the indices."""
-        index = self.nearest(h)
-        e = self.vectors[index].movedim(3, 1)  # (B, c, H, W)
-        return h + (e - h).detach(), e, index
+    def forward(self, a):
+        """Return the rounded latents, with the gradient of a, the entries and the indices."""
+        index = self.nearest(a)
+        b = self.vectors[index].movedim(3, 1)  # (B, c, H, W)
+        return a + (b - a).detach(), b, index
 
 
 # %%
 if __name__ == "__main__" and lesson:
     book = Codebook(entries=3, c=2)
     book.vectors.data = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    h = torch.tensor([0.75, 0.5]).reshape(1, 2, 1, 1).requires_grad_()
-    rounded, e, index = book(h)
+    a = torch.tensor([0.75, 0.5]).reshape(1, 2, 1, 1).requires_grad_()
+    rounded, b, index = book(a)
     (3 * rounded[0, 0] + 5 * rounded[0, 1]).sum().backward()
-    squares = [sum((h[0, i, 0, 0] - v[i]) ** 2 for i in (0, 1)).item() for v in book.vectors]
+    squares = [sum((a[0, i, 0, 0] - v[i]) ** 2 for i in (0, 1)).item() for v in book.vectors]
     print("squared distances of (0.75, 0.5) from the three entries:", squares)
     print(f"it is rounded to entry {index.item()}:", rounded.flatten().tolist())
-    print("the gradient behind is [3, 5]; before the rounding it is", h.grad.flatten().tolist())
+    print("the gradient behind is [3, 5]; before the rounding it is", a.grad.flatten().tolist())
     assert index.item() == squares.index(min(squares))
 
 # %% [markdown]
@@ -125,18 +125,18 @@ if __name__ == "__main__" and lesson:
 # But the gradient reaches no entry on its way. How do entries learn? They and the encoder are
 # pulled towards each other, the encoder more gently, with $\beta=\tfrac14$:
 #
-# $$\|e-\mathrm{sg}[h]\|^2+\beta\,\|h-\mathrm{sg}[e]\|^2 .$$
+# $$\|b-\mathrm{sg}[a]\|^2+\beta\,\|a-\mathrm{sg}[b]\|^2 .$$
 
 
 # %%
-def pull_together(h, e, beta=0.25):
+def pull_together(a, b, beta=0.25):
     """Compare encoded latents with their entries: the codebook's pull and the encoder's."""
-    return F.mse_loss(e, h.detach()) + beta * F.mse_loss(h, e.detach())
+    return F.mse_loss(b, a.detach()) + beta * F.mse_loss(a, b.detach())
 
 
 if __name__ == "__main__" and lesson:
     book.zero_grad()
-    pull_together(h.detach(), book(h.detach())[1]).backward()
+    pull_together(a.detach(), book(a.detach())[1]).backward()
     print("where the pull moves the three entries:", (0 - book.vectors.grad).tolist())
 
 # %% [markdown]
@@ -173,14 +173,14 @@ class SmallAutoencoder(nn.Module):
     def encode(self, x):
         return self.encoder(x)
 
-    def decode(self, h):
-        return self.decoder(self.codebook(h)[0])
+    def decode(self, a):
+        return self.decoder(self.codebook(a)[0])
 
     def rebuild(self, x, generator):
         """Rebuild pictures as in training: them, and what is added to their loss."""
-        h = self.encoder(x)
-        rounded, e, _ = self.codebook(h)
-        return self.decoder(rounded), pull_together(h, e)
+        a = self.encoder(x)
+        rounded, b, _ = self.codebook(a)
+        return self.decoder(rounded), pull_together(a, b)
 
 
 # %%
@@ -260,10 +260,10 @@ def encode_pictures(model, pictures):
 
 
 @torch.no_grad()
-def decode_latents(model, u, scale):
+def decode_latents(model, scaled, scale):
     """Decode latents, times scale, to pictures (N, C, H, W) in [0, 1], on the CPU."""
     where = next(model.parameters()).device
-    parts = u.split(pictures_at_once(model.factor * u.shape[-1]))
+    parts = scaled.split(pictures_at_once(model.factor * scaled.shape[-1]))
     found = [model.decode(part.to(where) / scale).cpu() for part in parts]
     return workshop.to_pictures(torch.cat(found))
 
@@ -271,21 +271,21 @@ def decode_latents(model, u, scale):
 # %% tags=["draws"]
 def draw_latents(model, pictures, scale, path):
     """Draw pictures, what an autoencoder makes of them, and the channels of their latents."""
-    u = encode_pictures(model, pictures) * scale
-    low, high = u.amin((0, 2, 3), keepdim=True), u.amax((0, 2, 3), keepdim=True)
-    rows = [pictures.cpu() / 255, decode_latents(model, u, scale)]
-    rows += ((u - low) / (high - low)).split(1, dim=1)
-    shapes = ["×".join(map(str, v.shape[1:])) for v in (pictures, u[:, :1])]
+    scaled = encode_pictures(model, pictures) * scale
+    low, high = scaled.amin((0, 2, 3), keepdim=True), scaled.amax((0, 2, 3), keepdim=True)
+    rows = [pictures.cpu() / 255, decode_latents(model, scaled, scale)]
+    rows += ((scaled - low) / (high - low)).split(1, dim=1)
+    shapes = ["×".join(map(str, v.shape[1:])) for v in (pictures, scaled[:, :1])]
     titles = [f"pictures, {shapes[0]}", "what comes back"]
-    titles += [f"channel {i} of the latents, {shapes[1]}" for i in range(u.shape[1])]
+    titles += [f"channel {i} of the latents, {shapes[1]}" for i in range(scaled.shape[1])]
     workshop.show_images(rows, titles, path)
 
 
 # %%
 if __name__ == "__main__" and lesson:
     draw_latents(small, digits[:16], 1.0, "figures/06_rebuilt.png")
-    h = encode_pictures(small, digits)
-    error = F.mse_loss(decode_latents(small, h, 1.0), x0)
+    a = encode_pictures(small, digits)
+    error = F.mse_loss(decode_latents(small, a, 1.0), x0)
     print(f"squared error {error:.4f} a pixel; of the means {F.mse_loss(blurred, x0):.4f}")
 
 # %% [markdown]
@@ -299,14 +299,14 @@ if __name__ == "__main__" and lesson:
 
 # %%
 if __name__ == "__main__" and lesson:
-    points, entries = h.movedim(1, 3).reshape(-1, 2).cpu(), small.codebook.vectors.detach().cpu()
+    points, entries = a.movedim(1, 3).reshape(-1, 2).cpu(), small.codebook.vectors.detach().cpu()
     plt.figure(figsize=(5, 5))
     plt.scatter(*points[::5].T, s=2, alpha=0.3, label="positions of latents")
     plt.scatter(*entries.T, marker="x", color="black", label="entries of the codebook")
     plt.gca().set(xlabel="channel 0", ylabel="channel 1", aspect="equal")
     plt.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     workshop.show_figure("figures/06_codebook.png")
-    print(f"entries in use: {len(small.codebook.nearest(h).unique())} of {len(entries)}")
+    print(f"entries in use: {len(small.codebook.nearest(a).unique())} of {len(entries)}")
 
 # %% [markdown]
 # The entries have spread over most of the part of the plane where latents are, and all are in use.
@@ -319,7 +319,7 @@ if __name__ == "__main__" and lesson:
 # spread their autoencoder found convenient, so they are divided by it. The number is part of the
 # model: before decoding, latents are multiplied by it again:
 #
-# $$u = h\,/\,\mathrm{std}(h),\qquad \hat x = \mathrm{Dec}\big(u\cdot\mathrm{std}(h)\big).$$
+# $$a' = a\,/\,\mathrm{std}(a),\qquad \hat x = \mathrm{Dec}\big(a'\cdot\mathrm{std}(a)\big).$$
 #
 # The spread of ours is near 1; that of the KL autoencoder which is trained below on the same digits
 # is more than twice as large. Without the scale each would see another schedule: the same step, a
@@ -336,17 +336,17 @@ if __name__ == "__main__" and lesson:
 
 # %%
 if __name__ == "__main__" and lesson:
-    scale = 1 / h.std()
+    scale = 1 / a.std()
     torch.manual_seed(0)
     model = workshop.move_to_device(unet.build_network("digits_latent", encoder=16))
     state, curves = training.new_state(model, 6e-3, seed=0), {0: [], 1: [], 2: []}
     how = dict(process="ldm", batch=64, stages="mixed", decay=400)
-    for step, losses in training.train(state, scale * h, 400, **how):
+    for step, losses in training.train(state, scale * a, 400, **how):
         for k, loss in losses.items():
             curves[k].append((step, loss.item()))
     training.draw_losses(curves)
     workshop.show_figure("figures/06_losses.png")
-    print(f"spread of the latents {h.std():.3f}; cuts {model.cuts}, amid two steps each")
+    print(f"spread of the latents {a.std():.3f}; cuts {model.cuts}, amid two steps each")
 
 # %% [markdown]
 # The same picture as in pixels: near the noise (stage 2) the task is easy, near the image (stage 0)
@@ -377,7 +377,7 @@ if __name__ == "__main__" and lesson:
 #
 # 1. Run with `--kind vq`. What does the rounding cost, next to the KL autoencoder?
 #    <details><summary>Solution</summary>The column of the reconstructions has the price.</details>
-# 2. Leave out the scale: train on `h` above. What do you expect of the losses of the three stages?
+# 2. Leave out the scale: train on `a` above. What do you expect of the losses of the three stages?
 #    <details><summary>Solution</summary>Where the spread is below 1, the same step of the schedule
 #    covers more, so that the noise is easier to tell and the losses fall; the model spends more of
 #    its steps on nearly pure noise.</details>
@@ -387,7 +387,7 @@ if __name__ == "__main__" and lesson:
 #    small.</details>
 # 4. The paper takes the cuts of pixels over to latents. Which does Algorithm 1 find for ours, and how
 #    does it do with them (`--boundaries`, as parts of 1)? <details><summary>Solution</summary>
-#    `importlib.import_module("02_clustering").algorithm_1(scale * h, kernel=sde.LDM)`: other ones.
+#    `importlib.import_module("02_clustering").algorithm_1(scale * a, kernel=sde.LDM)`: other ones.
 #    Whichever wins: one seed is not enough to tell; give `--seed` three values.</details>
 #
 # ## Below this line: faster, safer, as published
@@ -440,7 +440,7 @@ BadInput = workshop.BadInput
 #
 # Residual blocks and attention are those of step 03, told no time. Only the halving differs: LDM's
 # autoencoders pad on the right and below alone. Two kinds share the layout: VQ, and **KL** (a
-# variational autoencoder), whose encoder gives a Gaussian, $h=\mu+\sqrt v\,\epsilon$, with a faint
+# variational autoencoder), whose encoder gives a Gaussian, $a=\mu+\sqrt v\,\epsilon$, with a faint
 # pull of $\mathcal N(\mu,v)$ towards $\mathcal N(0,I)$.
 
 
@@ -495,26 +495,26 @@ class Autoencoder(nn.Module):
                 f"divides, not {tuple(x.shape[1:])}: give another --first_stage or --size"
             )
         with workshop.half_precision(x.device):
-            h = self.encoder(x)
-        return h.chunk(2, dim=1)[0] if self.kind == "kl" else h
+            a = self.encoder(x)
+        return a.chunk(2, dim=1)[0] if self.kind == "kl" else a
 
-    def decode(self, h):
+    def decode(self, a):
         """Map latents back to pictures; VQ rounds them first."""
-        with workshop.half_precision(h.device):
-            return self.decoder(self.codebook(h)[0] if self.kind == "vq" else h)
+        with workshop.half_precision(a.device):
+            return self.decoder(self.codebook(a)[0] if self.kind == "vq" else a)
 
     def rebuild(self, x, generator):
         """Rebuild pictures as in training: them, and what is added to their loss.
 
         Of VQ that is the pull of the lesson, of KL the divergence (nats an entry) times 1e-4.
         """
-        h = self.encoder(x)
+        a = self.encoder(x)
         if self.kind == "vq":
             # release: beta on the entries' pull instead of the encoder's, a slip that it keeps for
             # the sake of its checkpoints; here: as van den Oord et al. 2017, Eq. 3.
-            rounded, e, _ = self.codebook(h)
-            return self.decoder(rounded), pull_together(h, e)
-        mean, log_var = h.chunk(2, dim=1)
+            rounded, b, _ = self.codebook(a)
+            return self.decoder(rounded), pull_together(a, b)
+        mean, log_var = a.chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=generator, device=x.device)
         kl = (mean**2 + log_var.exp() - 1 - log_var).mean() / 2
         return self.decoder(mean + noise * torch.exp(log_var / 2)), 1e-4 * kl
@@ -689,7 +689,7 @@ def train_and_draw(settings, folder):
 
 
 if __name__ == "__main__":
-    back = lambda u: decode_latents(autoencoder, u, scale)  # noqa: E731
+    back = lambda latents: decode_latents(autoencoder, latents, scale)  # noqa: E731
     compare = compare and known.get("judge") == "digits" and arch != "unified"
     model, drawn = train_and_draw(settings, run)
     columns = {f"{arch} / real": drawn}

@@ -573,31 +573,31 @@ assert abs(found - known) < 1e-6, why
     "the latent scale": dict(
         step="06_ldm",
         lines="""
-    scale = 1 / h.std()
+    scale = 1 / a.std()
 """,
-        says="write the number by which the latents h are multiplied, so that their variance is 1",
+        says="write the number by which a is multiplied, so that the latents have variance 1",
         hides={
-            r"u = h\,/\,\mathrm{std}(h),\qquad "
-            r"\hat x = \mathrm{Dec}\big(u\cdot\mathrm{std}(h)\big).": r"u = \;?"
+            r"a' = a\,/\,\mathrm{std}(a),\qquad "
+            r"\hat x = \mathrm{Dec}\big(a'\cdot\mathrm{std}(a)\big).": r"a' = \;?"
         },
         check="""
 shape = tuple(torch.as_tensor(scale).shape)
 assert shape == (), f"one number for all latents is wanted, not a tensor of {shape}"
-spread = (scale * h).std()
+spread = (scale * a).std()
 assert abs(spread - 1) < 1e-3, f"times scale the latents spread by {spread:.3f}, not by 1"
 """,
         wrong={
             "the spread itself": """
-    scale = h.std()
+    scale = a.std()
 """,
             "one over the variance": """
-    scale = 1 / h.var()
+    scale = 1 / a.var()
 """,
             "a number for each channel": """
-    scale = 1 / h.std((0, 2, 3), keepdim=True)
+    scale = 1 / a.std((0, 2, 3), keepdim=True)
 """,
             "the largest value to 1": """
-    scale = 1 / h.abs().max()
+    scale = 1 / a.abs().max()
 """,
             "the spread of the pictures": """
     scale = 1 / x0.std()
