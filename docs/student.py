@@ -603,7 +603,7 @@ assert abs(spread - 1) < 1e-3, f"times scale the latents spread by {spread:.3f},
     scale = 1 / x0.std()
 """,
             "the spread of one picture": """
-    scale = 1 / h[0].std()
+    scale = 1 / a[0].std()
 """,
         },
     ),
