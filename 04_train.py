@@ -302,10 +302,10 @@ if __name__ == "__main__" and lesson:
 #    `lambda x, t: sde.optimal_denoiser(x, t, sde.VP, workshop.to_network_space(pixels))` to
 #    `compute_loss`, with batches of `draw_batch`. It is the lowest, but not 0: where noise is high,
 #    several pictures may have led to $x_t$.</details>
-# 2. Train a network for all times: `unet.build_network("digits_unified")`, with the edges 0.001 and
-#    1. Why can its curve not be compared with those above? <details><summary>Solution</summary>It
-#    averages over all $t$. Measure the loss of both averaged networks on the same batches of
-#    `draw_batch` with the edges of the three stages.</details>
+# 2. Train a network for all times: `unet.build_network("digits_unified")`, edges 0.001 and 1. Why can
+#    its curve not be compared with those above? <details><summary>Solution</summary>It averages over
+#    all $t$. Measure the loss of both averaged networks on the same batches of `draw_batch` with the
+#    edges of the three stages.</details>
 #
 # ## Below this line: faster, safer, as published
 #
