@@ -1,4 +1,4 @@
-// A link into a folded part opens it, and so does printing.
+// A link into a folded part opens it, and so does printing. Figures learn whether they are wide.
 function open_around(element) {
   for (; element; element = element.parentElement) {
     if (element.tagName === "DETAILS") element.open = true;
@@ -17,4 +17,9 @@ addEventListener("hashchange", follow);
 addEventListener("DOMContentLoaded", follow);
 addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details")) part.open = true;
+});
+addEventListener("load", () => {
+  for (const image of document.querySelectorAll(".cell_output img")) {
+    image.classList.toggle("wide", image.naturalWidth > 800);
+  }
 });
