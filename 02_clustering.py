@@ -10,15 +10,15 @@
 
 # %% tags=["imports"]
 import importlib
+import math
 import os
+from collections import namedtuple
+from itertools import pairwise
 
 if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
-
-import math
-from collections import namedtuple
-from itertools import pairwise
+assert "__file__" in globals() or os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
+workshop = importlib.import_module("00_workshop")  # before torch
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -8,15 +8,15 @@
 
 # %% tags=["imports"]
 import importlib
+import math
 import os
+from functools import partial
+from types import SimpleNamespace
 
 if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
-
-import math
-from functools import partial
-from types import SimpleNamespace
+assert "__file__" in globals() or os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
+workshop = importlib.import_module("00_workshop")  # before torch
 
 import matplotlib.pyplot as plt
 import torch

@@ -9,15 +9,15 @@
 # `python 04_train.py --dataset celeba`, the file is the command alone.
 
 # %% tags=["imports"]
+import copy
 import importlib
 import os
 import sys
 
 if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
-
-import copy
+assert "__file__" in globals() or os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
+workshop = importlib.import_module("00_workshop")  # before torch
 
 import matplotlib.pyplot as plt
 import torch

@@ -19,12 +19,14 @@ import sys
 
 if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
     os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
+assert "__file__" in globals() or os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
+workshop = importlib.import_module("00_workshop")  # before torch
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 sde = importlib.import_module("01_sde_and_denoiser")
 unet = importlib.import_module("03_multistage_unet")
@@ -430,8 +432,6 @@ workshop.settings(globals(), "06_ldm")
 import statistics
 from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 BadInput = workshop.BadInput
 

@@ -14,15 +14,15 @@
 import importlib
 import math
 import os
-
-if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
-    os.chdir("..")  # a notebook that was opened where it lies
-workshop = importlib.import_module("00_workshop")  # before torch; not found: papermill --cwd
-
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
+
+if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
+    os.chdir("..")  # a notebook that was opened where it lies
+assert "__file__" in globals() or os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
+workshop = importlib.import_module("00_workshop")  # before torch
 
 import matplotlib.pyplot as plt
 import torch

@@ -19,7 +19,8 @@ def run(source, names):
 def lesson(step, monkeypatch):
     """Run the cells of a lesson one after the other; yields (cell, the next one, names) before."""
     monkeypatch.setattr(sys, "argv", [f"{step}.py"])
-    cells, names = student.with_gaps(step, chosen=[]).cells, {"__name__": "__main__"}
+    names = {"__name__": "__main__", "__file__": f"{step}.py"}
+    cells = student.with_gaps(step, chosen=[]).cells
     last = max(i for i, c in enumerate(cells) if c.source.startswith("# check: "))
     for cell, after in zip(cells[:last], cells[1:], strict=False):
         if cell.cell_type == "code":
