@@ -80,8 +80,7 @@ def test_environment_names_what_is_missing(workshop, monkeypatch, tmp_path):
 def test_digits_and_unknown_sets(workshop):
     pixels, labels = workshop.load_images("digits")
     assert pixels.shape == (1797, 1, 8, 8) and pixels.dtype == torch.uint8 and pixels.max() == 255
-    counts = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert labels.bincount().tolist() == counts
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
 def test_mnist_from_files(workshop, tmp_path):

@@ -281,8 +281,7 @@ def test_plain_and_streamed_forms_are_equal(sde, digits, name):
     ):
         expected = plain(x, t, kernel, images)
         torch.testing.assert_close(fast(x, t, kernel, images), expected, rtol=1e-7, atol=1e-9)
-        one = float(t[4])
-        torch.testing.assert_close(plain(x[4:5], one, kernel, images), expected[4:5])
+        torch.testing.assert_close(plain(x[4:5], float(t[4]), kernel, images), expected[4:5])
 
 
 def test_noise_is_inferred_from_a_picture_and_its_origin(sde, digits):

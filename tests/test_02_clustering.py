@@ -58,8 +58,7 @@ def test_plain_algorithm_1_on_digits(clustering, digits):
     kept = np.array([[float(up[at[0]]), float(down[at[1]])] for *_, (_, up, down) in runs])
     error = kept.std(0, ddof=1) / 12**0.5
     assert (abs(kept.mean(0) - 0.9) < 4 * error + 0.002).all() and error.max() < 0.02
-    found = np.array([run[0] for run in runs])
-    assert (abs(found.mean(0) - cuts) < 0.02).all()
+    assert (abs(np.mean([run[0] for run in runs], 0) - cuts) < 0.02).all()
     # a threshold that nothing keeps, or all: no error, but an empty or a full stage
     assert clustering.plain_algorithm_1(digits[:9], 50, alpha=1.1)[0] == [0.001, 1.0]
 

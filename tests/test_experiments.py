@@ -11,6 +11,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import draw
+import explained
 import pairs
 import run as runner
 
@@ -198,6 +199,16 @@ def test_features_of_a_resnet56(workshop, tmp_path):
     assert torch.equal(body(x), net.features(features.prepare(x))) and body(x).shape == (4, 64)
     with pytest.raises(workshop.BadInput, match="give its checkpoint"):
         features.resnet56("")
+
+
+def test_patches_from_anywhere_are_those_of_all_places(sde):
+    x, known, t = torch.randn(2, 1, 3, 3), torch.rand(4, 1, 3, 3), torch.tensor([0.1, 0.3])
+    found = explained.from_anywhere(x, t, sde.VP, known)
+    best = sde.optimal_denoiser(x, t, sde.VP, known)  # the middle one's patch is the picture
+    torch.testing.assert_close(found[..., 1, 1], best[..., 1, 1])
+    corners = torch.cat([known[..., i : i + 2, j : j + 2] for i in (0, 1) for j in (0, 1)])
+    corner = sde.optimal_denoiser(x[..., :2, 1:], t, sde.VP, corners)
+    torch.testing.assert_close(found[..., 0, 2], corner[..., 0, 1])
 
 
 def test_the_same_pictures_are_compared_in_other_features_too(evaluation, monkeypatch):

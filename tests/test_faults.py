@@ -341,11 +341,9 @@ def test_run_in_somebody_s_own_folder_of_notebooks(workshop, tmp_path):
 
 def test_papermill_from_another_folder_says_the_way_out(tmp_path):
     for name in STEPS[:2]:
+        notebook, how = jupytext.read(ROOT / f"{name}.py"), dict(kernel_name="python3")
         with pytest.raises(papermill.PapermillExecutionError, match="papermill(:| needs) --cwd"):
-            notebook = jupytext.read(ROOT / f"{name}.py")
-            papermill.execute_notebook(
-                notebook, "x.ipynb", kernel_name="python3", progress_bar=False
-            )
+            papermill.execute_notebook(notebook, "x.ipynb", progress_bar=False, **how)
 
 
 # ------------------------------------------------------------------------ what the list cannot hold
