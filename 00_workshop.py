@@ -83,7 +83,7 @@ def report_bad_input(kind, error, trace):
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         os._exit(128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1)  # nobody listens
     if "Memory" in kind.__name__ or "can't allocate memory" in str(error):  # the latter: a CPU's
-        error = BadInput("the memory is used up: ask for less, by a smaller --batch or --pieces 2")
+        error = BadInput("the memory is used up: take a smaller --batch, or more --pieces in 04")
     if not isinstance(error, BadInput):
         return sys.__excepthook__(kind, error, trace)
     if FIRST:  # torch takes sys.stderr away from processes that have joined
@@ -556,11 +556,11 @@ def move_to_device(model):
 class Replayed:
     """Call work(key, *tensors), which returns a tensor; where `on` and on a GPU, replay it.
 
-    What the GPU is given to do in a call is recorded, once a key and shapes, as a CUDA graph, which
-    is started in one go. So `work` may look at no tensor, and what changes between calls of a key
-    has to come in tensors. The `first` calls run as they are, and a key's first: in them cuDNN has
-    chosen its algorithms, Adam has made its moments, and memory is free again when graphs,
-    which share theirs, take it up. Dropout draws anew at each replay: torch sees to that.
+    What the GPU is given to do in a call is recorded, once a key, shapes and types, as a CUDA
+    graph, which is started in one go. So `work` may look at no tensor, and what changes between
+    calls of a key has to come in tensors. The `first` calls run as they are, and a key's first: in
+    them cuDNN has chosen its algorithms, Adam has made its moments, and memory is free again when
+    graphs, which share theirs, take it up. Dropout draws anew: torch sees to that.
     """
 
     def __init__(self, work, on, first=0):
@@ -572,7 +572,7 @@ class Replayed:
     def __call__(self, key, *tensors):
         if not self.on:
             return self.work(key, *tensors)
-        kind, here = (key, *(x.shape for x in tensors)), torch.cuda.current_stream()
+        kind, here = (key, *((x.shape, x.dtype) for x in tensors)), torch.cuda.current_stream()
         self.first -= 1
         if kind not in self.seen or self.first >= 0:
             self.seen.add(kind)

@@ -551,6 +551,9 @@ def train(
     edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
 
+    def send(v):  # what a device fetches by itself it need not be waited for
+        return v if v.device == device else v.pin_memory().to(device, non_blocking=True)
+
     def take_step(turns, rate, *given):
         """Take a step with pictures that belong to the stages `turns` in turns: their losses."""
         errors, loss = [], None
@@ -587,10 +590,9 @@ def train(
         share = (chance[k] if stages == "mixed" else 1) / k.bincount()[k]  # of the loss, (batch,)
         turns = [0] if unified else list(dict.fromkeys(k.chunk(world)[rank].tolist()))
         numbers = [picked, k, share] + ([] if labels is None else [labels[picked]])
-        i, k, share, *label = torch.stack([v.double() for v in numbers]).to(device)  # the one wait
+        i, k, share, *label = send(torch.stack([v.double() for v in numbers]))
         i = i.long() if images.device == device else picked
-        mine = images[i.chunk(world)[rank]]  # this process' part of the batch
-        x0 = workshop.to_network_space(mine.to(device))  # (b, C, H, W)
+        x0 = workshop.to_network_space(send(images[i.chunk(world)[rank]]))  # this process' part
         # the random numbers of the whole batch, of which this process takes its part
         t = draw_times(there, process, k.long(), generator)
         eps = sde.fresh_noise(x0[:1].expand(batch, -1, -1, -1), generator, kernel)
@@ -867,13 +869,12 @@ def check_held_out(state, held_out, process, patience):
     edges, device = stage_edges(model, process), state["generator"].device
     for k in list(state["active"]):
         generator, total = torch.Generator(device).manual_seed(k), 0.0
-        for part in held_out.split(500):
+        for part in (some.to(device) for some in held_out.split(500)):
             x0, stage = workshop.to_network_space(part), torch.full((len(part),), k, device=device)
             t = draw_times(edges, process, stage, generator)
             eps = sde.fresh_noise(x0, generator, kernel_of(process))
             with workshop.half_precision(device):
-                error = weighted_error(model, x0, eps, t, process, stage=k)
-            total += float(error.sum())
+                total += float(weighted_error(model, x0, eps, t, process, stage=k).sum())
         found[k], stopping["waited"][k] = total / len(held_out), stopping["waited"][k] + 1
         if found[k] < stopping["best"][k]:
             stopping["best"][k], stopping["waited"][k] = found[k], 0
@@ -980,13 +981,12 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     if "small" in known:
-        workshop.print_once(
-            "no GPU: a small network, some 20 minutes on two free cores (7 at 16×16); "
-            "the paper's: --network table5_1"
-        )
+        workshop.print_once("no GPU: a small network, 20 minutes; the paper's: --network table5_1")
     elif asked["network"] == "table5_1" and not steps:
         workshop.print_once("the paper's recipe: on an H100 at 32×32 some 26 hours")
     workshop.print_once(f"on {workshop.device()}, processes: {world}; the run lies in {run}")
+    if replay and (world > 1 or workshop.device().type == "cpu"):
+        workshop.print_once("steps are taken as they are: replaying takes a GPU and one process")
     how = dict(labels=labels, pieces=pieces, replay=replay)
     fit(state, used, asked, run, held_out, save_every=save_every, **how)
     if rank > 0:

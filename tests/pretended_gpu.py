@@ -119,14 +119,15 @@ def wait(what):
     WAITS[what, next((f"{path.name}:{n}" for path, n in places if path.parent == ROOT), "")] += 1
 
 
-def move(x, *where, device=None, dtype=None, memory_format=torch.preserve_format, **_):
+def move(x, *where, device=None, dtype=None, memory_format=torch.preserve_format, **how):
     """Do what Tensor.to does."""
     for v in where:
         device = v if isinstance(v, (str, torch.device)) else getattr(v, "device", device)
         dtype = v if isinstance(v, torch.dtype) else getattr(v, "dtype", dtype)
     there = torch.device(device or x.device).type == "cuda"
     if there != isinstance(x, OnGPU):
-        wait("copy")
+        if not (hasattr(x, "pinned") and how.get("non_blocking")):
+            wait("copy")
         x = OnGPU(x.detach().clone()) if there else x.held.detach().clone()
     return x.to(dtype=dtype or x.dtype, memory_format=memory_format)
 
@@ -138,6 +139,8 @@ class Calls(TorchFunctionMode):
         kwargs, first = dict(kwargs or {}), (*args, None)[0]
         if func is torch.Tensor.to or (func is torch.as_tensor and torch.is_tensor(first)):
             return move(*args, **kwargs)
+        if func is torch.Tensor.pin_memory:
+            return setattr(first, "pinned", True) or first
         here, device, dice = isinstance(first, OnGPU), kwargs.get("device"), kwargs.get("generator")
         if here and func in (torch.Tensor.cpu, torch.Tensor.tolist):
             return func(move(first, "cpu"))

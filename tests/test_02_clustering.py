@@ -187,8 +187,7 @@ def test_dynamic_program_equals_enumeration(clustering, n):
     np.testing.assert_allclose(cost, one_by_one, atol=1e-12)
     options = itertools.combinations(range(1, len(v)), n - 1)
     best = min(total(cuts) for cuts in options)
-    found = clustering.contiguous_clusters(cost, n)
-    assert total(found) == pytest.approx(best, abs=1e-5)
+    assert total(clustering.contiguous_clusters(cost, n)) == pytest.approx(best, abs=1e-5)
 
 
 def test_more_clusters_than_times(workshop, sde, clustering):

@@ -368,8 +368,8 @@ def test_who_has_no_gpu_trains_a_small_network(workshop, training, monkeypatch, 
 
     monkeypatch.setattr("torch_fidelity.utils.create_feature_extractor", offline)
     where, few = ["--dataset", "folder", "--root", "pics"], ["--samples", 10, "--nfe", 2]
-    command(4, *where, "--steps", 2)
-    assert "no GPU: a small network" in capsys.readouterr().out
+    command(4, *where, "--steps", 2, "--replay")
+    assert "no GPU: a small" in (told := capsys.readouterr().out) and "replaying takes" in told
     command(5, "--name", "folder-multistage", *few)
     assert "no network): give their file with --weights" in capsys.readouterr().out
     command(6, *where, "--code_steps", 1, "--steps", 1, *few)

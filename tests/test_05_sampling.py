@@ -443,8 +443,7 @@ def test_pfgm_is_sampled_by_heun(sde, evaluation, D):
     *_, x = evaluation.heun(eps, kernel, start, 79)
     gap, nearest = (x.flatten(1) - points).abs().min(1)
     assert (gap < 0.02).double().mean() > 0.97
-    share = nearest.bincount(minlength=3) / 3000
-    assert share.tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
+    assert (nearest.bincount(minlength=3) / 3000).tolist() == pytest.approx([1 / 3] * 3, abs=0.05)
 
 
 def test_the_likelihood_bound_is_exact_for_a_gaussian_and_its_best_denoiser(evaluation, sde):

@@ -54,8 +54,7 @@ def test_the_pull_of_vq_moves_both_sides(workshop, ldm, pixels):
     model, x = ldm.Autoencoder(**{**TINY, "kind": "vq"}), workshop.to_network_space(pixels[:8])
     rebuilt, pull = model.rebuild(x, None)
     h = model.encoder(x)
-    e = model.codebook(h)[1]
-    gap = ((h - e) ** 2).mean()
+    gap = ((h - model.codebook(h)[1]) ** 2).mean()
     assert pull.item() == pytest.approx(1.25 * gap.item(), rel=1e-5)
     for part, weight in ((model.codebook.vectors, 1.0), (model.encoder[-1].bias, 0.25)):
         got, alone = (torch.autograd.grad(v, part, retain_graph=True)[0] for v in (pull, gap))

@@ -57,8 +57,8 @@ def test_the_pretended_gpu_refuses_and_counts(workshop, waits):
 @pytest.mark.parametrize("stages, pieces", [("uniform", 1), ("mixed", 2)])
 @pytest.mark.parametrize("process", CUTS)
 def test_a_training(workshop, training, waits, process, stages, pieces, tmp_path, monkeypatch):
-    """It waits once a step, replayed it is the same in every bit, and it goes on."""
-    pixels, ends = workshop.load_images("digits")[0][:200].to(workshop.device()), []
+    """It never waits; replayed, at rates that float32 holds, it is the same in every bit."""
+    pixels, ends = workshop.load_images("digits")[0][:200], []
     how = dict(process=process, stages=stages, batch=12, flip=True, warmup=64)
     kind, made = workshop.Replayed, []
     soon = lambda work, on, first: made.append(kind(work, on, 1)) or made[-1]  # noqa: E731
@@ -70,14 +70,16 @@ def test_a_training(workshop, training, waits, process, stages, pieces, tmp_path
         loop, told = training.train(state, pixels, steps, **how, **more), []
         for step in range(state["step"] + 1, steps + 1):
             number, (_, losses) = counted(waits, lambda: next(loop))
-            assert number == 1 or not told, dict(waits)  # the first one makes what stays
+            assert number == 0 or not told, dict(waits)  # the first one makes what stays
             told.append([step, *(loss.item() for loss in losses.values())])
         return told, torch.cat([p.detach().flatten().cpu() for p in state["ema"].parameters()])
 
-    for replay in (False, True):
+    for replay in (False, True):  # from pictures of the CPU, and of the GPU
+        pixels = pixels.to(workshop.device()) if replay else pixels
         state = prepared(training, process) | dict(active=[1] if stages == "uniform" else [0, 1, 2])
         ends.append(go(state, 4, pieces=pieces, replay=replay))
     assert [len(one.graphs) for one in made] == [0, 1]
+    training.check_held_out(state, pixels[:9].to("cpu"), process, patience=2)
     workshop.write_checkpoint(workshop.pack(state), tmp_path)
     ends.append(go(state, 5))
     ends.append(go(prepared(training, process, workshop.read_checkpoint(tmp_path)), 5))
@@ -139,7 +141,7 @@ def test_the_benchmark_runs_on_the_cpu_and_on_the_pretended_gpu(
         found[name] = json.loads(capfd.readouterr().out.splitlines()[-1])
     table = [row for part in found.values() for row in gpu.rows(part)]
     assert len(table) == (6 if pretended else 7)  # the larger batch has three more
-    assert found["replay"]["float32"]["ok"] and found["replay"]["dropout_draws_anew"]
+    assert found["replay"]["dropout_draws_anew"] and found["replay"]["float32, mixed"]["ok"]
     assert all(error < 1e-4 for error in found["right"].values() if isinstance(error, float))
 
 
