@@ -551,8 +551,8 @@ def train(
     edges = stage_edges(model, process, cuts if unified else None)
     there = edges.to(device, torch.float32)
 
-    def send(v):  # what a device fetches by itself it need not be waited for
-        return v if v.device == device else v.pin_memory().to(device, non_blocking=True)
+    def send(v):  # without waiting until a GPU has fetched it
+        return v if v.device.type == device.type else v.pin_memory().to(device, non_blocking=True)
 
     def take_step(turns, rate, *given):
         """Take a step with pictures that belong to the stages `turns` in turns: their losses."""
