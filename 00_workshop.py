@@ -6,7 +6,7 @@
 # the lessons can be short. **Begin with step 01**, and come here to add a data set (one entry of
 # `DATASETS`).
 #
-# The rule of admission: *what stands here holds no equation of the paper, serves at least two
+# The rule for this file: *what is here holds no equation of the paper, is used by at least two
 # steps, and imports no step.*
 
 # %% tags=["imports"]
@@ -30,7 +30,7 @@ SIGNALS = [kind for kind in SIGNALS if kind and signal.getsignal(kind) != signal
 
 if SCRIPT:  # before torch is loaded, which takes a while
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep soon, and do not spin
-    for kind in SIGNALS:  # end quietly, after what waits in a `finally`
+    for kind in SIGNALS:  # end quietly, once every `finally` has run
         signal.signal(kind, lambda number, _: sys.exit(128 + number))
     for name in ("stdout", "stderr"):  # a shell may close them, a terminal may lack letters
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
@@ -69,17 +69,17 @@ def is_lesson():
 # %% [markdown]
 # ## Errors
 #
-# What a user can mend is a `BadInput`: a script prints its one sentence and exits with status 2.
-# Everything else is a bug and keeps its trace.
+# A mistake that the user can correct is a `BadInput`: a script prints its one sentence and exits
+# with status 2. Every other error is a bug and keeps its traceback.
 
 
 # %%
 class BadInput(ValueError):
-    """Say in one sentence what is wrong with what the user gave, and the way out."""
+    """Say in one sentence what is wrong with the user's input, and how to correct it."""
 
 
 def report_bad_input(kind, error, trace):
-    """Report what a user can mend in one line with exit status 2; leave real bugs their trace."""
+    """Report a user's mistake in one line, with status 2; leave real bugs their traceback."""
     if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
         os._exit(128 + signal.SIGPIPE if error.errno == errno.EPIPE else 1)  # nobody listens
     if "Memory" in kind.__name__ or "can't allocate memory" in str(error):  # the latter: a CPU's
@@ -100,9 +100,9 @@ if not (os.stat(".").st_nlink and (ROOT / "00_workshop.py").exists()):
 # %% [markdown]
 # ## Settings
 #
-# A step keeps its settings in one cell tagged `parameters`. `settings` makes flags of them when the
-# file runs as a script; in a notebook the cell itself is what you edit, and what papermill
-# overrides. The comment of a number ends with its range, which is checked in all three cases.
+# A step keeps its settings in one cell tagged `parameters`. `settings` turns them into flags when
+# the file runs as a script; in a notebook you edit the cell itself, or papermill overrides it. The
+# comment after a number ends with its range, which is checked in all three cases.
 
 
 # %%
@@ -117,8 +117,8 @@ def read_parameters(step):
 def settings(namespace, step):
     """Let the `parameters` cell of `step` be set from the shell, papermill or the cell itself.
 
-    namespace: the step's `globals()`. A name, type or range that is wrong exits with status 2, in a
-    notebook as `BadInput`.
+    namespace: the step's `globals()`. A wrong name, type or range ends a script with status 2; in a
+    notebook it raises `BadInput`.
     """
     if namespace["__name__"] != "__main__":
         return
@@ -142,7 +142,7 @@ def settings(namespace, step):
 
 
 def check_value(name, value, kind, comment):
-    """Bring a value to its kind (bool, int, float, str), within the range that ends `comment`."""
+    """Convert a value to its kind (bool, int, float, str); check the range that ends `comment`."""
     try:
         found = kind(value)
         other = value is None or isinstance(value, bool) != (kind is bool)
@@ -182,7 +182,7 @@ def device():
 
 
 def describe_environment():
-    """List python, device, and what requirements.txt names with its version or as missing."""
+    """List python, device, and each package of requirements.txt: its version, or MISSING."""
     lines = [f"python {platform.python_version()}", f"device {device()}"]
     required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     for name in re.findall(r"^([\w-]+)", required, re.MULTILINE):
@@ -200,8 +200,8 @@ if __name__ == "__main__" and check and flags():
 # %% [markdown]
 # ## Files and figures
 #
-# Files are written aside and renamed, so that nobody ever reads half of one. Figures go through
-# `show_figure`: into a PNG always, and on the page as well when this is a notebook.
+# A file is written under another name and then renamed, so that nobody ever reads half of it.
+# Figures go through `show_figure`: it always writes a PNG, and in a notebook also shows the figure.
 
 
 # %%
@@ -233,7 +233,7 @@ def write_json(content, path):
 
 
 def shorten(error):
-    """Say on one line and in short what an exception of someone else's code says."""
+    """Shorten the message of an exception from someone else's code to one line."""
     return " ".join(str(error).split())[:150] or type(error).__name__
 
 
@@ -279,17 +279,17 @@ def show_images(rows, titles, path, columns=16, labels=None):
 # %% [markdown]
 # ## Data sets
 #
-# All that the steps decide by the data set stands in `DATASETS`, so a new one is one more entry.
-# `shape` is a picture's (C, H, W); without one `--size` decides. `read` makes of `--root` (uint8
-# (N, C, H, W), labels), or `torchvision` names the class that does. Where the `judge` is "digits"
-# a classifier of ten labels measures (step 05), else Inception. `network` and `recipe` are a small
-# network of step 03 and how step 04 trains it. Colour pictures have the paper's, and `LAPTOP`'s
-# where there is no GPU. The rest is for step 06.
+# Everything that depends on the data set is in `DATASETS`, so a new data set is one more entry.
+# `shape` is a picture's (C, H, W); without one, `--size` decides. `read` turns `--root` into (uint8
+# (N, C, H, W), labels), or `torchvision` names the class that does. If the `judge` is "digits",
+# step 05 measures with a classifier of ten labels, else with Inception. `network` and `recipe` are
+# a small network of step 03 and how step 04 trains it. Colour pictures use the paper's, or those of
+# `LAPTOP` where there is no GPU. The rest is for step 06.
 
 
 # %%
 def read_digits(root):
-    """Read scikit-learn's digits, which lie in no folder: (uint8 (1797, 1, 8, 8), labels)."""
+    """Read scikit-learn's digits, which need no folder: (uint8 (1797, 1, 8, 8), labels)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -303,7 +303,7 @@ PAPER_LATENT = dict(steps=500_000, batch=48, lr=9.6e-5, warmup=1)
 VQ_F4 = dict(kind="vq", channels=3, code=3, width=128, mults=(1, 2, 4), blocks=2, entries=8192)
 SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, entries=256)
 WIDTHS = dict(encoder=32, decoders=(48, 32, 16))  # a quarter of the paper's, but for the last
-# not the paper's, but what helped in minutes (RESULTS.md), with one decoder as with three
+# not the paper's: what helped in runs of minutes (RESULTS.md), with one decoder and with three
 FOUND = dict(stages="mixed", times="stages", weight="min-snr", decay="linear")
 # pictures in colour, in 20 minutes on two cores (docs/samples.md says what was tried)
 NARROW = dict(encoder=24, decoders=(36, 24, 12), mults=(1, 2, 2), attention=(8,))
@@ -351,7 +351,7 @@ DATASETS = {
 def about(dataset, network="", size=32):
     """Return the entry of DATASETS, with LAPTOP's parts where the paper's would take years.
 
-    That is without a GPU, unless a network is named. Raises BadInput for an unknown data set.
+    This happens without a GPU, unless a network is named. Raises BadInput for an unknown data set.
     """
     if dataset not in DATASETS:
         raise BadInput(f"unknown dataset {dataset!r}: take one of {', '.join(DATASETS)}")
@@ -377,7 +377,7 @@ def load_images(dataset="digits", root="data", size=32):
     """Load a data set as (images uint8 (N, C, H, W), labels int64 (N,) or None).
 
     size: the side in pixels for sets without a shape of their own (centre crop, then antialiased
-    resize). Raises BadInput where the set is unknown, damaged or not to be had.
+    resize). Raises BadInput where the set is unknown, damaged or not available.
     """
     known = about(dataset)
     if "read" in known:
@@ -391,7 +391,7 @@ def load_images(dataset="digits", root="data", size=32):
     return pixels.contiguous(), labels
 
 
-BY_HAND = dict(  # what to do where a download fails: of CelebA Google's quota often refuses
+BY_HAND = dict(  # what to do if a download fails: for CelebA, Google's quota often refuses it
     MNIST="{} takes the four *-ubyte.gz of its page into MNIST/raw",
     CIFAR10="{} takes cifar-10-python.tar.gz of its page",
     CelebA="{}/celeba takes img_align_celeba.zip, list_eval_partition.txt, identity_CelebA.txt and "
@@ -434,7 +434,7 @@ def list_celeba(root):
 
 
 def list_pictures(root):
-    """List the pictures in all folders below root but hidden ones; linked folders count.
+    """List the pictures in all folders below root except hidden ones; linked folders count.
 
     Raises BadInput where there are none, or a folder cannot be read.
     """
@@ -451,7 +451,7 @@ def list_pictures(root):
         seen.add(place)
         deeper[:] = sorted(name for name in deeper if not name.startswith((".", "__")))
         paths = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-        files += [path for path in paths if path.is_file()]  # no pipe: it would be waited for
+        files += [path for path in paths if path.is_file()]  # no pipes: reading one blocks
     known = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     pictures = [path for path in files if path.suffix.lower() in known]
     if not pictures:
@@ -508,7 +508,7 @@ def decode_picture(path, size):
 
 
 def open_data_set(dataset, root, size, memory):
-    """Load a data set as one uint8 tensor, onto the device where it takes `memory` GiB or less."""
+    """Load a data set as one uint8 tensor, on the device if it takes `memory` GiB or less."""
     pixels = load_images(dataset, root, size)[0]
     return pixels.to(device()) if pixels.numel() <= memory * 2**30 else pixels
 
@@ -537,13 +537,13 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## Device and processes
 #
-# A GPU that can computes in bfloat16 (*autocast*), with the channels last in memory. Under
-# `torchrun` every process runs the same file. The first one alone prints and writes.
+# A GPU that supports bfloat16 computes in it (*autocast*), with the channels last in memory. Under
+# `torchrun` every process runs the same file. Only the first one prints and writes.
 
 
 # %%
 def half_precision(device):
-    """Compute in bfloat16 where the hardware is made for it: a context."""
+    """Return a context that computes in bfloat16 where the hardware is made for it."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16, enabled=able)
 
@@ -556,11 +556,11 @@ def move_to_device(model):
 class Replayed:
     """Call work(key, *tensors), which returns a tensor; where `on` and on a GPU, replay it.
 
-    What the GPU is given to do in a call is recorded, once a key, shapes and types, as a CUDA
-    graph, which is started in one go. So `work` may look at no tensor, and what changes between
-    calls of a key has to come in tensors. The `first` calls run as they are, and a key's first: in
-    them cuDNN has chosen its algorithms, Adam has made its moments, and memory is free again when
-    graphs, which share theirs, take it up. Dropout draws anew: torch sees to that.
+    What a call gives the GPU to do is recorded as a CUDA graph, once for each key, shapes and
+    types, and then started in one go. So `work` must not look into a tensor, and what changes
+    between calls of a key has to come in tensors. The first calls (`first`, and each key's first)
+    run as they are: there cuDNN chooses its algorithms, Adam makes its moments, and memory is freed
+    before graphs, which share theirs, take it up. Dropout draws anew: torch sees to that.
     """
 
     def __init__(self, work, on, first=0):
@@ -604,7 +604,7 @@ def print_once(*lines):
 
 
 def join_processes():
-    """Make ready for long work: fast convolutions, and the other processes of torchrun, if any."""
+    """Prepare for long work: fast convolutions, and the other processes of torchrun, if any."""
     torch.backends.cudnn.benchmark = torch.cuda.is_available()  # try its algorithms, take the best
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if torch.cuda.is_available():
@@ -622,7 +622,7 @@ def join_processes():
 
 @contextmanager
 def first_process_first():
-    """Let the first process go ahead, such as to download, and the others follow."""
+    """Let the first process go ahead, for example to download, and the others follow."""
     rank, world = ranks()
     if rank > 0:
         try:
@@ -642,7 +642,7 @@ def first_process_first():
 
 # %%
 def step_generator(seed, step):
-    """Make a step's shared random numbers: twice the step for pictures, one more for the stage."""
+    """Make shared random numbers; a step n takes 2 n for its pictures and 2 n + 1 for its stage."""
     return torch.Generator().manual_seed(2_000_003 * seed + step)
 
 
@@ -654,9 +654,9 @@ def picked_in_step(n, batch, seed, step):
 # %% [markdown]
 # ## A run on disk
 #
-# `runs/<name>/` holds `settings.json`, `metrics.jsonl` (a line a log step), grids of samples, and
-# `checkpoint.pt`, which has everything that training changes. A folder is locked while it is
-# written into, by a lock that dies with its process.
+# `runs/<name>/` holds `settings.json`, `metrics.jsonl` (one line for each log step), grids of
+# samples, and `checkpoint.pt`, which has everything that training changes. A folder is locked while
+# a process writes into it, and the lock ends with that process.
 
 
 # %%
@@ -692,12 +692,12 @@ def claim_folder(folder, resume):
 
 
 def check_same_settings(asked, old, folder):
-    """Raise BadInput where a resumed run is asked for other settings (but steps) or pictures."""
+    """Raise BadInput where a resumed run gets other pictures or settings; steps may differ."""
     if asked.get("pictures") != old.get("pictures"):
         raise BadInput(f"{folder} was trained on other pictures: give the --root that it had")
     for key in sorted(set(asked) - {"steps", "root"}):
         was, now = old.get(key), asked[key]
-        if (was or None) != (now or None):  # what it does not know is empty
+        if (was or None) != (now or None):  # one that is missing counts as empty
             what = "a learning rate of zero at step" if key == "decay" else f"{key} ="
             raise BadInput(
                 f"{folder} was made with {what} {was!r}, not {now!r}: give another --name"
@@ -707,7 +707,7 @@ def check_same_settings(asked, old, folder):
 # %%
 @contextmanager
 def reading(what):
-    """Say in one sentence whatever goes wrong while a file, such as of a run, is read."""
+    """Say in one sentence what goes wrong while a file (a run's, for example) is read."""
     try:
         yield
     except (BadInput, MemoryError, torch.OutOfMemoryError):
@@ -728,8 +728,8 @@ def write_checkpoint(content, folder, name="checkpoint.pt"):
 def read_checkpoint(folder, name="checkpoint.pt"):
     """Read a checkpoint onto the CPU, as tensors and never as code. Raises BadInput without one.
 
-    A folder like runs/pretrained/NAME without one stands for weights that come with the project,
-    which pretrained/export.py wrote: without the state of the training.
+    If a folder like runs/pretrained/NAME has none, it stands for weights that come with the
+    project. pretrained/export.py wrote them, without the state of the training.
     """
     path, kept = Path(folder) / name, ROOT / "pretrained" / f"{Path(folder).name}.safetensors"
     if path.is_file() or Path(folder).parent.name != "pretrained" or not kept.is_file():
@@ -753,7 +753,7 @@ def fingerprint(*tensors):
 
 # %%
 def pack(state):
-    """List what a training changes, a dictionary, as `torch.save` keeps it."""
+    """Turn what a training changes, a dictionary, into one that `torch.save` can keep."""
     kept = {key: value for key, value in state.items() if key != "forward"}
     for key, value in kept.items():
         if isinstance(value, torch.Generator):
@@ -765,7 +765,7 @@ def pack(state):
 
 
 def unpack(state, content):
-    """Put back what `pack` listed into a fresh state. Raises BadInput where it does not fit."""
+    """Put what `pack` kept back into a fresh state. Raises BadInput where it does not fit."""
     with reading("the checkpoint"):
         for key in content.keys() - {"settings", "torch_rng", "cuda_rng"}:
             known, value = state.get(key), content[key]
@@ -789,9 +789,9 @@ def unpack(state, content):
 # %% [markdown]
 # ## The loop that keeps a training
 #
-# Trainings are generators: they yield after every step and know nothing of bars and files. This
-# loop runs any of them, logs a row every fortieth of the way, saves, and lets Ctrl-C or a
-# scheduler's SIGTERM finish the step before it stops.
+# A training is a generator: it yields after every step and knows nothing of progress bars and
+# files. This loop runs any training, logs a row after every fortieth of the steps, and saves. On
+# Ctrl-C or a scheduler's SIGTERM it finishes the step before it stops.
 
 
 # %%
@@ -809,12 +809,12 @@ def keep_training(loop, state, steps, log, summarize, save, after=None, save_eve
 
     loop: yields (step, {name: number}) after every step; state: its "step" is where it begins. log:
     a file of JSON lines, for which summarize(recent) makes a row of the numbers of some steps.
-    save(numbers): writes a checkpoint, every `save_every` steps or (0) ten minutes. after(step):
-    what else is to be done, in the first process.
+    save(numbers): writes a checkpoint, every `save_every` steps or, if that is 0, every ten
+    minutes. after(step): what else the first process does.
     """
     (rank, world), every, begin = ranks(), max(1, steps // 40), state["step"]
     recent, stop, last = [], [0], time.monotonic()
-    if rank == 0:  # of a log keep what was written until here
+    if rank == 0:  # keep what the log has up to this step
         old = [json.dumps(row) + "\n" for row in read_log(log.parent, log.name)]
         with replacing(log) as aside:
             aside.write_text("".join(row for row in old if json.loads(row)["step"] <= begin))
@@ -847,7 +847,7 @@ def keep_training(loop, state, steps, log, summarize, save, after=None, save_eve
         if begin < state["step"]:  # it ended by itself
             save(numbers)
         return True
-    except OSError:  # such as of a terminal that is gone
+    except OSError:  # for example because the terminal is gone
         if begin < state["step"]:
             save(numbers)
         raise

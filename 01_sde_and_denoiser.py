@@ -58,22 +58,22 @@ if __name__ == "__main__":
 # %% [markdown]
 # ## From pictures to noise
 #
-# These are the pictures $y_i$ of this lesson: 2,000 of a set at most, because its plain forms
-# compare every $x$ with every picture. The forward process blends a picture with noise. Its
+# These are the pictures $y_i$ of this lesson: at most 2,000 of a data set, because the plain code
+# compares every $x$ with every picture. The forward process blends a picture with noise. Its
 # *perturbation kernel* is a Gaussian with a scale $s_t$ and a noise level $\sigma_t$:
 #
 # $$p_t(x_t \mid x_0) = \mathcal N(x_t;\, s_t x_0,\, s_t^2\sigma_t^2 I) \tag{1}$$
 #
 # Large $t$ means much noise. A kernel is four functions of time: scale and noise level say where
 # the process has got to; drift $f$ and diffusion $g$ say how it moves there, as the stochastic
-# differential equation (SDE) $\mathrm dx = f(t)\,x\,\mathrm dt + g(t)\,\mathrm dw$. They fit
-# together when
+# differential equation (SDE) $\mathrm dx = f(t)\,x\,\mathrm dt + g(t)\,\mathrm dw$. The two pairs
+# fit together when
 #
 # $$s_t = \exp\Big(\int_0^t f(\xi)\,\mathrm d\xi\Big),\qquad
 #   \sigma_t = \sqrt{\int_0^t \frac{g(\xi)^2}{s_\xi^2}\,\mathrm d\xi}. \tag{2}$$
 #
-# The paper cuts the timeline with the kernel **VP**, which its DPM-Solver models use, with a rate
-# $\beta(t)=\beta_\text{min}+\beta_d\,t$ and its integral $B(t)$:
+# The paper cuts the timeline of the kernel **VP**, which its DPM-Solver models use. VP has a rate
+# $\beta(t)=\beta_\text{min}+\beta_d\,t$, whose integral is $B(t)$:
 #
 # $$s_t=e^{-B/2},\qquad \sigma_t=\sqrt{e^{B}-1},\qquad f(t)=-\tfrac12\beta(t),\qquad
 #   g(t)=\sqrt{\beta(t)}.$$
@@ -81,8 +81,8 @@ if __name__ == "__main__":
 # As the noise grows the picture shrinks, so that $s_t^2+(s_t\sigma_t)^2=1$: VP is short for
 # *variance preserving*. With $\beta_\text{min}=0.1$ and $\beta_d=19.9$, $B$ ends at 10.05: there
 # 0.7% of the picture is left, under noise of variance 1. The signal-to-noise ratio
-# $\mathrm{SNR}=s_t^2/(s_t\sigma_t)^2$ falls all the way, so its logarithm is another clock, which
-# `time` reads. Do the four satisfy eq. (2)? Integrate $f$ and $g$ numerically, and compare.
+# $\mathrm{SNR}=s_t^2/(s_t\sigma_t)^2$ falls all the way, so its logarithm is another clock; `time`
+# turns it into $t$. Do the four satisfy eq. (2)? Integrate $f$ and $g$ numerically, and compare.
 
 
 # %%
@@ -144,9 +144,9 @@ if __name__ == "__main__":
 
 # %%
 def per_image(value, x):
-    """Reshape a value a batch entry, (B,) or scalar, so that it multiplies x (B, C, H, W)."""
+    """Reshape one value per batch entry, (B,) or scalar, so that it multiplies x (B, C, H, W)."""
     value = as_time(value)
-    if value.dim() == 0:  # goes with any x as it is, wherever that lies
+    if value.dim() == 0:  # fits any x as it is, on any device
         return value.to(x.dtype)
     return value.to(x.device).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, 1, 1)
 
@@ -160,7 +160,7 @@ def fresh_noise(x, generator=None, kernel=VP):
 
 
 def perturb(x0, eps, t, kernel):
-    """Draw x_t from the perturbation kernel: (B, C, H, W) of x0 and noise eps at times t (B,)."""
+    """Draw x_t (B, C, H, W) from the perturbation kernel, with x0, noise eps and times t (B,)."""
     t = as_time(t).double()
     return per_image(kernel.s(t), x0) * (x0 + per_image(kernel.sigma(t), x0) * eps)  # Eq. 1
 
@@ -176,25 +176,25 @@ if __name__ == "__main__":
     workshop.show_images([torch.cat(noisy)], [title], "figures/01_forward.png", 12, marks)
 
 # %% [markdown]
-# From $t\approx0.2$ on one has to guess, and from $t\approx0.5$ the rows are alike. So the timeline
-# is not uniform: its early part cleans a picture that is known, its late part sees only noise.
+# From $t\approx0.2$ on one has to guess, and from $t\approx0.5$ on the rows look alike. So the
+# timeline is not uniform: early, a known picture has to be cleaned; late, there is only noise.
 #
 # ## The best possible denoiser (Proposition 1)
 #
 # Which function $\epsilon_\theta(x, t)$ predicts the noise in $x_t$ best, that is, minimises the
 # training loss $\mathbb E\,\|\epsilon-\epsilon_\theta(x_t,t)\|^2$ (eq. 5) over a finite data set
-# $\{y_i\}$? Take paper and pencil; three steps.
+# $\{y_i\}$? Take paper and pencil: three steps lead to the answer.
 #
 # **1. The data are points.** A finite data set is a sum of spikes,
-# $p_\text{data}=\frac1N\sum_i\delta(x-y_i)$. The kernel (1) blurs each spike to a Gaussian, and
-# integrating over $x_0$ is evaluating at the spikes, so $p_t$ is a mixture (eqs. 10–14):
+# $p_\text{data}=\frac1N\sum_i\delta(x-y_i)$. The kernel (1) blurs each spike into a Gaussian, and
+# to integrate over $x_0$ is to evaluate at the spikes, so $p_t$ is a mixture (eqs. 10–14):
 #
 # $$p_t(x)=\int p_t(x\mid x_0)\,p_\text{data}(x_0)\,\mathrm dx_0
 #   =\frac1N\sum_i\mathcal N(x;\,s_ty_i,\,s_t^2\sigma_t^2I). \tag{14}$$
 #
 # **2. Given the point, the noise is known.** If $x$ came from $y_i$, then
 # $x=s_ty_i+s_t\sigma_t\epsilon$, so it was made with $\epsilon=(x-s_ty_i)/(s_t\sigma_t)$ (eq. 16).
-# Write the loss as an integral over $x$ and a sum over the points it can have come from:
+# Write the loss as an integral over $x$ and a sum over the points that $x$ can have come from:
 #
 # $$\mathcal L=\int\underbrace{\frac1N\sum_i\mathcal N(x;s_ty_i,s_t^2\sigma_t^2I)
 #   \Big\|\epsilon_\theta(x,t)-\frac{x-s_ty_i}{s_t\sigma_t}\Big\|^2}_{\mathcal L(\epsilon_\theta;\,x,\,t)}
@@ -203,8 +203,8 @@ if __name__ == "__main__":
 # **3. Every $x$ is its own problem.** No two $x$ share a term, and a function may take any value at
 # each. So minimise the integrand at one $x$, with the vector $e=\epsilon_\theta(x,t)$ as the
 # unknown (eq. 18): a sum of squares with weights $w_i=\mathcal N(x;s_ty_i,s_t^2\sigma_t^2I)>0$. It
-# is strictly convex, so where its gradient vanishes (eq. 19) is the one minimum. Divide by
-# $\sum_iw_i$ to have it:
+# is strictly convex, so its only minimum is where its gradient vanishes (eq. 19). Dividing by
+# $\sum_iw_i$ then gives $e$:
 #
 # $$2\sum_i w_i\Big(e-\frac{x-s_ty_i}{s_t\sigma_t}\Big)=0
 #   \;\Rightarrow\; e\sum_i w_i=\frac{x\sum_i w_i-s_t\sum_i w_iy_i}{s_t\sigma_t}. \tag{20}$$
@@ -213,10 +213,10 @@ if __name__ == "__main__":
 #   \hat y_t(x)=\frac{\sum_i \mathcal N(x;\,s_ty_i,\,s_t^2\sigma_t^2I)\;y_i}
 #                    {\sum_i \mathcal N(x;\,s_ty_i,\,s_t^2\sigma_t^2I)}. \tag{21, Prop. 1}$$
 #
-# This holds for every kernel. It is eq. (16) again, with $\hat y_t$ where the picture was: the
-# *posterior mean*, an average of all pictures, each weighted by how likely $x$ came from it. The
-# weights are $\mathrm{softmax}_i(-\|x/s_t-y_i\|^2/2\sigma_t^2)$, and the code is four lines. One of
-# the pictures above, and its $\hat y_t$:
+# This holds for every kernel. It is eq. (16) again, with $\hat y_t$ in place of the picture: the
+# *posterior mean*, the average of all pictures, weighted by the chance that $x$ came from each. The
+# weights are $\mathrm{softmax}_i(-\|x/s_t-y_i\|^2/2\sigma_t^2)$, and the code is four lines. Here
+# is one of the pictures above, with its $\hat y_t$:
 
 
 # %%
@@ -228,7 +228,7 @@ def infer_noise(x, y, t, kernel):
 
 
 def plain_posterior_mean(x, t, kernel, images):
-    """Average the data set as x (B, C, H, W) sees it at times t: y_hat of Prop. 1."""
+    """Average the data set, weighted for x (B, C, H, W) at times t: y_hat of Prop. 1."""
     z, y = x.double().flatten(1), images.double().flatten(1)  # (B, n), (N, n)
     square = torch.cdist(z / per_image(kernel.s(t), z), y) ** 2  # |x/s - y_i|^2: (B, N)
     weights = torch.softmax(-square / (2 * per_image(kernel.sigma(t), z) ** 2), 1)
@@ -247,15 +247,15 @@ if __name__ == "__main__":
     workshop.show_images([noisy[-1], seen], titles, "figures/01_posterior_mean.png", 12, marks)
 
 # %% [markdown]
-# Near the image it returns the very picture: $\sigma_t$ is small against the distances between
-# pictures, so one weight is 1 and the others are 0. Near the noise it returns the mean of all,
-# whatever it is shown: $\sigma_t$ is large against all distances, so every weight is $1/N$. Between
-# them it wavers among candidates. Step 02 measures where these three regimes begin and end.
+# Near the image, $\hat y_t$ is the very picture: $\sigma_t$ is small beside the distances between
+# pictures, so one weight is 1 and the others are 0. Near the noise it is the mean of all pictures,
+# whatever $x$ is: $\sigma_t$ is large beside all distances, so every weight is $1/N$. In between it
+# wavers among candidates. Step 02 measures where these three regimes begin and end.
 #
-# Is it really the minimum? Ask the loss itself, the integrand of (17) at one $x$, divided by
-# $\sum_iw_i$. Its gradient (20) must vanish at $\epsilon^*$. It is a square with weights that sum
-# to 1, so its minimum lies half a gradient away from any guess: start at 0, let the computer find
-# the gradient, and arrive at $\epsilon^*$.
+# Is $\epsilon^*$ really the minimum? Ask the loss itself, the integrand of (17) at one $x$, divided
+# by $\sum_iw_i$. Its gradient (20) must vanish at $\epsilon^*$. The loss is a sum of squares whose
+# weights sum to 1, so its minimum lies half a gradient away from any guess: start at 0, let the
+# computer find the gradient, and arrive at $\epsilon^*$.
 
 
 # %%
@@ -294,20 +294,20 @@ if __name__ == "__main__":
 # $$\mathrm dx = [f(t)\,x - g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt + g(t)\,\mathrm d\bar w \tag{3}$$
 #
 # and the *probability-flow ODE* moves through the same distributions without noise:
-# $\mathrm dx = [f(t)\,x - \tfrac12 g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt$. What predicts the
-# noise gives the score. Differentiate (14), a Gaussian at a time, and divide by it; then use (20):
+# $\mathrm dx = [f(t)\,x - \tfrac12 g(t)^2\,\nabla_x\log p_t(x)]\,\mathrm dt$. A noise predictor
+# also gives the score. Differentiate (14), one Gaussian at a time, divide by $p_t$, and use (20):
 #
 # $$\nabla\log p_t(x)=\frac{\nabla p_t(x)}{p_t(x)}
 #   =\frac{-\sum_iw_i\,(x-s_ty_i)/(s_t\sigma_t)^2}{\sum_iw_i}=-\frac{\epsilon^*_t(x)}{s_t\sigma_t}.$$
 #
-# Against the noise the density grows. So the first term of (3) undoes the shrinking, the second
-# climbs to where pictures are, and fresh noise restores the spread that the climb loses. The ODE
-# climbs half as fast and loses none.
+# The density grows in the direction opposite to the noise. So the first term of (3) undoes the
+# shrinking, the second climbs to where pictures are, and fresh noise restores the spread that the
+# climb loses. The ODE climbs half as fast and loses no spread.
 #
 # Euler's method replaces $\mathrm dt$ by the difference of two times and, for an SDE
-# (Euler-Maruyama), $\mathrm d\bar w$ by fresh noise times $\sqrt{|\mathrm dt|}$. Its times make equal
-# steps in log-SNR: in $t$ itself most would be spent where there is nothing but noise, and few close
-# to $t=0$, where the fine detail is decided.
+# (Euler-Maruyama), $\mathrm d\bar w$ by fresh noise times $\sqrt{|\mathrm dt|}$. The steps are
+# equal in log-SNR: if they were equal in $t$, most would be spent where there is nothing but noise,
+# and few close to $t=0$, where the fine detail is decided.
 
 
 # %%
@@ -318,7 +318,7 @@ def log_snr_times(kernel, n):
 
 
 def score(eps, x, t, kernel):
-    """Turn a function of x (B, C, H, W) and t (B,), on the CPU, into the score of p_t."""
+    """Compute the score of p_t at x (B, C, H, W) from a noise predictor eps; t is on the CPU."""
     noise = eps(x, t.expand(len(x)).to(x.dtype))
     return -noise / per_image(kernel.s(t) * kernel.sigma(t), x)
 
@@ -341,9 +341,9 @@ def probability_flow(eps, kernel, x, nfe, generator=None):
 
 
 # %% [markdown]
-# First a data set that can be drawn: three "pictures" of one pixel each. The grey shade is the
-# mixture $p_t$ of eq. (14), darkest where it is highest at its time. The lines are paths through it
-# that start as noise at $t=1$, on the right, steered by nothing but $\epsilon^*$.
+# First a data set that fits into a plot: three "pictures" of one pixel each. The grey shade is the
+# mixture $p_t$ of eq. (14), at each time darkest where it is highest. The lines are paths through
+# it that start as noise at $t=1$, on the right, and are steered by nothing but $\epsilon^*$.
 
 
 # %%
@@ -372,11 +372,11 @@ if __name__ == "__main__":
     workshop.show_figure("figures/01_paths.png")
 
 # %% [markdown]
-# Every path ends in one of the points. The ODE's never cross; the SDE's may change their mind. Most
-# commit themselves late, about $0.05<t<0.2$: to the right of it the shade has a single bump.
+# Every path ends in one of the points. Paths of the ODE never cross; those of the SDE may change
+# their mind. Most decide late, at about $0.05<t<0.2$: to the right of that, the shade has one bump.
 #
-# **Predict first:** will real pictures, drawn by the best denoiser that there is, be new ones?
-# <details><summary>Answer</summary>None is. Every sample is a training picture, up to the noise
+# **Predict first:** now with real pictures. Does the best possible denoiser draw new ones?
+# <details><summary>Answer</summary>No. Every sample is a training picture, up to the noise
 # that $t_\min$ leaves: the minimiser of the loss memorises.</details>
 
 
@@ -396,10 +396,10 @@ if __name__ == "__main__":
     workshop.show_images([sde, ode, images[nearest]], titles, "figures/01_samples.png")
 
 # %% [markdown]
-# **This is why networks are trained at all**: they do not memorise. Limited capacity is one account
-# of that, and how much of it, and where in time, is the question of this paper. Short training is
-# another (Bonnaire et al. 2025, arXiv 2505.17638), and step 08 has two more. (From the same start the
-# solvers end in different pictures: the SDE forgets it, the end of an ODE is a function of it.)
+# **This is why networks are trained at all**: they do not memorise. Limited capacity is one reason,
+# and how much capacity, and where in time, is the question of this paper. Short training is another
+# (Bonnaire et al. 2025, arXiv 2505.17638), and step 08 has two more. (From the same start the two
+# solvers end in different pictures: the SDE forgets its start, the ODE's end is a function of it.)
 #
 # ## Where it decides
 #
@@ -425,21 +425,21 @@ if __name__ == "__main__":
     workshop.show_images([films], [r"$\hat y_t$ on some paths"], "figures/01_films.png", 12, marks)
 
 # %% [markdown]
-# Most curves fall between $t=0.5$ and $t=0.1$; on average (black) half of the way is done near 0.23.
-# One function for the image end (return what you see), one for the noise end (return the mean), and
-# a window between in which the picture is chosen.
+# Most curves fall between $t=0.5$ and $t=0.1$; on average (black) half of the way is done near
+# 0.23. So there is one function for the image end (return what you see), one for the noise end
+# (return the mean), and between them a window in which the picture is chosen.
 #
 # **You have** a kernel checked against its SDE, two ways to sample, and the closed form of the best
-# denoiser. Step 02 compares it with itself at other times, and so finds the ends of that window.
+# denoiser. Step 02 compares this denoiser at different times, and so finds the ends of that window.
 #
 # ### Exercises
 #
 # 1. Sample with the kernel `EDM` (below) in place of `VP`. What must change?
 #    <details><summary>Solution</summary>The start: noise at `EDM.t_max` has standard deviation
 #    $s\sigma$ = 80, so `start * EDM.t_max`; then pass `EDM` to the denoiser and to the solver. The
-#    samples are training pictures again. (From `start` itself all end in one and the same.)</details>
-# 2. Keep only 10 images as the data set. At what $t$ is $\hat y_t$ no longer nearest to the very
-#    picture in one case of a hundred, and why not as early as with all 1,797?
+#    samples are training pictures again. (From `start` itself all end in one picture.)</details>
+# 2. Keep only 10 images as the data set. At which $t$ is $\hat y_t$ nearest to a wrong picture in
+#    one case of a hundred, and why does that happen later than with all 1,797?
 #    <details><summary>Solution</summary>Near 0.13, not 0.05. Fewer, more distant candidates need
 #    more noise to be confused: the posterior concentrates as long as $\sigma_t^2\log N$ is small
 #    against the squared distance between pictures.</details>
@@ -452,7 +452,7 @@ if __name__ == "__main__":
 #
 # The other kernels that are in use, with the methods of `VP`; their noise; and the posterior mean
 # of large data sets. `DDPM` and `LDM` are VP kernels whose $B$ is a table. **VE** (variance
-# exploding) leaves the picture as it is, and its time is $\sigma$ itself. (So it is in the paper's
+# exploding) leaves the picture as it is, and its time is $\sigma$ itself. (Likewise in the paper's
 # footnote 4, and in EDM. Song et al. 2021 let $\sigma$ grow geometrically with a time in [0, 1].)
 # `Flow` is the kernel of flow matching.
 
@@ -464,7 +464,7 @@ import functools
 class DiscreteSteps(VariancePreserving):
     """Describe a schedule of 1000 steps with given betas, step k (from 0) at t = (k + 1) / 1000.
 
-    Between its steps B runs straight and beta is constant, so it is a VP kernel in continuous time.
+    Between its steps B is linear and beta is constant, so it is a VP kernel in continuous time.
     """
 
     def __init__(self, name, betas):
@@ -547,7 +547,7 @@ EDM = VarianceExploding("EDM", 0.002, 80.0)  # Karras et al. 2022, Table 1
 class StraightLine:
     """Describe the straight line from picture to noise, x_t = (1 - t) x_0 + t eps, as a kernel.
 
-    At its ends, t = 0 and 1, log-SNR is infinite, and they are left out.
+    Its ends, t = 0 and 1, are left out, because log-SNR is infinite there.
     Source: Liu et al. 2023 (rectified flow), Eq. 1, with time from the picture to the noise.
     """
 
@@ -596,13 +596,13 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # The authors' release uses 2.5103 and 7.6577 for its EDM network. The first agrees; the second
-# belongs to $t$ = 0.636, not to the 0.6308 that the paper states. And its LDM cuts at the steps 442
-# and 631 of 1000 as if time were the same there: by SNR, the steps would be those above.
+# belongs to $t$ = 0.636, not to the 0.6308 that the paper states. And the release cuts LDM at the
+# steps 442 and 631 of 1000, as if LDM had VP's times: by SNR, the steps would be those above.
 
 
 # %%
 def draw_special_noise(x, generator, kernel):
-    """Draw noise as `fresh_noise`, from a list of generators or for a PFGM kernel.
+    """Draw noise as `fresh_noise` does, from a list of generators or for a PFGM kernel.
 
     A generator for each picture makes its noise independent of the batch that it is drawn in.
     """
@@ -625,7 +625,7 @@ def start_noise(x, generator, kernel):
 # %% [markdown]
 # ## The posterior mean of 50,000 pictures
 #
-# The weights are a softmax of distances: attention with the data set as keys and values. So it is
+# The weights are a softmax of distances: attention with the data set as keys and values. It is
 # computed as attention is, **in chunks** of the data set, with running sums that are rescaled
 # whenever a larger logit appears (the *online softmax*): memory does not grow with $N$. Two matrix
 # products are nearly all of the cost, and run in float32. Two things keep that exact enough:
@@ -633,12 +633,12 @@ def start_noise(x, generator, kernel):
 # * **A centre**: $\|z-y_i\|^2$ is taken as $\|q\|^2-2\,q\cdot d_i+\|d_i\|^2$ with $q=z-c$,
 #   $d_i=y_i-c$ and $c$ the mean picture. Smaller numbers, smaller rounding errors.
 # * **The nearest in float64**: the error of a product, about $10^{-7}\|q\|\|d_i\|$, is divided by
-#   $\sigma^2$. But where $\sigma$ is so small that it matters only a few pictures have weight. So
-#   there the product only finds the eight nearest; their weights come from exact differences.
+#   $\sigma^2$. But where $\sigma$ is so small that this matters, only a few pictures have weight.
+#   So there the product only finds the eight nearest; their weights come from exact differences.
 
 
 # %%
-torch.set_float32_matmul_precision("highest")  # the environment may allow TF32: of three digits
+torch.set_float32_matmul_precision("highest")  # the environment may allow TF32: three digits
 
 
 def posterior_mean(x, t, kernel, images, chunk=0):
@@ -646,8 +646,8 @@ def posterior_mean(x, t, kernel, images, chunk=0):
 
     x: (B, C, H, W) at times t, (B,) or scalar; images: (N, C, H, W) floats. chunk: images to
     compare with at a time; 0: 1,000, or up to 16,384 on a GPU, which small products leave idle.
-    Returns (B, C, H, W) in x's dtype. If x or images is float64, or the set small, all of it is;
-    else the products are float32 and the result is good to 1e-5 for any sigma from 1e-3 to 1e3.
+    Returns (B, C, H, W) in x's dtype. Computes in float64 if x or images is, or if the set is
+    small; else products are float32, and the result is good to 1e-5 for any sigma from 1e-3 to 1e3.
     Raises BadInput where shapes do not match or a time has no noise. Source: paper, Prop. 1.
     """
     if x.dim() != 4 or images.dim() != 4 or x.shape[1:] != images.shape[1:] or len(images) < 1:
@@ -667,15 +667,15 @@ def posterior_mean(x, t, kernel, images, chunk=0):
     # eps std sqrt(n) std / sigma: with this margin less than 1e-5 for pixels in [0, 1].
     near = sigma[:, 0] < 0.04 * y[:chunk].std() * y.shape[1] ** 0.5
     for some, average in ((near, average_nearest), (~near, average_all)):
-        rows = some.nonzero()[:, 0]  # numbers once, because a GPU waits for each mask
+        rows = some.nonzero()[:, 0]  # indices, because each use of a mask waits for a GPU
         if len(rows):
             mean[rows] = average(z[rows], sigma[rows], y, chunk, torch.float32).to(x.dtype)
     return mean.reshape(x.shape)
 
 
 def average_all(z, sigma, y, chunk, dtype):
-    """Average pictures y (N, n) as z (B, n) sees them, by an online softmax in dtype: (B, n)."""
-    centre = y[:chunk].mean(0)  # any point is right, one amid the pictures keeps q and d small
+    """Average pictures y (N, n), weighted for z (B, n), by an online softmax in dtype: (B, n)."""
+    centre = y[:chunk].mean(0)  # any point would do; one amid the pictures keeps q and d small
     q, variance = (z - centre).to(dtype), (sigma**2).to(dtype)
     top = torch.full_like(variance, -torch.inf)  # the largest logit so far, (B, 1)
     total, mean = torch.zeros_like(top), torch.zeros_like(q)
@@ -686,7 +686,7 @@ def average_all(z, sigma, y, chunk, dtype):
         length = torch.linalg.vector_norm(d, dim=1)
         logits = (q @ d.T).sub_(length**2 / 2).div_(variance)  # (B, chunk); |q|^2 is common to all
         new = torch.maximum(top, logits.amax(1, keepdim=True))
-        weight = logits.sub_(new).clamp_(min=-70).exp_()  # below e^-70 floats turn slow, not real
+        weight = logits.sub_(new).clamp_(min=-70).exp_()  # smaller weights are slow, and negligible
         decay = torch.exp(top - new)
         total.mul_(decay).add_(weight.sum(1, keepdim=True))
         mean.mul_(decay).addmm_(weight, part)
@@ -724,8 +724,8 @@ def optimal_denoiser(x, t, kernel, images):
 
 
 # %% [markdown]
-# Is it the four lines above? Compare on our pictures, few enough for float64, and on so many random
-# ones that float32 does the work.
+# Does it agree with the four lines above? Compare them on our pictures, which are few enough for
+# float64, and on so many random ones that float32 does the work.
 
 # %% tags=["nbval-check-output"]
 if __name__ == "__main__":

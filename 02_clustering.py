@@ -6,7 +6,7 @@
 # them. They cut the timeline into stages, each of which gets its own decoder in step 03. No network
 # is needed: the cuts are a closed-form property of the data set.
 #
-# The published cuts, to 0.003: `python 02_clustering.py --dataset cifar10 --samples 13000`.
+# For the published cuts (to 0.003): `python 02_clustering.py --dataset cifar10 --samples 13000`.
 
 # %% tags=["imports"]
 import importlib
@@ -66,14 +66,14 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # On `digits` it names the noise of all pixels at first: the digit is known, so what was added to it
-# is known as well. Then it names fewer and fewer, until only the margin is left, which is black in
-# every picture of the data set. At the very end all are green again, for another reason that
-# Algorithm 1 has to deal with: the noise is so strong that $x_t$ itself is the answer.
+# is known as well. Then the green pixels become fewer, until only the margin is left: it is black
+# in every picture of the data set. At the very end all are green again, but for another reason,
+# which Algorithm 1 has to deal with: the noise is so strong that $x_t$ itself is the answer.
 #
 # ## How alike are two noise levels?
 #
-# Blur $x_0$ with the noise $\epsilon$ to two times $t_a$, $t_b$, and ask the optimal denoiser of
-# each for the noise. The share of pixels on which the answers agree within $\eta$ is
+# Make $x_0$ noisy with the same $\epsilon$ at two times $t_a$, $t_b$, and ask the optimal denoiser
+# of each time for the noise. The share of pixels on which the two answers agree within $\eta$ is
 #
 # $$\mathcal D(\epsilon^*_{t_a},\epsilon^*_{t_b},x_0,\epsilon)=\frac1n\sum_{i=1}^n
 #   \mathbb 1\big(|\epsilon^*_{t_a}(x_{t_a})-\epsilon^*_{t_b}(x_{t_b})|_i\le\eta\big),\qquad
@@ -86,7 +86,7 @@ if __name__ == "__main__":
 #   $\epsilon^*_0(x_0)=\epsilon$: the noise that was put in.
 # * **The noise end, $t=1$.** There the picture is lost and the best guess is the data set's mean
 #   $\bar y$, hence $\hat\epsilon_1(x_t)=(x_t-s_t\bar y)/(s_t\sigma_t)$. (The paper prints
-#   $\epsilon^*_1(x_1)$. The published cuts come out when the mean is asked about $x_t$, as here.)
+#   $\epsilon^*_1(x_1)$. The published cuts come out with $\hat\epsilon_1$ at $x_t$, as here.)
 
 
 # %%
@@ -120,8 +120,8 @@ if __name__ == "__main__":
 #
 # ## Algorithm 1
 #
-# Stage 0 should reach as far as the optimal denoiser resembles that of the image end *on average*,
-# and the last stage as far down as it resembles that of the noise end:
+# Stage 0 should reach up as far as the optimal denoiser, *on average*, resembles that of the image
+# end, and the last stage should reach down as far as it resembles that of the noise end:
 #
 # $$t_1=\arg\max_\tau\{\tau\mid\mathbb E_{t\sim[0,\tau]}
 #   [\mathcal S(\epsilon^*_t,\epsilon^*_0)]\ge\alpha\},\tag{7}$$
@@ -149,8 +149,8 @@ if __name__ == "__main__":
 # > {\sum_{(t_k,\mathcal S_1^k)\in\mathcal S_1}[\mathbb 1(t_k\ge\tau)]}\ge\alpha\Big\}$
 #
 # Section 5 of the paper adds that $\tau$ runs through $10^4$ times, and that they begin at $t$ =
-# 0.001. (The ends are left out below, where an average has nothing to run over.) The same lines in
-# code:
+# 0.001. (Both ends are left out below, because an average there would have no samples.) Here are
+# the same lines in code:
 
 
 # %%
@@ -203,10 +203,10 @@ if __name__ == "__main__":
     workshop.show_figure("figures/02_similarity.png")
 
 # %% [markdown]
-# Every dot is one $\mathcal D$. Blue: near the image one function serves (name the noise in a known
-# picture), and $t_1$ is where its average, started at the left, sinks below $\alpha$. Red: near the
-# noise another serves (subtract the mean), and $t_2$ is where its average, started at the right,
-# does. In between the optimal denoiser changes with $t$. That is the case for three stages.
+# Every dot is one $\mathcal D$. Blue: near the image one function is enough (name the noise in a
+# known picture); at $t_1$ the average from the left sinks below $\alpha$. Red: near the noise
+# another function is enough (subtract the mean); at $t_2$ the average from the right sinks below
+# $\alpha$. In between, the optimal denoiser changes with $t$. That is why there are three stages.
 #
 # **Predict first:** a picture of CIFAR-10 has 3,072 values, one of `digits` 64. On which of the two
 # sets is stage 0 longer? <details><summary>Answer</summary>On CIFAR-10, where it reaches to $t_1$ =
@@ -218,24 +218,24 @@ if __name__ == "__main__":
 #
 # ## Rivals, and how to cut optimally
 #
-# Table 4 of the paper compares with three clusterings after Go et al. (2023). All cover the times
-# $1/T,\dots,1$ by $n$ contiguous clusters of $T/2n$ to $3T/2n$ times, whose members should resemble
-# the one in the *middle*. Two of them never look at the data:
+# Table 4 of the paper compares Algorithm 1 with three clusterings after Go et al. (2023). All three
+# cover the times $1/T,\dots,1$ with $n$ contiguous clusters of $T/2n$ to $3T/2n$ times, whose
+# members should resemble the one in the *middle*. Two of the three never look at the data:
 #
 # * **timestep** and **log-SNR**: a cluster costs $\sum|v-v_\text{middle}|$, with $v$ the time
 #   itself or the log-SNR of the kernel. (The third compares a network's gradients, below the line.)
 #
 # The cheapest clustering is found exactly by *dynamic programming*: the best way to cover the times
-# up to $j$ with one cluster more ends with some cluster $[i,j]$, and before it stands the best way
-# to cover those up to $i-1$.
+# up to $j$ with one more cluster ends with some cluster $[i,j]$, and what comes before that cluster
+# is the best way to cover the times up to $i-1$.
 
 
 # %%
 def contiguous_clusters(cost, n, bounded=True):
-    """Cover 0..T-1 by n contiguous clusters of least total cost: the first index of all but one.
+    """Cover 0..T-1 by n contiguous clusters of least total cost: where all but the first begin.
 
     cost: (T, T), of the interval [i, j] inclusive. Bounded sizes lie within T/2n and 3T/2n.
-    Raises BadInput for an n that cannot be. Source: paper, Section C.4, after Go et al. 2023.
+    Raises BadInput for an impossible n. Source: paper, Section C.4, after Go et al. 2023.
     """
     T = len(cost)
     if not 1 <= n <= T:
@@ -259,16 +259,16 @@ def contiguous_clusters(cost, n, bounded=True):
 
 
 # %% [markdown]
-# `through` holds the price of every last cluster with the best of what stands before it, and
-# `first` remembers where the last cluster began, so that the cuts can be read off backwards. The
-# costs, and a thousand times:
+# `through` holds the cost of every possible last cluster plus the best that can come before it, and
+# `first` remembers where the last cluster began, so that the cuts can be read off backwards. Now
+# come the costs, and cuts of a thousand times:
 
 
 # %% tags=["nbval-check-output"]
 def middle_costs(v):
     """Sum |v - v_middle| over every interval [i, j] of a sequence v (T,): (T, T)."""
     cost = np.zeros((len(v), len(v)))
-    for m in range(len(v)):  # of the intervals m - k to m + k, and to m + k + 1, m is the middle
+    for m in range(len(v)):  # m is the middle of m - k to m + k, and of m - k to m + k + 1
         left, right = (np.abs(side - v[m]).cumsum() for side in (v[m::-1], v[m:]))
         for more in (0, 1):
             k = np.arange(min(len(left), len(right) - more))
@@ -297,14 +297,14 @@ if __name__ == "__main__":
 # %% [markdown]
 # By log-SNR three stages come out as the paper prints them; by timestep it prints 0.330 and 0.670,
 # which the procedure does not give. The log-SNR falls fastest near the image and slowest near $t$ =
-# 0.35: its stage 0 is longer than by timestep when stages are few, and shorter when they are many.
-# These cuts are the same for every data set.
+# 0.35. So stage 0 is longer by log-SNR than by timestep when stages are few, and shorter when they
+# are many. Both kinds of cuts are the same for every data set.
 #
 # ## Algorithm 2: any number of stages
 #
-# Algorithm 1 knows two ends and so gives three stages. For $n$ stages compare *all* times with each
-# other, and ask for the cut whose clusters are each as homogeneous as can be. The paper prints, with
-# slips of index mended,
+# Algorithm 1 compares with two ends and so gives three stages. For $n$ stages, compare *all* times
+# with each other, and look for the cuts whose stages are each as homogeneous as possible. With
+# misprinted indices corrected, the paper has
 #
 # $$\min_{t_1,\dots,t_{n-1}}\ \sum_{k=0}^{n-1}\int_{t_k}^{t_{k+1}}\!\int_{t_a}^{t_{k+1}}
 #   \mathcal S(\epsilon^*_{t_a},\epsilon^*_{t_b})\,\mathrm dt_b\,\mathrm dt_a
@@ -325,9 +325,9 @@ if __name__ == "__main__":
 # > \sum_{k=1}^K\sum_{i=0}^{n-1}\mathcal S^k\,\mathbb 1(t_{a_k},t_{b_k}\in[t_i,t_{i+1}])$<br>
 # > 10: $\quad$ s.t. $0<t_1<t_2<\dots<t_{n-1}<1$
 #
-# Times are taken from a grid, 21 nodes as in the release (the paper's has their midpoints too,
-# where cuts may lie), so that the samples of a pair of nodes can be averaged: what the loop
-# collects is then one matrix $S$.
+# Times are taken from a grid of 21 nodes, as in the release, so that the samples of a pair of nodes
+# can be averaged. What the loop collects is then one matrix $S$. (The paper's grid also has the
+# midpoints between the nodes, where cuts may lie.)
 
 
 # %%
@@ -350,14 +350,14 @@ def plain_similarity_matrix(images, samples, eta=2 / 256, seed=0, function=sde.o
 
 
 # %% [markdown]
-# The minimum of summed *similarities* would put unlike times together: a slip of sign. So sum
-# $1-\mathcal S$. The release uses a commercial solver. None is needed: clusters are contiguous, so
-# that the dynamic program above finds the optimum.
+# To minimise a sum of *similarities* would put unlike times together: the sign is a slip. So sum
+# $1-\mathcal S$. The release uses a commercial solver, but none is needed: clusters are contiguous,
+# so the dynamic program above finds the optimum.
 
 
 # %%
 def best_intervals(S, n):
-    """Cut NODES into n intervals by their similarities S (21, 21): n - 1 floats amid two nodes."""
+    """Cut NODES into n intervals by their similarities S (21, 21): n - 1 midpoints of nodes."""
     cost = np.zeros_like(S)
     for i in range(len(S)):
         for j in range(i, len(S)):
@@ -378,7 +378,7 @@ if __name__ == "__main__":
         print(f"{n} stages  {published[n]:24s}", *(f"{tau:.3f}" for tau in found))
 
 # %% [markdown]
-# What do they rest on? The matrix, with the three stages as squares:
+# What do these cuts rest on? Here is the matrix, with the three stages as squares:
 
 # %% tags=["draws"]
 if __name__ == "__main__":
@@ -394,15 +394,15 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # Yellow off the diagonal means that one function serves many times. On `digits` that happens at the
-# noise end, above 0.8, and in a small patch at the image end, below 0.1. Between them a time is
-# like its next neighbours at best, and most of each square is dark. All that the program can do
+# noise end, above 0.8, and in a small patch at the image end, below 0.1. Between them a time at
+# best resembles its neighbours, and most of each square is dark. All that the program can do
 # there is to keep the squares small, so it cuts more evenly than Algorithm 1. On CIFAR-10 the patch
 # at the image end reaches to 0.35, and the squares are brighter. (The corners off the diagonal are
 # the two ends, which resemble each other; stages are contiguous and cannot use that.)
 #
 # **You have** two algorithms that cut the timeline of any data set, and the curves and the matrix
-# that justify the cuts. Step 04 trains a decoder for each stage of Algorithm 1, in the faster form
-# that stands below, with its standard errors.
+# that justify the cuts. Step 04 trains a decoder for each stage that Algorithm 1 finds. It uses the
+# faster form below, which also gives standard errors.
 #
 # ### Exercises
 #
@@ -416,9 +416,9 @@ if __name__ == "__main__":
 #    one digit is a better guess than that of all.</details>
 # 3. Compare pictures in place of noises: `plain_similarity_matrix(images, 100,
 #    function=sde.posterior_mean)`. Why is the noise end of this matrix more homogeneous?
-#    <details><summary>Solution</summary>Near the noise the posterior mean is the mean picture, at
-#    one time as at another, so pictures agree. The noise $(x_t/s_t-\hat y)/\sigma_t$ of two such
-#    times does not: the same distance to the mean picture is divided by another
+#    <details><summary>Solution</summary>Near the noise the posterior mean is the mean picture at
+#    all times, so the pictures agree. The noises $(x_t/s_t-\hat y)/\sigma_t$ at two such times
+#    do not: the same distance to the mean picture is divided by two different
 #    $\sigma_t$.</details>
 
 # %% [markdown]
@@ -429,16 +429,16 @@ if __name__ == "__main__":
 #
 # ### Spending the samples where they tell something
 #
-# Of $K$ uniform draws most are wasted. On CIFAR-10 nearly every sample below $t=0.25$ says 1, and
-# between $t_1$ and $t_2$ none of them enters an average that is used. So the timeline is divided
-# into equal **cells**, and the samples in a cell are stratified in time. A **pilot** of two samples
-# a cell finds roughly where the cuts lie and how much $\mathcal D$ scatters. It is then thrown away:
+# Most of $K$ uniform draws are wasted. On CIFAR-10 almost all samples below $t=0.25$ give 1, and
+# none between $t_1$ and $t_2$ enters an average that is used. So the timeline is divided into equal
+# **cells**, and samples are spread evenly over a cell (*stratified*). A **pilot**, two samples a
+# cell, finds roughly where the cuts lie and how much $\mathcal D$ scatters. It is then thrown away:
 # estimates that decide on their own sample size are biased. The remaining samples go to the cells
 # in proportion to that scatter (*Neyman allocation*), shared so that both cuts get the same error.
 # The average of a cell is unbiased however many samples it has, hence so is any sum of cells.
 #
-# The running averages are those of the cells, on the same grid of $10^4$ times. The average of
-# single samples jitters across $\alpha$ several times, and the last of these crossings is late.
+# The running averages are taken over cells, on the same grid of $10^4$ times. The average of single
+# samples crosses $\alpha$ several times, back and forth, and the last of these crossings is late.
 
 
 # %%
@@ -471,7 +471,7 @@ def similarity_curves(
 
 
 def sample_cells(edges, counts, generator, images, kernel, progress, eta=2 / 256, reference="mean"):
-    """Estimate S to both ends in each cell from counts[j] samples, stratified in time in it.
+    """Estimate S to both ends in each cell j, from counts[j] samples that are stratified in time.
 
     reference: "mean" compares with `mean_denoiser` at x_t, "literal" with eps*_1(x_1), as printed.
     """
@@ -507,7 +507,7 @@ def weigh_cells(pilot, alpha):
     except BadInput:
         t_1, t_2 = pilot.edges[-1], pilot.edges[0]
     least = 0.03 * (pilot.edges[-1] - pilot.edges[0])
-    # The cells left out keep their two samples, so no cut may fall there if the pilot was unlucky.
+    # The cells left out keep two samples, so even after an unlucky pilot no cut may fall there.
     errors = standard_errors(pilot, [t_1, t_2], alpha)
     margin_1, margin_2 = (max(2 * error, least) for error in errors)
     used = centre < t_1 + margin_1, centre > t_2 - margin_2
@@ -601,9 +601,9 @@ if __name__ == "__main__" and len(images) < 5000:
 # %% [markdown]
 # ### The rival that needs a network
 #
-# The third rival, **gradient**, costs minus the sum of the *task affinities* to the middle: the
-# cosine similarities of the gradients that a network gets at two times. Some network must be
-# trained. It comes from outside: `task_affinity` only asks for its gradient at a time.
+# With the third rival, **gradient**, a cluster costs minus the sum of its *task affinities* to the
+# middle: the cosine similarities of a network's gradients at two times. So a network has to be
+# trained. It comes from outside: `task_affinity` only asks for its gradient at a given time.
 
 
 # %%
@@ -685,23 +685,23 @@ if __name__ == "__main__":
 # %% [markdown]
 # The last row is the noise end as the paper prints it, $\epsilon^*_1(x_1)$: on CIFAR-10 it puts
 # $t_2$ at 0.782, far from the published 0.631, which the row above it gives. Two more readings were
-# tried there: pixels in [−1, 1] with the same $\eta$ give 0.433 and 0.694, and to compare denoised
-# pictures gives 0.434 and 0.915.
+# tried there: pixels in [−1, 1] with the same $\eta$ give 0.433 and 0.694, and a comparison of
+# denoised pictures gives 0.434 and 0.915.
 #
 # ### Algorithm 2 for any kernel
 #
-# The matrix depends on noise levels alone, so it serves every kernel. Cut by the sum of
-# $1-\mathcal S$ it explains Table 7: the published interval for two stages comes out exactly on
-# CIFAR-10, and those for four and five agree to one step of the grid, 0.05. (The release maximises
-# the sum of the clusters' *mean* similarities and stops after five minutes. Its optimum is of no
-# use: a cluster of one node is perfectly similar to itself, so it cuts such nodes off.)
+# The matrix depends on noise levels alone, so it serves every kernel. Cutting it by the sum of
+# $1-\mathcal S$ explains Table 7: on CIFAR-10 the published interval for two stages comes out
+# exactly, and those for four and five agree to one step of the grid, 0.05. (The release maximises
+# the sum of the clusters' *mean* similarities and stops after five minutes. The optimum of that is
+# of no use: a cluster of one node is perfectly similar to itself, so single nodes are cut off.)
 
 
 # %%
 def algorithm_2(images, n, kernel=VP, samples=300, **options):
     """Cut the timeline of a data set into n stages: n - 1 ascending floats, times of the kernel.
 
-    options: as `plain_similarity_matrix`. Raises BadInput for an n that cannot be.
+    options: those of `plain_similarity_matrix`. Raises BadInput for an impossible n.
     Source: paper, Algorithm 2.
     """
     if not 1 <= n <= len(NODES):

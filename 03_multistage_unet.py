@@ -33,14 +33,14 @@ workshop.settings(globals(), "03_multistage_unet")
 
 # %% [markdown]
 # Step 02 cut the timeline of `digits` at $t_1$ = 0.096 and $t_2$ = 0.443 (its fast form with 5,000
-# samples; the plain one was near). Stage $k$ serves the times $[t_k,t_{k+1})$, with $t_0=0$: stage
-# 0 lies at the image, the last one at the noise, with $t=1$. A network with a decoder for each
-# stage has to ask one question of every time: which stage does it belong to?
+# samples; the plain one came close). Stage $k$ serves the times $[t_k,t_{k+1})$, with $t_0=0$.
+# Stage 0 lies at the image; the last one lies at the noise and includes $t=1$. A network with a
+# decoder for each stage has to ask of every time: which stage does it belong to?
 
 
 # %%
 def find_stage(t, boundaries):
-    """Tell which stage each time belongs to; a boundary opens the later one: (B,) of integers."""
+    """Tell which stage each time belongs to; a boundary is in the later one: (B,) int64."""
     stage = torch.zeros_like(t, dtype=torch.int64)
     for tau in boundaries:
         stage += t >= tau
@@ -57,48 +57,48 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## Why not one network, and why not three?
 #
-# One network for all times is called *unified* in the paper, one network a stage *separate*. The
-# paper has hypotheses against both (Section 4), and supports them by curves of networks of 47 to
-# 169 million parameters. The right column says what this project finds on `digits`, with networks a
-# hundred times smaller. RESULTS.md has the numbers.
+# The paper calls one network for all times *unified*, and one network for each stage *separate*. It
+# puts forward hypotheses against both (Section 4), and supports them with curves of networks of 47
+# to 169 million parameters. The right column says what this project finds on `digits`, with
+# networks a hundred times smaller. RESULTS.md has the numbers.
 #
 # | the paper's hypothesis | here |
 # |---|---|
 # | near the noise, unified is larger than it needs to be | holds |
-# | near the image, it is too small | open: so says the loss, the pictures do not tell |
+# | near the image, it is too small | open: the loss says so, the pictures do not tell |
 # | gradients of distant times differ … | holds, for the first and the last stage |
 # | … and therefore unified learns slowly | does not show: at first it learns fastest |
 # | separate is worse than unified | in each of three seeds; open once corrected |
-# | … because each of its networks overfits | not with all pictures; with a tenth unified does so as much |
-# | one encoder with several decoders is better than both | than unified, on CIFAR-10: in bits; by pictures in colour only |
+# | … because each of its networks overfits | not with all pictures; with a tenth, unified does equally |
+# | one encoder with several decoders is better than both | than unified on CIFAR-10: by bits; by pictures only in colour |
 #
 # So read this step as a design with reasons that can be tested, not as one that is known to win.
 # What fails at this scale is not refuted at the paper's.
 #
-# The idea in one sentence: *share what all times have in common, the encoder, and give each stage
-# the rest for itself, a decoder*. A decoder can then be as wide as its stage asks for, and learns
-# from its own stage only. The encoder learns from all pictures at all times: that should be hard to
+# The idea in one sentence: *share the part that all times have in common, the encoder, and give
+# each stage a decoder of its own*. A decoder can then be as wide as its stage needs, and learns
+# from its own stage only. The encoder learns from all pictures at all times, so it should hardly
 # overfit.
 #
 # ## The parts of a U-Net
 #
 # A U-Net makes a picture smaller in a few steps, and larger again in as many. On the way down it
 # keeps its features (the *skips*), and reads them on the way up: what is coarse comes from below,
-# what is fine from the side. Its parts are four, and nothing in them is special to stages.
+# what is fine from the side. It has four kinds of parts, and none of them knows about stages.
 #
 # A **residual block** adds a correction to its input $h$, so that it has to learn only what
-# should change. Between its two convolutions it is told the time by a vector `emb`, of which a
-# linear layer makes one number for each channel:
+# should change. Between its two convolutions it is told the time: a linear layer turns the vector
+# `emb`, which stands for the time, into one number for each channel:
 #
 # $$h \leftarrow \mathrm{skip}(h)+\mathrm{conv}_2\big(\mathrm{conv}_1(h)+\mathrm{time}(\mathrm{emb})\big)$$
 #
 # Before each convolution the values are normalised, in groups of channels, and bent by
 # $\mathrm{silu}(a)=a/(1+e^{-a})$: without a bend between them, two convolutions would be no more
 # than one. `norm(c)` builds the normalisation of $c$ channels. `skip` is a convolution only where
-# the number of channels changes, so that the sum has a meaning; elsewhere it does nothing. Parts
-# stand in rows, `Layers`, and those that have no use for the time ignore it. (With e = 0 a block
-# knows no time, as in step 06.) Two pictures of 4 channels, their times told by 3 numbers each,
-# become two of 8 channels:
+# the number of channels changes, so that the sum has a meaning; elsewhere it does nothing. `Layers`
+# runs parts one after the other; those that have no use for the time ignore it. (With e = 0 a block
+# is not told the time, as in step 06.) Here two pictures of 4 channels, with 3 numbers each for
+# their times, become two of 8 channels:
 
 
 # %% tags=["nbval-check-output"]
@@ -143,7 +143,7 @@ if __name__ == "__main__" and not table:
 # at small sizes only: for `digits` at 4×4, where 16 positions look at 16.
 #
 # The **resolution** is halved by a convolution that takes every second position. It is doubled by
-# repeating positions, and a convolution smooths what comes out. The number of channels stays.
+# repeating positions, and a convolution smooths what comes out. The number of channels is kept.
 
 
 # %%
@@ -191,9 +191,9 @@ class Up(nn.Module):
 # $$\sin(999\,t\cdot\omega_i),\ \cos(999\,t\cdot\omega_i),\qquad
 #   \omega_i = 10\,000^{-i/(w/2-1)},\quad i=0,\dots,w/2-1.$$
 #
-# Two linear layers of the encoder make `emb` of them. Two times should be told apart even where only
-# a thousandth of the timeline lies between them. Each vector has length 4, so a distance of 5.7 means
-# nothing in common:
+# Two linear layers of the encoder turn them into `emb`. Two times should be told apart even if only
+# a thousandth of the timeline lies between them. Each vector has length 4, so two vectors that are
+# 5.7 apart have nothing in common:
 
 
 # %% tags=["nbval-check-output"]
@@ -212,13 +212,13 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## The encoder
 #
-# It turns a noisy picture and its time into features: one after the first convolution, one after
-# every block and every halving. These are the skips, which the decoders will read. The last of
-# them goes through the *middle* of the U: a block, attention, a block.
+# It turns a noisy picture and its time into sets of features: one after the first convolution, one
+# after every block, one after every halving. These are the skips, which the decoders will read. The
+# last of them goes through the *middle* of the U: a block, attention, a block.
 #
-# Each level of resolution has `blocks` residual blocks of `mult` times `width` channels. Where
-# its `size` is one of `attention`, each is followed by attention. `make` holds the functions that
-# build the parts, each from numbers of channels; below the line they build other networks.
+# Each level of resolution has `blocks` residual blocks of `mult` times `width` channels. If the
+# level's `size` is in `attention`, attention follows each block. `make` holds the functions that
+# build the parts from numbers of channels; below the line, others build the published networks.
 
 
 # %%
@@ -253,8 +253,8 @@ class Encoder(nn.Module):
 # %% [markdown]
 # The encoder of `digits` has 32 channels at 8×8 and 64 at 4×4, where it attends. What becomes of
 # five pictures, whose times are those from above? (Noise stands in for pictures, and no weight is
-# trained: the shapes are the same.) The entries of `make` are the parts from above, with all that a
-# network decides once filled in: how many numbers `emb` has, and how values are normalised.
+# trained: the shapes are the same.) The entries of `make` are the parts above, with the choices
+# for the whole network filled in: how many numbers `emb` has, and how values are normalised.
 
 
 # %% tags=["nbval-check-output"]
@@ -283,16 +283,16 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## A decoder
 #
-# Five pictures have become four skips at two sizes, and each picture has 128 numbers for its
-# time. A decoder climbs back to full resolution. Each of its blocks reads one skip, the last
-# first, beside what comes from below. There is one block more a level than in the encoder: for
-# the skip of the halving, and at the top for that of the first convolution. Attention stands
-# behind the last block of a level, and then comes the doubling.
+# The five pictures have become four skips at two sizes, and each picture has 128 numbers for its
+# time. A decoder climbs back to full resolution. Each of its blocks reads one skip, the last skip
+# first, together with what comes from below. Each level has one block more than in the encoder, to
+# read the skip of the halving, or at the top that of the first convolution. Attention follows the
+# last block of a level, and then comes the doubling.
 #
-# Its width is its own, and this is where the paper saves: a decoder near the noise may be narrow.
+# Each decoder has its own width, and here the paper saves: near the noise a decoder may be narrow.
 # A decoder of 16 channels may read the skips of an encoder of 32, because the first convolution of
 # a block takes all channels and gives 16. The paper has decoders of 192, 128 and 16 channels beside
-# an encoder of 128. Those of `digits` have 48, 32 and 16 beside 32.
+# an encoder of 128. Those for `digits` have 48, 32 and 16 channels, beside an encoder of 32.
 
 
 # %%
@@ -326,7 +326,7 @@ class Decoder(nn.Module):
 # Every decoder can read the same skips; now the times decide which one does. All pictures of a
 # batch go through the encoder together. Then each decoder takes those of its own stage, which
 # `mine` picks out, and what it says is put in their places. So a batch may mix stages, and a
-# decoder that nobody in the batch asks for costs nothing.
+# decoder that no picture of the batch needs costs nothing.
 #
 # $$\epsilon_\theta(x_t,t) = x_t + D_k\big(E(x_t,t)\big)\quad\text{for}\quad t_k \le t < t_{k+1}$$
 #
@@ -334,9 +334,9 @@ class Decoder(nn.Module):
 # batch usually belong to one stage, which is drawn at random. In sampling (step 05) all pictures
 # go from the last stage to stage 0 together, and change the decoder on the way.
 #
-# The summand $x_t$ belongs to the small networks of this course. Near the noise $x_t$ *is* the
-# noise to within a percent, and to learn to copy it would cost a small network many steps. The
-# published networks leave that sum out.
+# Only the small networks of this course add $x_t$. Near the noise $x_t$ *is* the noise to within a
+# percent, and learning to copy it would cost a small network many steps. The published networks do
+# not add it.
 
 
 # %%
@@ -364,11 +364,11 @@ if __name__ == "__main__" and not table:
 # other batches, sums run in another order.) Two more checks, still with random weights.
 #
 # **One stage is a plain U-Net.** With a single decoder and no boundary nothing is left but
-# $x_t+D_0(E(x_t,t))$. That is `unified`, and `separate` is three of them, each asked for the
+# $x_t+D_0(E(x_t,t))$. That is `unified`, and `separate` is three of them, each used only at the
 # times of its own stage. Neither needs a second kind of network.
 #
-# **A picture trains the decoder of its own stage**, no other: the gradients of all others are not
-# zero, they do not exist. The encoder learns from all pictures.
+# **A picture trains the decoder of its own stage**, and no other: the others do not get gradients
+# of zero, they get none at all. The encoder learns from all pictures.
 
 # %% tags=["nbval-check-output"]
 if __name__ == "__main__" and not table:
@@ -382,8 +382,8 @@ if __name__ == "__main__" and not table:
 # %% [markdown]
 # ## What it looks like
 #
-# A bar is a layer, its length the channels. A layer of a decoder stands beside that of the encoder
-# whose skip it reads (the grey lines). The dark arrows are the way of a picture at $t$ = 0.3.
+# A bar's length is the number of a layer's channels. A decoder's layer stands beside the encoder's
+# layer whose skip it reads (the grey lines). Dark arrows show the way of a picture at $t$ = 0.3.
 
 
 # %% tags=["draws"]
@@ -424,19 +424,19 @@ if __name__ == "__main__" and not table:
     draw_architecture(x[:1], 0.3, encoder, decoders, cuts, "figures/03_network.png")
 
 # %% [markdown]
-# The encoder is the left column, and serves all stages; a picture goes down there, through the
-# middle, and up in one of the three others, which its time chooses. Decoder 0 has nearly half of
-# all parameters, and works in the first tenth of the timeline only. Decoder 2 has a tenth of them
-# and serves more than half.
+# The encoder is the left column, and serves all stages. A picture goes down this column, through
+# the middle, and up one of the other three, which its time chooses. Decoder 0 has nearly half of
+# all parameters, and works only in the first tenth of the timeline. Decoder 2 has a tenth of the
+# parameters and serves more than half of the timeline.
 #
 # Bars show widths, not work: a layer of equal width costs four times as much at 8×8 as at 4×4.
-# Counted below the line, the network costs 1.7 times as much as unified in stage 0, as much in
-# stage 1, and half as much in stage 2. **Predict first:** stage 2 has more than half of the
+# By the count below the line, the network costs 1.7 times as much as unified in stage 0, the same
+# in stage 1, and half as much in stage 2. **Predict first:** stage 2 has more than half of the
 # timeline. Are 20 evaluations of step 05 cheaper than unified's? <details><summary>Answer</summary>
-# They cost as much, because 6 of the 20 fall into the short stage 0.</details>
+# They cost the same, because 6 of the 20 fall into the short stage 0.</details>
 #
 # **You have** the architecture of the paper: an encoder, decoders, and a few lines that decide
-# which decoder a picture gets. Step 04 trains it, and the plain U-Net that is one stage of it.
+# which decoder a picture gets. Step 04 trains it, and also its one-stage form, the plain U-Net.
 #
 # ### Exercises (after running what is below)
 #
@@ -464,9 +464,9 @@ BadInput = workshop.BadInput
 # %% [markdown]
 # ## In bfloat16
 #
-# A GPU that can computes in bfloat16 (*autocast*). Two layers have their own mind about it: norms,
-# which would fall back to float32 and take longer than all convolutions, and the last layer, whose
-# output is the prediction.
+# A GPU that supports bfloat16 computes in it (*autocast*). Two kinds of layers need care: the
+# norms, which would fall back to float32 and take longer than all convolutions, and the last layer,
+# which stays in float32 because its output is the prediction.
 
 
 # %%
@@ -500,11 +500,11 @@ def group_norm(groups, least, eps, channels):
 # %% [markdown]
 # ## Three backbones
 #
-# The paper builds on three networks of others: NCSN++ (for VP), DDPM++ (for EDM) and ADM (for latent
-# diffusion). All are the U-Net from above in different taste. ADM has several attention heads.
-# NCSN++ and DDPM++ divide residual sums by $\sqrt2$, and a residual block that changes the
-# resolution does it by a fixed *FIR filter*: taps (1, 1) average or repeat pixels, (1, 3, 3, 1) is
-# smoother. As the filter treats every channel alike, it is one depthwise convolution.
+# The paper builds on three networks by others: NCSN++ (for VP), DDPM++ (for EDM) and ADM (for
+# latent diffusion). All are variants of the U-Net above. ADM has several attention heads. NCSN++
+# and DDPM++ divide residual sums by $\sqrt2$, and their residual blocks change the resolution with
+# a fixed *FIR filter*: taps (its weights) of (1, 1) average or repeat pixels, (1, 3, 3, 1) is
+# smoother. As the filter treats all channels alike, it is one depthwise convolution.
 
 
 # %%
@@ -575,8 +575,8 @@ class PublishedAttention(Attention):
 # %% [markdown]
 # What counts as the time differs: $999\,t$ for VP, $\tfrac14\ln\sigma$ for EDM, and for latent
 # diffusion the step of its schedule, $1000\,t-1$. NCSN++ adds the filtered input at each resolution
-# (`pyramid`), DDPM++ has the middle of the U in its decoders, ADM attends there after every block. A
-# network with `classes` (step 07) adds to the time's vector one for the label.
+# (`pyramid`), DDPM++ has the middle of the U in its decoders, and ADM's decoders attend after every
+# block. A network with `classes` (step 07) adds a vector for the label to that of the time.
 
 
 # %%
@@ -639,8 +639,8 @@ class PublishedDecoder(Decoder):
 # %% [markdown]
 # ## The multistage network
 #
-# The module that the next steps train. `unified` is one stage of it, `separate` has an encoder of its
-# own for each decoder. The arguments from `time` on make the published networks.
+# This is the module that the next steps train. `unified` is its form with one stage; `separate` has
+# an encoder for each decoder. The arguments from `time` on are for the published networks.
 
 
 # %%
@@ -707,12 +707,12 @@ class MultistageUNet(nn.Module):
             for width, where in zip(decoders, attended, strict=True)
         )
         self.apply(initialize_part)
-        for part in self.encoders if classes else ():  # last: without them all is as it was
+        for part in self.encoders if classes else ():  # last: the other weights stay the same
             part.labels = nn.Embedding(classes + 1, 4 * encoder)
             nn.init.zeros_(part.labels.weight)
 
     def stage(self, t):
-        """Tell which stage each time belongs to: (B,) int64; a boundary opens the later stage.
+        """Tell which stage each time belongs to: (B,) int64; a boundary is in the later stage.
 
         Raises BadInput for times off the timeline, NaN included.
         """
@@ -729,8 +729,8 @@ class MultistageUNet(nn.Module):
     def forward(self, x, t, stage=None, label=None):
         """Predict the noise in x (B, C, H, W) at times t (B,); the batch may mix stages.
 
-        stage: saves looking at t, for which a GPU has to be waited for, where the caller knows it:
-        the stage of all of them, or a list of stages, each once, that the batch takes in turns.
+        stage: the stage of all pictures, or a list of stages, each once, that the batch takes in
+        turns. If the caller gives it, t is not looked at, which would mean waiting for a GPU.
         label: (B,) int64 of a network with classes; None: no picture has one.
         Raises BadInput for pictures, times or labels that it cannot take.
         """
@@ -786,7 +786,7 @@ def initialize_part(part):
 # %% [markdown]
 # ## Named networks
 #
-# A network is a dictionary of arguments. First those of this course, small, each in three forms.
+# A network is a dictionary of arguments. First come the small ones of this course, in three forms.
 
 # %%
 PUBLISHED = (0.442, 0.6308)  # t_1, t_2 of the paper; step 04 puts those of the data set in place
@@ -796,7 +796,7 @@ NETWORKS, ALONE = {}, dict(shared=False)
 small = {**workshop.COLOUR, **workshop.LAPTOP}
 for name, known in {**workshop.DATASETS, "laptop": small}.items():
     if "network" not in known:
-        continue  # of those the paper's are trained
+        continue  # for these the paper's networks are trained
     (C, size, _), code = known.get("shape", (3, 32, 32)), known["autoencoder"]
     pixels = dict(channels=C, size=size, boundaries=PUBLISHED, **known["network"])
     latent = dict(channels=code["code"], size=size // 2 ** (len(code["mults"]) - 1), time="ldm")
@@ -855,7 +855,7 @@ for name, (backbone, edges), width, widths, more in [
 def attended_sides(plan):
     """List the sides of pictures at which a plan's network attends: the nearest to `attention`.
 
-    So one that is made for 32×32 and attends at 16×16 does so at 12×12 in pictures of 48×48.
+    A network that is made for 32×32 and attends at 16×16 attends at 12×12 in pictures of 48×48.
     """
     sides = [max(1, plan["size"] // 2**level) for level in range(len(plan.get("mults", (1, 2))))]
     wanted = plan.get("attention", ())
@@ -978,17 +978,17 @@ if __name__ == "__main__" and not table:
 #
 # ## Tables 5, 6 and 7
 #
-# Next to every number the published one. A table's *total* GFLOPs are an average over stages:
+# Next to every number stands the published one. The *total* GFLOPs are an average over stages:
 #
 # * **Table 5** says "weighted by NFE". Its totals are averages over *uniform times* with the cuts
-#   0.426 and 0.626, which are Algorithm 2's for three stages and not the network's. (DPM-Solver's 20
-#   evaluations fall 11, 2 and 7 times into the stages: 20.4 GFLOPs for the first row, not 18.65.)
+#   0.426 and 0.626, which are Algorithm 2's for three stages, not the network's. (Of DPM-Solver's
+#   20 evaluations 11, 2 and 7 fall into the stages: 20.4 GFLOPs for the first row, not 18.65.)
 # * **Table 6**: 20 uniform steps, of which 8, 4 and 8 fall into the stages.
 # * **Table 7**: the lengths of the intervals.
 #
 # Three printed entries fit no network: the total GFLOPs of Table 5's last row (they repeat the row
-# above), the GFLOPs of Table 7's two stages (those of other widths than its parameters) and its
-# 230M for three stages, which are Table 5's 237M.
+# above), the GFLOPs of Table 7's two stages (they belong to other widths than its parameters do),
+# and its 230M for three stages, where Table 5 has 237M.
 
 # %% tags=["nbval-check-output"]
 # row: published (million parameters, GFLOPs) of each stage, shared, total; None: not printed
@@ -1054,8 +1054,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Where the widths of Table 7 come from
 #
-# For other numbers of stages the paper interpolates: an interval gets the average of the three-stage
-# $p_0,p_1,p_2$ over its length:
+# For other numbers of stages the paper interpolates: an interval gets the average of the values
+# $p_0,p_1,p_2$ of the three stages, taken over its length:
 #
 # $$\hat p = \frac{1}{t_b-t_a}\sum_k p_k\,\big|[t_a,t_b]\cap[t_k,t_{k+1}]\big| \tag{23}$$
 
@@ -1082,6 +1082,6 @@ if __name__ == "__main__" and not table:
             )
 
 # %% [markdown]
-# Equation 23 gives the direction and not the numbers: within a stage it can only repeat $p_k$. In the
-# paper the encoder shrinks, too, with the number of stages (128, 96, 64 channels), and decoders take
-# up part of what it loses. That is not said there. We take the published widths as they are.
+# Equation 23 gives the trend but not the numbers: within a stage it can only repeat $p_k$. In the
+# paper the encoder also shrinks as stages are added (128, 96, 64 channels), and the decoders make
+# up for part of that. The paper does not say so. We take the published widths as they are.

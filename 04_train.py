@@ -93,17 +93,17 @@ if __name__ == "__main__" and lesson:
     assert gap < 1e-4
 
 # %% [markdown]
-# Those are the losses at the ten times of the picture. Noise has variance 1, so a network that
+# Those are the losses at the ten times of the figure above. Noise has variance 1, so a network that
 # always says 0 has a loss of 1 at every time. Returning the input is worse than that near the
-# image, and nearly perfect near the noise. Our small networks start exactly there: they add their
-# input to what the decoder says, which is 0 at first (step 03). The lowest possible loss is that of
-# the optimal denoiser of step 01.
+# image, and nearly perfect near the noise. Our small networks start by doing just that: they add
+# their input to the decoder's output, which is 0 at first (step 03). The lowest possible loss is
+# that of the optimal denoiser of step 01.
 #
 # ## Which times?
 #
-# The authors' code trains one stage a batch: a stage is drawn, each as likely as the others, then
-# every picture's $t$ uniformly inside it. So the encoder learns from every batch, a decoder from a
-# third of them.
+# The authors' code trains one stage in each batch. It draws a stage, all being equally likely, then
+# a $t$ for every picture, uniformly inside that stage. So the encoder learns from every batch, and
+# a decoder from a third of them.
 #
 # The seed and the number of the step alone decide which pictures and which stage a step sees
 # (`step_generator` of step 00), so that a run can go on where it stopped. Times and noise come from
@@ -140,20 +140,20 @@ if __name__ == "__main__" and lesson:
         print(f"stage {k}: {share:.0%} of the times, from {low:.3f} to {high:.3f}")
 
 # %% [markdown]
-# A third each, up to chance. So a third of the work goes into the tenth of the timeline next to the
-# image. A network for all times, trained with $t$ uniform, would spend a tenth of its work there.
-# The two differ in their times as much as in their decoders, and a fair comparison has to separate
-# these two (below the line, `--times`).
+# Each stage gets a third, up to chance. So a third of the work goes into the tenth of the timeline
+# next to the image. A network for all times, trained with $t$ uniform, would spend a tenth of its
+# work there. The two networks differ in their times as well as in their decoders, and a fair
+# comparison has to separate these two effects (below the line, `--times`).
 #
 # *Mixed* batches, with all stages in each, are the better estimator: the same expectation with less
-# scatter. On `digits` each of five seeds is better with them, and its recipe takes them (RESULTS.md).
+# scatter. On `digits` each of five seeds is better with them, so its recipe uses them (RESULTS.md).
 #
 # ## One step
 #
-# A step goes down the gradient of the loss by Adam. Two precautions belong to the recipe. Gradients
+# In a step Adam goes down the gradient of the loss. The recipe takes two precautions. Gradients
 # longer than 1 are cut to that length, so that one odd batch cannot throw the weights off. And the
 # learning rate grows linearly during the first steps (*warm-up*), when Adam's averages of the
-# gradients have hardly seen anything. It then stays, as the paper has it; with `decay` it falls
+# gradients have hardly seen anything. Then it is constant, as in the paper; with `decay` it falls
 # linearly to zero, so that the last steps, too small to jitter, settle what the large ones found.
 #
 # A batch of one stage has no gradient for the other decoders: they and their averages in Adam stay
@@ -193,9 +193,9 @@ if __name__ == "__main__" and lesson:
 # $$\bar\theta\leftarrow d\,\bar\theta+(1-d)\,\theta,\qquad d=\min\Big(0.9999,\frac{1+n}{10+n}\Big)
 #   \quad\text{after step }n.$$
 #
-# A decay of 0.9999 averages over about 10,000 steps. Used from the beginning it would remember the
-# initial weights for long: after 150 steps they would still be 98.5% of the average. So $d$ grows
-# towards it, and after step $n$ the average looks back on about $n/9$ steps.
+# A decay of 0.9999 averages over about 10,000 steps. Used from the beginning, it would remember the
+# initial weights for too long: after 150 steps they would still be 98.5% of the average. So $d$
+# grows towards 0.9999, and after step $n$ the average looks back on about $n/9$ steps.
 
 
 # %%
@@ -262,14 +262,14 @@ if __name__ == "__main__" and lesson:
 #
 # If you know the noise, you know the picture. Solved for the picture, eq. (1) reads $\hat
 # x_0=x_t/s_t-\sigma_t\,\epsilon_\theta(x_t,t)$. Here is one digit at eight times, as the averaged
-# network sees it, and below as the optimal denoiser of step 01 does, which has all digits at hand
-# (`posterior_mean`, from below that step's line, is its fast form).
+# network sees it, and in the last row as the optimal denoiser of step 01 does, which has all digits
+# at hand (`posterior_mean`, from below that step's line, is its fast form).
 
 
 # %% tags=["draws"]
 @torch.no_grad()
 def show_estimates(predict, images, kernel, path):
-    """Show one of the uint8 images at levels of noise, seen by predict(xt, t) and the optimum."""
+    """Show one of the uint8 images at noise levels, as predict(xt, t) and the optimum see it."""
     t = torch.tensor([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.7])
     t = kernel.time(sde.VP.log_snr(t)).float().to(images.device)  # the same levels in any kernel
     x0 = workshop.to_network_space(images[3 % len(images)]).expand(len(t), -1, -1, -1)
@@ -294,7 +294,7 @@ if __name__ == "__main__" and lesson:
 # answer there. The run below ends in the same figure, for a narrower network and more steps.
 #
 # **You have** the whole method of this step: eq. (4) as a line, a batch of one stage, a step, an
-# average, and the loop. What follows trains in the same way, and proves it.
+# average, and the loop. What follows trains in the same way, and a check shows that it does.
 #
 # ### Exercises
 #
@@ -326,10 +326,10 @@ stages = ""  # uniform: one stage a batch; mixed: all stages in every batch; emp
 weight = ""  # min-snr: less weight near the image; none: that of Eq. 4; empty: the recipe
 times = ""  # stages: all count the same; uniform: all times do; empty: the recipe
 boundaries = ""  # inner boundaries such as 0.1,0.44; empty: those that step 02 finds
-classes = False  # tell the network the label of each picture, but of one in ten
+classes = False  # tell the network the label of each picture, except for one in ten
 steps = 0  # training steps; 0: the recipe of the data set [0, 1000000000]
 batch = 0  # pictures a step, over all devices; 0: the recipe of the data set [0, 1000000]
-pieces = 1  # parts that a step's pictures are taken in, where memory is small [1, 1000000]
+pieces = 1  # parts into which a step's pictures are split, to save memory [1, 1000000]
 lr = 0.0  # Adam's learning rate; 0: the recipe of the data set [0, 10]
 decay = ""  # linear: the learning rate falls to zero over the run; none; empty: the recipe
 patience = 0  # early stopping: looks at held-out pictures without gain; 0: none [0, 1000000]
@@ -357,7 +357,7 @@ BadInput = workshop.BadInput
 # %% [markdown]
 # ### The loss of other processes
 #
-# **vp** is that of above; **ldm** the same with latent diffusion's schedule of 1,000 steps, for
+# **vp** is the one above; **ldm** the same with latent diffusion's schedule of 1,000 steps, for
 # step 06. **edm** (Karras et al. 2022): the time is $\sigma$, and the network is wrapped so that its
 # input and its target have unit variance at every $\sigma$. In terms of the noise their denoiser
 # $D=c_\text{skip}x+c_\text{out}F$ is $\epsilon_\theta=(x-D)/\sigma$, linear in $F$, and their weight
@@ -388,7 +388,7 @@ def kernel_of(process):
 def predict_noise(model, x, t, process, **stage):
     """Ask a network for the noise in x (B, C, H, W) at times t (B,): eps_theta of the paper.
 
-    stage: what a multistage network need not find out, see its `forward`.
+    stage: tells a multistage network the stage, which it then need not find; see its `forward`.
     """
     if process in PLAIN:
         return model(x, t, **stage)
@@ -402,9 +402,9 @@ def predict_noise(model, x, t, process, **stage):
 def noise_function(model, process, calls=None, half=True, guidance=(0.0,), replay=False):
     """Return eps(x, t, label=None) of a network for the solvers, which ask for one time at a time.
 
-    calls: a list that gets the stage of each evaluation. half: allow `half_precision`. guidance: w
-    of all stages, or of each, for what is drawn with a label, (B,) int64. replay: see `Replayed` of
-    step 00. Source of the guided noise: Ho and Salimans 2022, Eq. 6.
+    calls: a list that gets the stage of each evaluation. half: allow `half_precision`. guidance:
+    one w for all stages, or one for each, used where a label (B,) int64 is given. replay: see
+    `Replayed` of step 00. Source of the guided noise: Ho and Salimans 2022, Eq. 6.
     """
 
     def ask(k, x, times, label=None):
@@ -414,7 +414,7 @@ def noise_function(model, process, calls=None, half=True, guidance=(0.0,), repla
     run = workshop.Replayed(ask, replay)
 
     def eps(x, t, label=None):
-        k = int(model.stage(t[:1]))  # solvers keep t on the CPU: a GPU would have to be waited for
+        k = int(model.stage(t[:1]))  # solvers keep t on the CPU, so that nobody waits for a GPU
         if calls is not None:
             calls.append(k)
         times = torch.full(t.shape, float(t[0]), dtype=x.dtype, device=x.device)
@@ -443,11 +443,11 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # %% [markdown]
 # ### Which times?
 #
-# With vp and flow as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ of EDM's
-# log-normal distribution picks the stage, and the batch is drawn from its part there.
+# vp and flow draw as above. With ldm $t$ is one of the thousand steps. With edm a $\sigma$ of EDM's
+# log-normal distribution picks the stage, and the batch is drawn from the part inside that stage.
 #
-# `--stages mixed` is our own: every batch has all stages, in turns, and a stage's losses are
-# weighted by its chance over its share of the batch: the expectation in place of the draw.
+# `--stages mixed` is our own: every batch has all stages, in turns. A stage's losses are weighted
+# by its chance divided by its share of the batch, so the expectation takes the place of the draw.
 #
 # `--times` says how often a stage is drawn, or how much its losses weigh in mixed batches. In the
 # release each stage is equally likely (`stages`), and a unified network has times uniform over the
@@ -457,9 +457,9 @@ def weighted_error(model, x0, eps, t, process, **stage):
 # `--weight min-snr` is $\omega(t)=\min(1, 5\,\sigma_t^2)$: in terms of the picture, whose error is
 # $\sigma_t$ times that of the noise, no time weighs more than 5 (Hang et al. 2023).
 #
-# The recipe of `digits` takes all of these, a falling learning rate and a narrow network, with one
-# decoder as with three; RESULTS.md says what each gains. The paper's way is `--stages uniform
-# --weight none --decay none --encoder 32`.
+# The recipe of `digits` uses all of these, and a falling learning rate and a narrow network, both
+# with one decoder and with three; RESULTS.md says what each gains. The paper's way is `--stages
+# uniform --weight none --decay none --encoder 32`.
 
 
 # %%
@@ -537,11 +537,11 @@ def train(
 
     state: from `new_state`, changed in place. images: (N, C, H, W), uint8 pictures, or floats that
     are in the network's space already (the latents of step 06). stages: "uniform", one a batch, or
-    "mixed", all in turns; times: see `stage_chances`; cuts: the stages of a unified one's times;
-    weight: "min-snr" or none; decay: the step at which the learning rate has fallen to zero, 0: it
-    stays. labels: (N,) int64 for a network with classes. pieces: parts of a batch, whose gradients
-    are added; replay: see `Replayed` of step 00, not with several processes.
-    Yields (step, {stage: loss}), losses of Eq. 4 as tensors that are not yet waited for.
+    "mixed", all in turns; times: see `stage_chances`; cuts: stages for the times of a unified
+    network; weight: "min-snr" or none; decay: the step at which the learning rate has fallen to
+    zero, 0: it is constant. labels: (N,) int64 for a network with classes. pieces: parts of a
+    batch, whose gradients are added; replay: see `Replayed` of step 00, not with several processes.
+    Yields (step, {stage: loss}): losses of Eq. 4, as tensors that a GPU may still be computing.
     Source: paper, Eq. 4, and the recipe of the authors' release.
     """
     model, optimizer, generator = (state[key] for key in ("model", "optimizer", "generator"))
@@ -555,7 +555,7 @@ def train(
         return v if v.device.type == device.type else v.pin_memory().to(device, non_blocking=True)
 
     def take_step(turns, rate, *given):
-        """Take a step with pictures that belong to the stages `turns` in turns: their losses."""
+        """Take a step with pictures that belong to the stages `turns` in turn: return losses."""
         errors, loss = [], None
         for x0, eps, t, share, *label in zip(*(v.chunk(pieces) for v in given), strict=True):
             if loss is not None:
@@ -567,7 +567,7 @@ def train(
                 error = weighted_error(state["forward"], x0, eps, t, process, **told)
             if weight == "min-snr":  # min(SNR, 5) / SNR, with the SNR 1 / sigma^2 of x0 in [-1, 1]
                 share = share * (5 * kernel.sigma(t) ** 2).clamp(max=1)
-            # the processes' gradients are averaged, their losses shall be summed
+            # gradients are averaged over processes, but losses are to be summed
             loss = world * (share.to(error) * error).sum()
             errors.append(error.detach())
         training_step(model, optimizer, loss, rate)
@@ -597,7 +597,7 @@ def train(
         t = draw_times(there, process, k.long(), generator)
         eps = sde.fresh_noise(x0[:1].expand(batch, -1, -1, -1), generator, kernel)
         turn = torch.rand(batch, generator=generator, device=device) < 0.5
-        if label:  # one in ten is not told, so that it learns to do without (Ho and Salimans 2022)
+        if label:  # one in ten is hidden: the network learns to do without (Ho and Salimans 2022)
             drop = torch.rand(batch, generator=generator, device=device) < 0.1
             label = [torch.where(drop, model.classes, label[0].long())]
         eps, t, share, turn, *label = (v.chunk(world)[rank] for v in (eps, t, share, turn, *label))
@@ -617,7 +617,7 @@ def train(
 # %%
 if __name__ == "__main__" and lesson:
     # Is it the plain loop? Both draw the same numbers in the same order, so every bit must agree.
-    # (On the CPU, and with means over powers of two: dividing by these is exact, sooner or later.)
+    # (On the CPU, and with means over powers of two: dividing by them early or late is exact.)
     torch.manual_seed(1)
     model = unet.build_network("digits", boundaries=(0.1, 0.44))
     average, state = copy.deepcopy(model), new_state(copy.deepcopy(model), lr=3e-3, seed=0)
@@ -658,7 +658,7 @@ def prepare_state(settings, content=None):
 
     content: of the checkpoint to go on from. Raises BadInput for what does not fit or divide.
     """
-    with torch.device("meta"):  # weights, average, gradients, moments: 20 bytes, or we are killed
+    with torch.device("meta"):  # weight, average, gradient, moments: 20 bytes each, which must fit
         need = 20 * unet.count_parameters(network_of(settings))
     if hasattr(os, "sysconf") and need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise BadInput(f"weights of {need / 2**30:,.0f} GiB do not fit here: give fewer channels")
@@ -703,8 +703,8 @@ def averaged_model(content):
 # %% [markdown]
 # ### What a run is made of
 #
-# A flag decides; without it the recipe of the data set; without that the paper's way. That gives
-# the settings of a run. All that follows is built from them, also on resuming and in step 05.
+# A flag decides; without one, the recipe of the data set; without that, the paper's way. This gives
+# the settings of a run. All that follows is built from them, also when resuming and in step 05.
 
 # %%
 # paper: one stage a batch, all of Eq. 4's weights 1, a constant learning rate; here: what is
@@ -736,7 +736,7 @@ def check_settings(arch, process, stages, patience, times="", decay="", weight="
 
 
 def network_name(network, dataset, arch, process):
-    """Name the entry of NETWORKS for what was asked: an own one, a small one or the paper's.
+    """Name the entry of NETWORKS for what was asked: the one given, a small one or the paper's.
 
     Raises BadInput for one that is unknown, or of another arch.
     """
@@ -757,7 +757,7 @@ def network_name(network, dataset, arch, process):
 
 
 def read_numbers(what, text, kind, example):
-    """Read numbers that commas part, with or without brackets as papermill hands them over."""
+    """Read comma-separated numbers, with or without the brackets that papermill may pass."""
     try:
         return [kind(part) for part in text.strip("[]() ").split(",") if part.strip()]
     except ValueError:
@@ -767,9 +767,9 @@ def read_numbers(what, text, kind, example):
 def find_boundaries(text, dataset, images, process, network="digits"):
     """Decide on the inner boundaries, in the time of the process: list of floats.
 
-    text: what the user gave, comma-separated, or empty for step 02's answer; a network that has not
-    three stages brings its own. Where step 02 has no answer, as for a handful of pictures, the
-    published ones are taken, which is said.
+    text: what the user gave, comma-separated, or empty for step 02's answer; a network without
+    three stages brings its own boundaries. Where step 02 has no answer, as for a handful of
+    pictures, the published ones are used, and a message says so.
     """
     if text:
         return read_numbers("boundaries", text, float, "numbers such as 0.1,0.44")
@@ -797,7 +797,7 @@ def plan_run(given, recipe, images):
     if process not in PLAIN:  # others have times and weights of their own
         recipe.update(times="", weight="none")
     if given["network"] or given.get("encoder") or given.get("decoders"):
-        recipe.update(encoder=0, decoders="")  # a recipe's widths are of its network
+        recipe.update(encoder=0, decoders="")  # a recipe's widths are for its network
     if arch != "multistage":
         recipe.update(decoders="")
     plan = {key: given.get(key) or usual for key, usual in recipe.items()}
@@ -807,7 +807,7 @@ def plan_run(given, recipe, images):
     encoder = plan["encoder"] = plan["encoder"] or own["encoder"]
     decoders = read_numbers("decoders", plan["decoders"], int, "channels such as 48,32,16")
     grown = [max(4, round(width * encoder / own["encoder"])) for width in own["decoders"]]
-    plan.update(decoders=decoders or grown)  # unsaid they grow or shrink as the encoder does
+    plan.update(decoders=decoders or grown)  # by default they grow or shrink with the encoder
     if encoder % 2 or not all(4 <= width <= 8192 for width in (encoder, *plan["decoders"])):
         widths = f"encoder = {encoder} and decoders = {plan['decoders']}"
         raise BadInput(f"{widths} must be 4 to 8192, the encoder's even")
@@ -826,8 +826,8 @@ def plan_run(given, recipe, images):
 # %% [markdown]
 # ### A run
 #
-# Beside its steps a run says what it costs, looks at held-out pictures, draws grids and counts its
-# operations. `fit` joins all that to step 00's loop, which saves and resumes a training.
+# Besides training, a run says what it costs, looks at held-out pictures, draws grids and counts its
+# operations. `fit` connects all of this to step 00's loop, which saves and resumes a training.
 
 
 # %%
@@ -922,7 +922,7 @@ def fit(state, images, settings, folder, held_out=None, decode=None, save_every=
         if held_out is not None:
             found = check_held_out(state, held_out, process, settings["patience"])
             row |= {f"held_out_{k}": round(loss, 7) for k, loss in found.items()}
-        # as Table 2 counts, a picture a step, forward; and in truth: all, backward twice as much
+        # as Table 2 counts: a picture a step, forward; below: all of them, backward twice as much
         row |= {"petaflops": petaflops("gflops")}
         return row | {"true_petaflops": 3 * batch * petaflops("true_gflops")}
 
@@ -968,7 +968,7 @@ if __name__ == "__main__":
     if resume:
         workshop.check_same_settings(asked, old, run)
     held_out, used = None, pixels
-    if patience:  # a tenth of the pictures is looked at in training
+    if patience:  # a tenth of the pictures is held out, to look at
         n = max(1, len(pixels) // 10)
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))
         held_out, used = pixels[order[:n]], pixels[order[n:]]
@@ -995,8 +995,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### What it learned
 #
-# First the losses, where a point is now an average of many steps. Then the samples from one noise,
-# as training went on: most changes in the first few hundred steps. Last what the network sees now.
+# First the losses: a point is now an average of many steps. Then samples from the same noise during
+# training: they change most in the first few hundred steps. Last, what the network sees now.
 
 # %%
 if __name__ == "__main__":
@@ -1022,7 +1022,7 @@ if __name__ == "__main__":
 # %% [markdown]
 # Up to $t$ = 0.1 the optimal denoiser knows *which training picture* it was; from 0.15 on it blends
 # in others. The network cannot store them all, and returns a similar digit in softer strokes. At
-# the right both see an average. The gap in the middle makes the network generative.
+# the right both see an average. The gap in the middle is what makes the network generative.
 #
 # **You have** a trained multistage model in `runs/`. Step 05 draws with it.
 #

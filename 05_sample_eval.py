@@ -974,7 +974,7 @@ def print_metrics(table, title, named):
 # %%
 @torch.no_grad()
 def likelihood_bound(predict, images, kernel, cuts=(), seed=0):
-    """Bound -log2 p of uint8 pictures (N, C, H, W) in bits a dimension: parts to be summed.
+    """Bound -log2 p of uint8 pictures (N, C, H, W) in bits per dimension: parts to be summed.
 
     predict(xt, t): the noise in xt at times t (N,). Parts: grey values, each stage between `cuts`
     from the image on, start noise. Source: Kingma et al. 2021, Eqs. 11 to 15, for Gaussian noise.
@@ -1083,7 +1083,7 @@ if __name__ == "__main__":
         ask = lambda xt, t: model(xt.to(here), t.float().to(here)).cpu()  # noqa: E731
         some = workshop.first_of(half, 1000, 2**25)  # more would take longer than drawing
         bits = likelihood_bound(ask, some, sde.VP, cuts)
-        print(f"bits a dimension ≤ {bits.sum():.3f} of the {len(some)} real pictures:", end=" ")
+        print(f"bits per dimension ≤ {bits.sum():.3f} of the {len(some)} real pictures:", end=" ")
         parts = [round(part, 3) for part in bits[1:-1].tolist()]
         print(f"stages {parts} (trained on most of them)")
     if samples > 64 and named.startswith("features"):  # more pictures than features

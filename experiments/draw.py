@@ -256,7 +256,7 @@ def plain(experiment, runs):
 
 
 MEASURES = {  # of a comparison at own rates: how to read it, and its digits
-    "bound of the stages, bits a dimension": (lambda row: sum(row["bits"][1:-1]), 4),
+    "bound of the stages, bits per dimension": (lambda row: sum(row["bits"][1:-1]), 4),
     "loss with Min-SNR weights": (lambda row: sum(row["min_snr"]), 5),
     DISTANCE: (pairs.frechet, 2),
 }
