@@ -5,7 +5,7 @@
 # with a known answer, draw digits with the network of step 04, and measure them beside real ones.
 #
 # How long is a sampler? Six lines, with the best denoiser of step 01 in place of a network
-# (`optimal_denoiser`, there in its fast form).
+# (`optimal_denoiser` is its fast form).
 
 # %% tags=["imports"]
 import importlib
@@ -38,9 +38,9 @@ if __name__ == "__main__" and lesson:
     workshop.show_images([workshop.to_pictures(z)], ["The loop's digits"], "figures/05_first.png")
 
 # %% [markdown]
-# Digits come out of noise: the training pictures themselves, which the best denoiser of a finite set
-# knows by heart (step 01). Everything else in this step is about that loop: why its last line is
-# right, how to get along with fewer turns of it, and how to say what its pictures are worth.
+# Digits come out of noise: the training pictures themselves, which the best denoiser of a finite
+# set knows by heart (step 01). Everything else in this step is about that loop: why its last line
+# is right, how to get by with fewer turns of it, and how to tell how good its pictures are.
 #
 # ## One line behind all solvers
 #
@@ -67,10 +67,10 @@ if __name__ == "__main__" and lesson:
 # `kernel.t_max`, the number of evaluations `nfe`, and a generator where they draw noise. They yield
 # their states, the last of which is the picture.
 #
-# Three helpers go around it. `levels` goes from $x$ to $z$ and lists the noise levels to stop at,
-# equally spaced in $\log\sigma$, because the fine detail is decided where noise is low. `unscale`
-# goes back from $z$ to $x$. `noise_at` asks the network, which wants $x=s\,z$ and the time in place
-# of $z$ and $\sigma$. Noise levels are plain numbers, so that no GPU has to be waited for.
+# The line needs three helpers. `levels` goes from $x$ to $z$ and lists the noise levels to stop at,
+# equally spaced in $\log\sigma$, because fine detail is decided where noise is low. `unscale` goes
+# back from $z$ to $x$. `noise_at` asks the network, which wants $x=s\,z$ and the time in place of
+# $z$ and $\sigma$. Noise levels are plain numbers, so the loop never waits for a GPU.
 #
 # ## A case with a known answer
 #
@@ -109,7 +109,7 @@ MEANS, WIDTH = (-1.0, 0.2, 1.0), 0.4
 
 
 def noise_in_mixture(z, sigma, means=MEANS, c=WIDTH):
-    """Predict the noise in z, of level sigma, exactly: data from N(mu_i, c^2), equally often."""
+    """Predict exactly the noise in z at level sigma, if every N(mu_i, c^2) is equally likely."""
     away = torch.stack([z - mu for mu in means])
     w = torch.softmax(-(away**2) / (2 * (c**2 + sigma**2)), 0)  # entry by entry
     return sigma * (w * away).sum(0) / (c**2 + sigma**2)
@@ -139,10 +139,10 @@ def mixture_flow(kernel, x, end, means=MEANS, c=WIDTH):
 #
 # $$z'=z+(\sigma'-\sigma)\,\epsilon .$$
 #
-# A step along the tangent is wrong by the order of the step squared, and there are $n$ of them:
-# what remains is a multiple of $1/n$. In general a solver has *order* $p$ when it is wrong by a
-# multiple of $n^{-p}$ after $n$ evaluations. Measure it: the largest error on the mixture, over
-# start noise of $-2$ to 2 standard deviations.
+# A step along the tangent has an error of the order of the step squared, and there are $n$ steps:
+# together they leave an error proportional to $1/n$. In general a solver has *order* $p$ when its
+# error after $n$ evaluations is a multiple of $n^{-p}$. Measure it: the largest error on the
+# mixture, over start noise of $-2$ to 2 standard deviations.
 
 
 # %%
@@ -175,11 +175,11 @@ if __name__ == "__main__" and lesson:
 #
 # ## Heun
 #
-# The next idea is to look where a step leads before taking it. **EDM** uses Heun's method: after
-# Euler's step it asks for the noise there, and goes again with the average of both,
-# $z'=z+(\sigma'-\sigma)\,\tfrac12(\epsilon+\epsilon')$. That costs two evaluations a step, but for
-# the last one to $\sigma=0$, which is Euler's. The noise levels are evenly spaced in
-# $\sigma^{1/7}$.
+# The next idea is to look where a step leads before taking it. **EDM** uses Heun's method: after an
+# Euler step it asks for the noise there, then takes the step again with the average of both,
+# $z'=z+(\sigma'-\sigma)\,\tfrac12(\epsilon+\epsilon')$. That costs two evaluations a step, except
+# for the last one, to $\sigma=0$, which is a plain Euler step. The noise levels are evenly spaced
+# in $\sigma^{1/7}$.
 
 
 # %%
@@ -210,7 +210,7 @@ if __name__ == "__main__" and lesson:
     print("Heun, 19, 39, 79, 159 evaluations:", *(f"{e:.4f}" for e in errors))
 
 # %% [markdown]
-# Twice the evaluations, a fifth of the error. So it is of order 2, for which a quarter would do.
+# Twice the evaluations, a fifth of the error. So it has order 2, which promises only a quarter.
 #
 # ## DPM-Solver
 #
@@ -223,14 +223,14 @@ if __name__ == "__main__" and lesson:
 # $$z'=z-e^{-(\lambda+h)}\Big[(e^h-1)\,\epsilon+(e^h-1-h)\,\dot\epsilon+\dots\Big].$$
 #
 # The first term alone is DDIM once more. For the second, DPM-Solver-3 asks for the noise at two
-# points inside the step, $u_1$ at the share $r_1=\frac13$ of it and $u_2$ at $r_2=\frac23$, which
-# it reaches in the same way, and estimates the slope from the differences $D_1$ and $D_2$. Three
-# evaluations a step; the choice $r_2=\frac23$ makes up for the third term. The letters are Lu's,
-# and `expm1` is $e^h-1$ without the digits that a small $h$ would cost.
+# points inside the step, $u_1$ at the share $r_1=\frac13$ of it and $u_2$ at $r_2=\frac23$. It
+# reaches them in the same way, and estimates the slope from the differences $D_1$ and $D_2$. That
+# takes three evaluations a step; choosing $r_2=\frac23$ makes up for the missing third term. The
+# letters are Lu's, and `expm1` is $e^h-1$, computed so that a small $h$ loses no digits.
 #
-# **Predict first:** with 15 evaluations only, is the solver of the higher order the better one?
+# **Predict first:** with only 15 evaluations, is the solver of the higher order the better one?
 # <details><summary>Answer</summary>Not always: Heun's eight large steps are worse than DDIM's
-# fifteen small ones. The higher the order, the more a few evaluations more are worth.</details>
+# fifteen small ones. The higher the order, the more is gained by a few extra evaluations.</details>
 
 
 # %%
@@ -267,16 +267,16 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # A solver of order $p$ must give a straight line of slope $-p$ on these axes once there are enough
-# steps, and so they do. Only Heun's comes out steeper: its last step, Euler's from $\sigma_\min$ to
-# 0, is as long with many evaluations as with few, and its error cancels a part of the others'.
-# Before that step the slope is 2.05.
+# steps, and these do. Only Heun's line is steeper: its last step, an Euler step from $\sigma_\min$
+# to 0, stays the same however many evaluations there are, and its error cancels a part of the
+# others'. Before that step the slope is 2.05.
 #
 # Equal order is not equal error. `probability_flow` of step 01 is Euler's method, too, and with a
 # kernel of scale $s=1$ it is DDIM. With VP it follows $x$ in $t$, a path that bends less, and to
 # both sides, so that the errors of its steps cancel in part; $z$ in $\sigma$ bends to one side all
 # the way.
 #
-# The paper's DPM-Solver rows have 20 evaluations: here 6 steps and 18; `dpm_solver` below uses all.
+# In the paper DPM-Solver has 20 evaluations. Here 6 steps take 18; `dpm_solver` below uses all.
 #
 # ## Fresh noise
 #
@@ -318,12 +318,12 @@ if __name__ == "__main__" and lesson:
 #
 # ## Drawing with the network of step 04
 #
-# Step 04's network, after 40,000 steps, comes with the project. (Below the line it is yours.) Two
-# functions of step 04 are borrowed: `averaged_model` rebuilds a network with its averaged weights,
-# and `noise_function` makes of it the `eps(x, t)` that solvers want. They never hear of stages: it
-# asks the network which stage $t$ lies in and runs the one decoder in charge. `start_noise` of step
-# 01 draws the noise to start from, as loud as at $t_\max$, each picture from random numbers of its
-# own. 48 pictures are drawn by DDIM; here are three of them on their way.
+# Step 04's network, after 40,000 steps, comes with the project. (Below the line it is your own.)
+# Two functions of step 04 are borrowed: `averaged_model` rebuilds a network with its averaged
+# weights, and `noise_function` turns it into the `eps(x, t)` that solvers want. Solvers never hear
+# of stages: `eps` asks the network which stage $t$ lies in and runs the one decoder in charge.
+# `start_noise` of step 01 draws the noise to start from, as strong as at $t_\max$, each picture
+# from its own random numbers. 48 pictures are drawn by DDIM; here are three of them on their way.
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -345,14 +345,14 @@ if __name__ == "__main__" and lesson:
     workshop.show_images(strip, [title], "figures/05_strip.png", labels=times)
 
 # %% [markdown]
-# Read it from right to left. For half of the steps nothing is seen but noise, then the shape is
-# decided within a few, and the last ones clean a picture that is known: noise, decision and
-# cleaning are what the paper's stages divide the work by.
+# Read it from right to left. For half of the steps only noise is seen, then the shape is decided
+# within a few, and the last ones clean a picture that is known. The paper's stages divide the work
+# into these three parts: noise, decision and cleaning.
 #
 # ## How good are they?
 #
 # One picture cannot be judged, but a set can: compare it with a set of real ones, in some space of
-# features. The **Fréchet distance** takes both for Gaussian clouds, with means $m_i$ and
+# features. The **Fréchet distance** treats both sets as Gaussian clouds, with means $m_i$ and
 # covariances $C_i$, and is the squared distance between these clouds:
 #
 # $$d^2=\|m_1-m_2\|^2+\operatorname{tr}\big(C_1+C_2-2\,(C_1C_2)^{1/2}\big).$$
@@ -381,17 +381,17 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # A number alone says nothing. The yardstick is **real / real**: what another set of real pictures
-# gets is what perfect samples would get. It is not zero, because means and covariances of few
-# pictures are estimates, and it falls when there are more. So both comparisons must use equally
-# many. And a distance sees no more than its features do: whoever paints each quarter as bright as
-# it should be passes this test, whatever it shows. Below the line come features that know digits,
-# and three more marks. **KID** compares with a kernel in place of a Gaussian and has no bias from
-# the number of pictures; **precision** is the share of samples that lie among the real ones,
-# **recall** the share of real ones that lie among the samples.
+# scores is what perfect samples would score. It is not zero, because means and covariances of few
+# pictures are estimates, and it falls when there are more. So both comparisons must use the same
+# number of pictures. And a distance sees no more than its features do: pictures whose quarters are
+# as bright as they should be pass this test, whatever they show. Below the line come features that
+# know digits, and three more measures. **KID** compares with a kernel in place of a Gaussian, and
+# the number of pictures does not bias it; **precision** is the share of samples that lie among the
+# real ones, **recall** the share of real ones that lie among the samples.
 #
-# **You have** the solvers of the paper's best rows in the letters of their papers, pictures of a
-# network, and a distance with a yardstick beside it. What follows draws from your own run of step
-# 04 and measures it in the same way. Step 06 does the same in the latent space of an autoencoder.
+# **You have** the solvers of the paper's best rows in the notation of their papers, pictures drawn
+# by a network, and a distance with a yardstick. What follows draws from your own run of step 04 and
+# measures in the same way. Step 06 does the same in the latent space of an autoencoder.
 #
 # ### Exercises
 #
@@ -466,10 +466,10 @@ def time_grid(kernel, n, grid="log-snr"):
 # %% [markdown]
 # ### With fresh noise
 #
-# **gDDIM** goes from DDIM to DDPM: it solves the SDE of noise strength $\lambda$ exactly where the
-# data are one point. **Score SDE** alternates: a *predictor* step (here DDPM's), then a *corrector*
-# step of Langevin dynamics at the new noise level, whose length follows from a wanted ratio of
-# signal to noise.
+# **gDDIM** covers the range from DDIM to DDPM: it solves the SDE of noise strength $\lambda$, and
+# its step is exact where the data are one point. **Score SDE** alternates: a *predictor* step (here
+# DDPM's), then a *corrector* step of Langevin dynamics at the new noise level, whose length is set
+# by a chosen ratio of signal to noise.
 
 
 # %%
@@ -592,7 +592,7 @@ def advance(z, lam, h, c, total):
 def solver_orders(nfe, order):
     """Split nfe evaluations into singlestep DPM-Solver steps: the order of each step.
 
-    The rest that is too small for a full step goes into lower orders at the end.
+    What is left over, too little for a full step, goes into lower orders at the end.
     Source: Lu et al. 2022a, Appendix D.3 (DPM-Solver-fast).
     """
     full, rest = divmod(nfe, order)
@@ -663,7 +663,7 @@ def dpm_multistep(
 
 
 # %% [markdown]
-# All of them by name, and the order that the deterministic ones claim. Do they keep their word?
+# Here are all of them by name, and the orders that deterministic ones claim. Do they keep to them?
 
 # %%
 SAMPLERS = {
@@ -703,8 +703,8 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # ### Sets
 #
-# A large set is kept on disk in shards of 500, each written aside and renamed: a killed run goes on
-# where it was, and several processes (`torchrun 05_sample_eval.py …`) share the work.
+# A large set is kept on disk in shards of 500, each written aside and then renamed: a killed run
+# goes on where it stopped, and several processes (`torchrun 05_sample_eval.py …`) share the work.
 
 
 # %%
@@ -768,7 +768,7 @@ def sample(
         raise BadInput(f"nfe = {nfe}, samples = {n} and batch = {batch} must all be 1 or more")
     kernel, where = training.kernel_of(process), next(model.parameters()).device
     label = check_labels(model, told.pop("label", None), told.get("guidance", (0.0,)), n)
-    told["half"] = sampler != "rk45"  # to one that adapts, rounding would look like a step's error
+    told["half"] = sampler != "rk45"  # rk45 adapts, and would take rounding for a step's error
     ask, done = training.noise_function(model, process, **told), []
     for part in torch.arange(first, first + n).split(batch):
         eps = ask if label is None else partial(ask, label=label[part - first].to(where))
@@ -794,8 +794,8 @@ def to_bytes(images):
 def draw_set(model, process, folder, n, shard=500, decode=workshop.to_pictures, also=(), **how):
     """Draw n pictures with `sample`, kept in shards on disk: uint8 (n, C, H, W).
 
-    decode: brings what the network draws to pictures in [0, 1]; also: tensors that this depends on;
-    how: as in `sample`. A hash of the weights and of all these ends the folder's name, so that
+    decode: brings what the network draws to pictures in [0, 1]; also: tensors that decode depends
+    on; how: as in `sample`. A hash of the weights and of all these ends the folder's name, so that
     pictures that were drawn in another way never stand in for these.
     """
     (rank, world), begin = workshop.ranks(), time.perf_counter()
@@ -842,10 +842,10 @@ def stage_gflops(model):
 # %% [markdown]
 # ### Measures
 #
-# They are torch-fidelity's, in features of Inception (then the Fréchet distance is FID, with 50,000
-# samples; with 5,000 it is called FID-5k, and is larger). For small digits these make no sense: a
-# classifier of their labels comes with the project. **Its distances are no FIDs** and compare only
-# with each other.
+# These are torch-fidelity's, with features of Inception. (The Fréchet distance is then FID, if
+# there are 50,000 samples; with 5,000 it is called FID-5k, and is larger.) For small digits such
+# features make no sense, so a digit classifier comes with the project. **Its distances are not
+# FIDs** and can only be compared with each other.
 
 
 # %%
@@ -879,8 +879,8 @@ def load_classifier(dataset):
 def pick_extractor(dataset, weights=""):
     """Choose features for a data set: (function of uint8 (B, C, H, W) to (B, d), its name).
 
-    weights: file of Inception's, BadInput where it is none; "": torch's cache, or the download, and
-    where both fail no features, which is said.
+    weights: file of Inception's weights (BadInput if it is not one); "": torch's cache, or the
+    download. If both fail there are no features, and a printed line says so.
     """
     if workshop.about(dataset).get("judge") == "digits":
         classifier, accuracy = load_classifier(dataset)  # stays on the CPU
@@ -924,8 +924,8 @@ def features_of(images, features):
 def evaluate(images, reference, features):
     """Compare two sets of pictures (N, C, H, W), uint8 or in [0, 1]: a dictionary of metrics.
 
-    features: function of uint8 (B, C, H, W) to (B, d). Keys: those of METRICS, and samples, of
-    which the smaller set has ten or more; samples alone where features are None.
+    features: function of uint8 (B, C, H, W) to (B, d). Keys: those of METRICS, and samples, the
+    size of the smaller set (ten or more); samples alone where features are None.
     """
     if not features:
         return {"samples": min(len(images), len(reference))}
@@ -967,8 +967,8 @@ def print_metrics(table, title, named):
 # %% [markdown]
 # A Fréchet distance depends on features. What a diffusion model is trained for does not: half its
 # error in the noise, integrated over the logarithm of the SNR, bounds the bits that a picture costs
-# (Kingma et al. 2021), and the stages' parts of that integral add up. Two parts no network has a
-# say in: telling the 256 grey values apart at $t_\min$, and the difference of $x_T$ from pure noise.
+# (Kingma et al. 2021), and the stages' parts of that integral add up. Two parts are beyond any
+# network: telling the 256 grey values apart at $t_\min$, and how far $x_T$ is from pure noise.
 
 
 # %%
@@ -1045,7 +1045,7 @@ if __name__ == "__main__":
     workshop.show_images([drawn[:96] / 255], [title], run / "samples.png")
 
 # %% [markdown]
-# Are they copies? Under each of the first samples the training picture that is nearest in pixels.
+# Are they copies? Below each of the first samples is the training picture nearest to it in pixels.
 
 
 # %%
@@ -1068,7 +1068,7 @@ if __name__ == "__main__":
     print(f"nearer than half of that, as copies would be: {copies} of {len(gap)} samples")
 
 # %% [markdown]
-# How good are they? Beside the distance of the lesson stands torch-fidelity's.
+# How good are they? Here are torch-fidelity's measures, and the lesson's distance for comparison.
 
 # %%
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
 # FID of the plain one (8.38 and 8.29) with 30% of the training compute: 70% is saved (Table 2).
 #
 # `python 06_ldm.py` shows this lesson, and then trains on digits at greater length. With flags the
-# file is the command below the line alone: `python 06_ldm.py --dataset celeba --size 256
-# --first_stage FILE`, with the autoencoder that the authors took, is the paper's configuration.
+# file is only the command below the line. `python 06_ldm.py --dataset celeba --size 256
+# --first_stage FILE`, where FILE is the authors' autoencoder, is the paper's configuration.
 
 # %% tags=["imports"]
 import importlib
@@ -38,9 +38,9 @@ lesson = workshop.is_lesson()
 # ## The crudest squeeze
 #
 # A digit has 64 pixels. Replace each block of four by its mean, and 16 numbers are left; repeat
-# each mean four times, and a picture is back. **Predict first:** which part of all that varies is
-# lost? <details><summary>Answer</summary>A third: the third row can hardly be read. A mean says how
-# much ink there is in its block, and not where.</details>
+# each mean four times, and you have a picture again. **Predict first:** how much of the variation
+# is lost? <details><summary>Answer</summary>A third, and the digits of the third row can hardly be
+# read. A mean says how much ink there is in its block, but not where.</details>
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -59,9 +59,9 @@ if __name__ == "__main__" and lesson:
 # on rebuilding pictures.
 #
 # The authors use the released **VQ-f4** of latent diffusion: pictures of 3×256×256, latents of
-# 3×64×64, a sixteenth of the numbers. Ours make 2×4×4 of 1×8×8, a half. A convolution costs as much
-# as there are positions, so every evaluation of the diffusion network becomes sixteen times (here:
-# four times) cheaper, before any stage is cut. What the paper saves comes on top of that.
+# 3×64×64, a sixteenth of the numbers. Ours turns 1×8×8 into 2×4×4, a half. A convolution costs in
+# proportion to its positions, so every evaluation of the diffusion network becomes sixteen times
+# (here: four times) cheaper, even without stages. What the paper saves comes on top of that.
 #
 # | symbol | in the code | meaning |
 # |---|---|---|
@@ -72,12 +72,12 @@ if __name__ == "__main__" and lesson:
 #
 # ## A codebook
 #
-# What keeps the latents tidy? Two kinds of autoencoders are in use, and they differ in the answer;
-# the other kind, KL, stands below the line. With nothing else to obey, an encoder may hide detail
-# in tiny differences between large numbers, which a diffusion model could never draw well enough.
-# VQ (vector quantisation; van den Oord et al. 2017) allows the decoder no more than a list of
-# vectors, the *codebook*. Each position $a$ of the encoder's output is rounded to the nearest
-# entry:
+# What keeps the latents tidy? With no other rule to obey, an encoder may hide detail in tiny
+# differences between large numbers, which a diffusion model could never draw well enough. Two kinds
+# of autoencoders are in use, and they prevent that differently; the second, KL, comes below the
+# line. The first, VQ (vector quantisation; van den Oord et al. 2017), lets the decoder see only
+# vectors from a list, the *codebook*. Each position $a$ of the encoder's output is rounded to the
+# nearest entry:
 #
 # $$b = b_j,\qquad j=\arg\min_i\|a-b_i\|_2 .$$
 #
@@ -101,7 +101,7 @@ class Codebook(nn.Module):
         return torch.cat(index).reshape(len(a), *a.shape[2:])
 
     def forward(self, a):
-        """Return the rounded latents, with the gradient of a, the entries and the indices."""
+        """Return the rounded latents (with the gradient of a), the entries and the indices."""
         index = self.nearest(a)
         b = self.vectors[index].movedim(3, 1)  # (B, c, H, W)
         return a + (b - a).detach(), b, index
@@ -153,7 +153,7 @@ if __name__ == "__main__" and lesson:
 # last one of the encoder has two channels: those of the latent.
 #
 # Where is the rounding? The diffusion model will work on the latents *before* they are rounded. So
-# rounding belongs to the decoder, which mends small slips of what was drawn by it.
+# rounding belongs to the decoder, where it also mends small slips in the latents that were drawn.
 
 
 # %%
@@ -202,8 +202,8 @@ if __name__ == "__main__" and lesson:
 # absolute one keeps edges.) The learning rate falls to zero, so that the last steps polish. Nobody
 # asks what the latents mean: whatever helps to rebuild the picture is welcome.
 #
-# As in step 04, what a training changes is one dictionary, and which pictures a step sees follows
-# from the seed and the step (`picked_in_step` of step 00). So the command below can stop and go on.
+# As in step 04, all that training changes is one dictionary, and the seed and the step decide which
+# pictures are seen (`picked_in_step` of step 00). So the command below can stop and go on.
 
 
 # %%
@@ -243,8 +243,8 @@ if __name__ == "__main__" and lesson:
 # %% [markdown]
 # ## Latents
 #
-# Within 25 steps it is ahead of the means. From now on its two halves are used apart: all pictures
-# are encoded once, and only what is drawn has to be decoded. Many pictures go in parts.
+# Within 25 steps it beats the means. From now on its two halves are used separately: all pictures
+# are encoded once, and only what is drawn has to be decoded. Large sets are handled in parts.
 
 
 # %%
@@ -263,7 +263,7 @@ def encode_pictures(model, pictures):
 
 @torch.no_grad()
 def decode_latents(model, scaled, scale):
-    """Decode latents, times scale, to pictures (N, C, H, W) in [0, 1], on the CPU."""
+    """Decode latents that were multiplied by scale: pictures (N, C, H, W) in [0, 1], on the CPU."""
     where = next(model.parameters()).device
     parts = scaled.split(pictures_at_once(model.factor * scaled.shape[-1]))
     found = [model.decode(part.to(where) / scale).cpu() for part in parts]
@@ -292,12 +292,12 @@ if __name__ == "__main__" and lesson:
 
 # %% [markdown]
 # The strokes are back, and most of the greys, with a fifth of the error of the means. It took twice
-# their numbers, and numbers that were chosen for the purpose. The latents are small pictures still:
-# what stands at a place of the picture stands at the same place of its latent. But their two
-# channels are no colours, and what is bright in them is not bright in the picture.
+# as many numbers, and they were chosen for the purpose. The latents are still small pictures: what
+# stands somewhere in the picture stands at the same place in its latent. But the two channels are
+# not colours, and what is bright in them is not bright in the picture.
 #
-# And the codebook? Here the two numbers of a position are a point of the plane, so that the
-# positions of all latents can be drawn (every fifth is), and the 64 entries over them.
+# And the codebook? Here the two numbers of a position are a point in a plane. So the positions of
+# all latents can be drawn as points (every fifth one is), with the 64 entries on top.
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -316,10 +316,10 @@ if __name__ == "__main__" and lesson:
 #
 # ## The scale
 #
-# The kernels of step 01 are made for data of a spread near 1: a noise level of 1 should be as
-# strong as what it covers, and at the end of time nothing should be left. Latents have whatever
-# spread their autoencoder found convenient, so they are divided by it. The number is part of the
-# model: before decoding, latents are multiplied by it again:
+# The kernels of step 01 are made for data with a spread (standard deviation) near 1: noise of level
+# 1 should be as strong as the data, and at the end of the timeline nothing of them should be left.
+# Latents have whatever spread their autoencoder found convenient, so they are divided by it. That
+# number is part of the model: before decoding, latents are multiplied by it again:
 #
 # $$a' = a\,/\,\mathrm{std}(a),\qquad \hat x = \mathrm{Dec}\big(a'\cdot\mathrm{std}(a)\big).$$
 #
@@ -329,12 +329,12 @@ if __name__ == "__main__" and lesson:
 #
 # ## The multistage model, unchanged
 #
-# A network of step 03 for pictures of two channels and a side of four (`build_network`), trained by
-# step 04's loop (`train`, which stands below its line) with the kernel of latent diffusion, whose
-# time is one of 1,000 steps. The cuts are those that the authors' code takes for latents: stage 0,
-# next to the image, has the steps up to 442, stage 1 those up to 631, and stage 2 the rest. Every
-# batch has all three stages here, which serves a short training best. Not a line of steps 03 and 04
-# knows that these are latents.
+# Take a network of step 03 for pictures of two channels and a side of four (`build_network`). The
+# loop of step 04 (`train`, below the line there) trains it with the kernel of latent diffusion,
+# whose time is one of 1,000 steps. The cuts are those that the authors' code uses for latents:
+# stage 0, next to the image, has the steps up to 442, stage 1 those up to 631, and stage 2 the
+# rest. Every batch has all three stages here, which serves a short training best. Not a line of
+# steps 03 and 04 knows that these are latents.
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -351,15 +351,15 @@ if __name__ == "__main__" and lesson:
     print(f"spread of the latents {a.std():.3f}; cuts {model.cuts}, amid two steps each")
 
 # %% [markdown]
-# The same picture as in pixels: near the noise (stage 2) the task is easy, near the image (stage 0)
-# it is hard, and the losses lie a factor of a hundred apart.
+# The losses look as they did for pixels: near the noise (stage 2) the task is easy, near the image
+# (stage 0) it is hard, and their losses lie a factor of a hundred apart.
 #
 # ## Drawing and decoding
 #
 # The start is noise of the latents' shape, (2, 4, 4). Step 05 draws latents from it (`sample`) with
 # DPM-Solver++(2M), 20 evaluations in equal steps of time, as the authors' code does. They are
-# multiplied by the spread, rounded, and decoded, all 48 in a moment: what the solver repeats 20
-# times happens in a space of half the numbers, and with VQ-f4 of a sixteenth.
+# multiplied by the spread, rounded, and decoded, all 48 in a moment. What the solver does 20 times
+# happens in a space with half as many numbers, or with VQ-f4 a sixteenth.
 
 # %%
 if __name__ == "__main__" and lesson:
@@ -368,12 +368,12 @@ if __name__ == "__main__" and lesson:
     workshop.show_images([pictures], ["drawn as latents, and decoded"], "figures/06_drawn.png")
 
 # %% [markdown]
-# Many of them are digits, after seconds of training. Where they fail they fail as digits do, with
-# broken or doubled lines: the decoder knows no other marks.
+# Many of them are digits, after seconds of training. Those that fail still look like handwriting,
+# with broken or doubled lines: the decoder knows no other marks.
 #
 # **You have** all parts of latent diffusion: a codebook, an autoencoder, a scale, and the model of
 # the steps before, which never saw a pixel. No sample can be better than what the autoencoder
-# rebuilds; how good these are is measured below, on longer trainings.
+# rebuilds; how good these are is measured below, after longer training.
 #
 # ### Exercises
 #
@@ -387,10 +387,10 @@ if __name__ == "__main__" and lesson:
 #    <details><summary>Solution</summary>Samples add noise that the decoder was trained to ignore;
 #    the means are the cleaner data set. With a faint pull like ours the difference is
 #    small.</details>
-# 4. The paper takes the cuts of pixels over to latents. Which does Algorithm 1 find for ours, and how
-#    does it do with them (`--boundaries`, as parts of 1)? <details><summary>Solution</summary>
-#    `importlib.import_module("02_clustering").algorithm_1(scale * a, kernel=sde.LDM)`: other ones.
-#    Whichever wins: one seed is not enough to tell; give `--seed` three values.</details>
+# 4. The paper takes the cuts over from pixels. Which does Algorithm 1 find for our latents, and how
+#    good are they (`--boundaries`, as fractions of 1)? <details><summary>Solution</summary>
+#    `importlib.import_module("02_clustering").algorithm_1(scale * a, kernel=sde.LDM)`: different
+#    ones. Whichever wins, one seed is not enough to tell; give `--seed` three values.</details>
 #
 # ## Below this line: faster, safer, as published
 #
@@ -438,10 +438,10 @@ BadInput = workshop.BadInput
 # %% [markdown]
 # ### The published layout
 #
-# Residual blocks and attention are those of step 03, told no time. Only the halving differs: LDM's
-# autoencoders pad on the right and below alone. Two kinds share the layout: VQ, and **KL** (a
-# variational autoencoder), whose encoder gives a Gaussian, $a=\mu+\sqrt v\,\epsilon$, with a faint
-# pull of $\mathcal N(\mu,v)$ towards $\mathcal N(0,I)$.
+# Residual blocks and attention are those of step 03, but are not told the time. Only the halving
+# differs: LDM's autoencoders pad only on the right and below. Two kinds share the layout: VQ, and
+# **KL** (a variational autoencoder), whose encoder gives a Gaussian, $a=\mu+\sqrt v\,\epsilon$,
+# with a faint pull of $\mathcal N(\mu,v)$ towards $\mathcal N(0,I)$.
 
 
 # %%
@@ -504,9 +504,9 @@ class Autoencoder(nn.Module):
             return self.decoder(self.codebook(a)[0] if self.kind == "vq" else a)
 
     def rebuild(self, x, generator):
-        """Rebuild pictures as in training: them, and what is added to their loss.
+        """Rebuild pictures as in training: return them, and what is added to their loss.
 
-        Of VQ that is the pull of the lesson, of KL the divergence (nats an entry) times 1e-4.
+        For VQ that is the pull of the lesson, for KL the divergence (nats an entry) times 1e-4.
         """
         a = self.encoder(x)
         if self.kind == "vq":
@@ -554,7 +554,7 @@ def fit_autoencoder(state, images, steps, batch, folder, save_every=0):
 def load_first_stage(path):
     """Read a trained autoencoder from a file: in eval mode on the device.
 
-    Raises BadInput where the file is none, or its training is unfinished.
+    Raises BadInput if the file holds none, or if its training is unfinished.
     """
     content = workshop.read_checkpoint(Path(path).parent, Path(path).name)
     with workshop.reading(path):
@@ -568,8 +568,8 @@ def load_first_stage(path):
 def encode_set(model, images, path):
     """Encode all pictures into one file, and map it: float16 (N, c, h, w), and their scale.
 
-    They have unit variance; the scale is what they were multiplied by. The file says of which
-    pictures it is and by which autoencoder: those of others would decode to nonsense.
+    The latents have unit variance; scale is what they were multiplied by. The file says which
+    pictures and which autoencoder it is from: latents of others would decode to nonsense.
     """
     whose = [workshop.fingerprint(images), workshop.fingerprint(*model.state_dict().values())]
     with workshop.reading(path):
@@ -594,7 +594,7 @@ def encode_set(model, images, path):
 # %% [markdown]
 # ### A run
 #
-# Whatever does not fit is refused before the autoencoder is trained: the network is built once.
+# What does not fit is refused before the autoencoder is trained: a trial network is built first.
 
 
 # %%
@@ -667,8 +667,8 @@ if __name__ == "__main__":
 # %% [markdown]
 # ### Training and drawing
 #
-# On `digits` and `mnist` a unified network is trained as well, by the same recipe, for as many steps
-# as cost the same FLOPs (counted by step 05's `stage_gflops`), and dealt the same times.
+# On `digits` and `mnist` a unified network is trained, too, by the same recipe, for as many steps
+# as cost the same FLOPs (counted by step 05's `stage_gflops`), on times drawn the same way.
 
 
 # %%
@@ -707,9 +707,9 @@ if __name__ == "__main__":
 # ### How good is it?
 #
 # Reconstructions of real pictures are the floor. All sets are compared with the same half of the
-# real pictures; the last one is the other half, which is what perfect samples would get. Networks
-# draw from the same noise at the same place. See how far both are from the rebuilt ones; which of
-# them is ahead one seed does not tell.
+# real pictures; the last set is the other half, and gets what perfect samples would get. The
+# networks' pictures at the same place come from the same noise. See how far both are from the
+# rebuilt pictures; one seed does not tell which network is ahead.
 
 # %%
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ evaluation = importlib.import_module("05_sample_eval")
 dataset = "digits"  # digits or mnist
 root = "data"  # where the data set lies or is downloaded to
 out = "runs"  # the folder that holds the runs
-steps = 0  # train a network with labels so long; 0: the one that comes along [0, 1000000000]
+steps = 0  # training steps of a network with labels; 0: the one provided [0, 1000000000]
 samples = 450  # pictures of a set that is measured [20, 1000000]
 seeds = 3  # seeds of sampling, over which a number has its spread [2, 100]
-seed = 0  # seed of all else; another than 0 trains a network, by the recipe [0, 4294967295]
+seed = 0  # seed of all else; any other than 0 trains a network, by the recipe [0, 4294967295]
 
 # %% tags=["imports"]
 workshop.settings(globals(), "07_beyond")
@@ -59,16 +59,16 @@ if __name__ == "__main__":
     workshop.show_figure(figures / "07_clocks.png")
 
 # %% [markdown]
-# Wan2.2 makes videos, from text (cut 0.875) or from a picture (0.9), with a network on each side.
+# Wan2.2 makes videos, from text (cut 0.875) or a picture (0.9): each side of the cut has a network.
 #
 # ## The clock of flow matching
 #
-# Many models of today call time what goes straight from the picture to the noise,
-# $x_t=(1-t)\,x_0+t\,\epsilon$, and predict the velocity $v=\epsilon-x_0$. That is eq. (1) with
+# In many of today's models time runs straight from the picture to the noise,
+# $x_t=(1-t)\,x_0+t\,\epsilon$, and they predict the velocity $v=\epsilon-x_0$. That is eq. (1) with
 # $s_t=1-t$ and $\sigma_t=t/(1-t)$: `Flow`, below the line of step 01. `04_train.py --process flow`
-# trains so. Nothing new is solved, either. Euler's step of the velocity, $x'=x+(t'-t)\,v$, keeps
-# $x_0$ and $\epsilon$ still, and so does DDIM. In this clock the two are one formula, for steps of any
-# length. (Step 05's `mixture_noise` is the exact noise of a mixture, `time_grid` its equal steps.)
+# trains this way. The ODE is the same. Euler's step of the velocity, $x'=x+(t'-t)\,v$, keeps $x_0$
+# and $\epsilon$ fixed, and so does DDIM. In this clock the two are one formula, for steps of any
+# length. (From step 05: `mixture_noise`, the exact noise of a mixture; `time_grid`, equal steps.)
 
 # %% tags=["nbval-check-output"]
 if __name__ == "__main__":
@@ -95,7 +95,7 @@ def shift_time(t, r):
 
 
 def steps_at_noise(cut, r, n):
-    """Count the steps of n, uniform in t before the shift, that begin at or above cut."""
+    """Count those of n steps, uniform in t before the shift, that begin at or above cut."""
     return int((shift_time(1 - torch.arange(n).double() / n, r) >= cut).sum())
 
 
@@ -106,9 +106,9 @@ if __name__ == "__main__":
         print(f"{40 - n} below; a cut at {cut} before the shift is one at {shift_time(cut, r):.3f}")
 
 # %% [markdown]
-# The part at the noise has an eighth of the time, or a tenth, but 26 steps, or 15. Whoever trains it
-# needs the cut as a *noise level*: as a share of the steps, or of the time before the shift, it would
-# be another cut. Several trainers of such models had to fix exactly this.
+# The part at the noise has an eighth of the time, or a tenth, but 26 steps, or 15. Anyone who
+# trains it needs the cut as a *noise level*: as a share of the steps, or of the time before the
+# shift, it would be another cut. Several training programs for such models had to fix exactly this.
 #
 # **Does Algorithm 1 find the same cuts in this clock?** Similarity depends on the noise level alone.
 # But the algorithm averages it *over time*, and each clock weighs the noise levels in its own way.
@@ -127,15 +127,15 @@ if __name__ == "__main__":
 #
 # ## Asking for a digit
 #
-# To be told a label, a network needs a vector for each, added to that of the time, and one for "none"
-# (step 03); in training every tenth picture is "none". So it predicts the noise of a seven, and that
-# of any picture. The difference can be exaggerated (*classifier-free guidance*; Ho and Salimans
-# 2022):
+# To be told a label, a network needs a vector for each label, which is added to that of the time,
+# and one for "none" ($\varnothing$; step 03). In training one picture in ten is "none". So the
+# network can predict the noise of a seven (label $c$), and that of any picture. The difference can
+# be exaggerated by a weight $w$ (*classifier-free guidance*; Ho and Salimans 2022):
 #
 # $$\hat\epsilon=(1+w)\,\epsilon_\theta(x_t,t,c)-w\,\epsilon_\theta(x_t,t,\varnothing)$$
 #
-# Such a network comes with the project (`pretrained/`), trained by the recipe of step 04 without 90
-# pictures that are needed later. `--steps` or another `--seed` trains one here.
+# Such a network comes with the project (`pretrained/`), trained by the recipe of step 04 on all but
+# 90 pictures, which are needed later. `--steps` or another `--seed` trains a new one here.
 
 # %%
 if __name__ == "__main__":
@@ -166,9 +166,9 @@ if __name__ == "__main__":
 # the same noise gives the same handwriting, and most slips are mended. The price is measured below.
 #
 # **Where does guidance act?** The weight may differ from stage to stage (step 05 has `--guidance
-# 0,1,0`). Let it act in one stage at a time, and ask two things: which share of the pictures does a
-# classifier of real digits take for what was asked, and how far are they from real ones (the distance
-# of step 05)? The spread is over seeds of sampling; `--seed` trains other networks.
+# 0,1,0`). Let it act in one stage at a time, and ask two things: what share of the pictures does a
+# classifier of real digits read as asked, and how far are they from real ones (the distance of step
+# 05)? The spread is over seeds of sampling; `--seed` trains other networks.
 
 
 # %% tags=["draws"]
@@ -211,22 +211,22 @@ if __name__ == "__main__":
     draw_bars(panels, figures / "07_guidance.png")
 
 # %% [markdown]
-# Without guidance some 95 of 100 are as asked. Guidance corrects the rest **at the noise**, where the
-# digit is chosen: with $w$ = 1 in stage 2 alone 99 are. The price: the distance rises, with $w$ = 3
-# more than fourfold. **At the image** $w$ = 1 corrects two in a hundred, and the distance falls:
-# pictures are a little sharper. **In the middle** with $w$ = 3 only half are still what was asked.
+# Without guidance some 95 of 100 are as asked. Guidance corrects the rest **at the noise**, where
+# the digit is chosen: $w$ = 1 in stage 2 alone makes it 99. The price: the distance rises, with
+# $w$ = 3 more than fourfold. **At the image** $w$ = 1 corrects two in a hundred, and the distance
+# falls: pictures are a little sharper. **In the middle** with $w$ = 3 only half are still as asked.
 #
 # Is that true of guidance, or of this network? Seeds of sampling cannot tell, but networks that were
 # trained anew can. Five of them (RESULTS.md, *Where guidance acts*) agree about the noise and the
-# image, and three about the middle. On MNIST guidance at the image does harm, from $w$ = 3. So a
+# image, and three about the middle. On MNIST guidance at the image does harm with $w$ = 3. So a
 # weight for each stage is worth trying, on the network at hand.
 #
 # ## Repairing pictures
 #
 # An inverse problem asks for a picture $x_0$ when only $y=A(x_0)+\tau n$ is known, with noise $n$:
-# there is a hole in it, or half its resolution is missing, or it is very noisy. How well can this be
-# solved at all? If only the pictures $y_i$ of a finite set were possible, Bayes' rule gives picture
-# $i$ the probability $\mathrm{softmax}_i(-\|y-A(y_i)\|^2/2\tau^2)$, and one could draw from that:
+# the picture has a hole, or half the resolution, or much noise. How well can this be solved at all?
+# If only the pictures $y_i$ of a finite set were possible, Bayes' rule would give picture $i$ the
+# probability $\mathrm{softmax}_i(-\|y-A(y_i)\|^2/2\tau^2)$, and one could draw from that:
 
 
 # %%
@@ -246,7 +246,7 @@ PROBLEMS["much noise"] = ((lambda x: x), 0.5)
 
 # %%
 def put_back(x, y, problem):
-    """Bring predicted pictures x to agree with what is known, y."""
+    """Make predicted pictures x agree with what is known, y."""
     if problem == "half the resolution":
         return x + F.interpolate(y - shrink(x), scale_factor=2)
     return x - cut_hole(x) + cut_hole(y) if problem == "a hole" else x
@@ -278,24 +278,24 @@ if __name__ == "__main__":
     workshop.show_images(rows, titles, figures / "07_exact.png")
 
 # %% [markdown]
-# For a finite set that is the whole answer; a richer set gives a better one. A network is not limited to
-# a set. It is led, step by step from the noise, to pictures that fit. The gradient of $\log p(y\mid
-# x_t)$ would lead it exactly, but that is an average over all pictures that $x_t$ may come from, which
-# nobody has. Both ways below use the one predicted picture $\hat x_0$:
+# For a finite set that is the whole answer; a richer set gives a better one. A network is not
+# limited to a set. It is led, step by step from the noise, to pictures that fit. The gradient of
+# $\log p(y\mid x_t)$ would lead it exactly. But it averages over all pictures that $x_t$ may come
+# from, and nobody has those. Both ways below use the one predicted picture $\hat x_0$:
 #
-# * **Replacement** (DDNM; Wang, Yu, Zhang 2023): in the predicted $\hat x_0$ put what is known in its
-#   place. (RePaint, Lugmayr et al. 2022, does so in $x_{t-1}$, with as much noise, and repeats steps.)
-#   Where noise is all that is wrong, start from $y$, at the time that has as much.
+# * **Replacement** (DDNM; Wang, Yu, Zhang 2023): overwrite the known part of the predicted
+#   $\hat x_0$. (RePaint, Lugmayr et al. 2022, does so in $x_{t-1}$, at its noise level, and repeats
+#   steps.) Where noise is all that is wrong, start from $y$, at the time that has as much noise.
 # * **Posterior guidance** (DPS; Chung et al. 2023): after each step go down the gradient of
-#   $\|y-A(\hat x_0(x))\|$, times $\zeta$ = 1, the first that was tried. (DPS writes the gradient of
-#   the square, over the norm: twice as much, so that its $\zeta'$ is half of our $\zeta$.)
+#   $\|y-A(\hat x_0(x))\|$, times $\zeta$ = 1, the first value tried. (DPS writes the gradient of
+#   the square, divided by the norm: twice as much, so that its $\zeta'$ is half of our $\zeta$.)
 #
-# The steps are those of `posterior_step` (DDPM, step 05), written out: $\hat x_0$ changes on the way.
+# These are steps of `posterior_step` (DDPM, step 05), written out because $\hat x_0$ is changed.
 
 
 # %%
 def repair(eps, y, shape, problem, way, generator, stages=(0, 1, 2), cuts=(), n=60, zeta=1.0):
-    """Draw pictures of a shape that fit y by n steps of DDPM; way: "replace" or "guide".
+    """Draw pictures of this shape that fit y, by n steps of DDPM; way: "replace" or "guide".
 
     eps: (x, t) -> noise, differentiable. Only steps in `stages`, cut at `cuts`, are led.
     """
@@ -319,11 +319,11 @@ def repair(eps, y, shape, problem, way, generator, stages=(0, 1, 2), cuts=(), n=
 
 
 # %% [markdown]
-# In decibels of the mean square error: PSNR = $10\log_{10}(4/\text{error})$ for pixels in [-1, 1].
-# *Points* uses the optimal denoiser of the set (step 01) instead of the network (a function of $x$
-# and $t$ by `noise_function` of step 04): where it falls short of *exact*, the way is to blame, not a
-# network. *Without a network* is the mean digit in the hole, bicubic interpolation, the picture as it
-# is.
+# The results are in decibels: PSNR = $10\log_{10}(4/\text{error})$, from the mean square error of
+# pixels in [-1, 1]. *Points* uses the optimal denoiser of the set (step 01) instead of the network
+# (which `noise_function` of step 04 makes a function of $x$ and $t$): where it falls short of
+# *exact*, the way is to blame, not a network. *Without a network* is one of three: the mean digit
+# in the hole, bicubic interpolation, or the noisy picture itself.
 
 # %%
 if __name__ == "__main__":
@@ -350,29 +350,29 @@ if __name__ == "__main__":
     workshop.show_images(drawn, list(rows), figures / "07_repaired.png")
 
 # %% [markdown]
-# With a hole or at half resolution DPS is ahead of replacement, and of the row *without a network*.
-# Led in one stage alone it is worse: led at the noise only, it has forgotten $y$ by the end; led at
-# the image only, the digit has been chosen before. For a hole the middle helps most, where digits are
-# decided. Noise is best repaired by starting from $y$. Led to the last step, a picture fits $y$ with
-# all its noise; led in the middle only it does not, and is better by some two decibels.
+# With a hole or at half resolution DPS is ahead of replacement, and of *without a network*. When it
+# leads in one stage only, it is worse: at the noise only, $y$ is forgotten by the end; at the image
+# only, the digit has been chosen before. For a hole the middle helps most, since digits are decided
+# there. Much noise is best repaired by starting from $y$. A picture led to the last step fits $y$
+# with all its noise; led in the middle only, it does not, and is better by some two decibels.
 #
-# And the yardstick? DPS on points should draw what *exact* draws. In a hole it lies some two decibels
+# And the yardstick? DPS on points should draw what *exact* draws. In a hole it is some two decibels
 # lower, at half resolution more than three. That is **the price of 60 steps and of $\zeta$ = 1**,
-# hardly that of a predicted picture: with 240 steps and $\zeta$ = 2 it comes within 0.2 (exercise 3).
-# The network can beat *exact*: it is not limited to the training pictures.
+# and hardly that of using one predicted picture: with 240 steps and $\zeta$ = 2 it comes within 0.2
+# (exercise 3). The network can beat *exact*: it is not limited to the training pictures.
 #
 # ## One stage alone
 #
-# The encoder is shared, so it is frozen while one decoder learns. What the others say stays the same,
-# bit by bit. Let one decoder see nothing but sevens, and draw from the same noise:
+# The encoder is shared, so it is frozen while one decoder learns. What the others say stays the
+# same, bit for bit. Let one decoder see nothing but sevens, and draw from the same noise:
 
 
 # %%
 def train_alone(content, k, images, n=300, lr=1e-3):
-    """Let the decoder of stage k of a checkpoint learn alone, on some pictures: the average."""
+    """Train the decoder of stage k of a checkpoint alone, on some pictures: the averaged model."""
     settings = {**content["settings"], "lr": lr, "steps": content["step"] + n}
     state = training.prepare_state(settings)
-    for part in ("model", "ema"):  # go on from the averaged weights, which are what is drawn with
+    for part in ("model", "ema"):  # go on from the averaged weights, the ones used for drawing
         state[part].load_state_dict(content["ema"])
     state["model"].requires_grad_(False).decoders[k].requires_grad_(True)  # all else is frozen
     state.update(step=content["step"], active=[k])
@@ -394,7 +394,7 @@ if __name__ == "__main__":
     for k in (None, 0, 1, 2):
         other = model if k is None else train_alone(content, k, sevens, n).cpu()
         same = [torch.equal(a, b) for a, b in zip(other(x, t), model(x, t), strict=True)]
-        assert same == [j != k for j in range(3)]  # bit by bit, a time in each stage
+        assert same == [j != k for j in range(3)]  # bit for bit, a time in each stage
         sets = [evaluation.sample(other, "vp", samples, seed=s) for s in range(seeds)]
         sets = [workshop.to_pictures(x) for x in sets]
         share = [float((read(x) == 7).float().mean()) for x in sets]
@@ -405,18 +405,18 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # The stage at the image saw nothing but sevens and draws about as many as before: what it gets is
-# already a digit, and it can only redraw the strokes (above and below: the same digits). Each of the
-# other two draws some three times as many, and no more, because the stage beside it still knows all
-# ten. **What a stage has learned shows as far as its part of the timeline decides it.** For other
-# strokes, train the stage at the image alone; for other objects that is not enough.
+# already a digit, and it can only redraw the strokes (the same digits as above). Each of the other
+# two draws some three times as many, and no more, because the stage beside it still knows all ten.
+# **What a stage has learned shows only as far as its part of the timeline decides the picture.**
+# For new strokes, train the stage at the image alone; for new objects that is not enough.
 #
 # ## Who shares what
 #
-# Methods differ in what all times share, in how many parts the rest has, what cuts the
-# timeline between them, and whether they learn together. (A gate is a learned function that picks
-# among parallel layers, the experts. From abstracts and official code; a star: from what others say.
-# Wan2.2's cuts: pull request 12074 of diffusers; its shifts: musubi-tuner, docs/wan.md. This paper:
-# CVPR 2024, not v4.)
+# Methods differ in what all times share, how many parts the rest has, what cuts the timeline
+# between them, and whether they learn together. (A gate is a learned function that picks among
+# parallel layers, the experts. The table is from abstracts and official code; a star marks what
+# others say. Wan2.2's cuts: pull request 12074 of diffusers; its shifts: musubi-tuner, docs/wan.md.
+# This paper: CVPR 2024, not v4.)
 #
 # | work, arXiv | shared by all times | parts | cut by | trained |
 # |---|---|---|---|---|
@@ -433,10 +433,10 @@ if __name__ == "__main__":
 # | Wan2.2, its code | text encoder, latent space | 2 | $t$ = 0.875, 0.9 | not published |
 #
 # Back to the questions. **Together or apart?** Both exist. Parts that share nothing can be trained
-# apart; decoders that share an encoder can, once it is frozen. **How much of the training does each
-# get?** What the draw of times gives it (`--times`): on `digits` that changed one decoder more than
-# two further decoders did (RESULTS.md). **Why two cuts?**
-# There is one, a level of noise. Clocks and shifts count times, or steps, on its two sides.
+# apart; so can decoders that share an encoder, once it is frozen. **How much of the training does
+# each get?** As much as the draw of times gives it (`--times`). On `digits`, with Min-SNR weights,
+# another draw changed one decoder more than adding two did (RESULTS.md). **Why two cuts?** There is
+# only one, a level of noise. Clocks and shifts count times, or steps, on its two sides.
 #
 # ### Exercises
 #
@@ -444,7 +444,7 @@ if __name__ == "__main__":
 #    <details><summary>Solution</summary>`steps_at_noise(0.9, 3, 30) / 30`</details>
 # 2. Put the held-out pictures into `known`. What becomes of *exact*, and why?
 #    <details><summary>Solution</summary>`known = torch.cat([known, truth])`: in some nine cases of
-#    ten it is the truth itself, for hardly another fits as well.</details>
+#    ten it draws the truth itself, because hardly any other picture fits as well.</details>
 # 3. Fill the hole by DPS on points with $n$ = 240 and $\zeta$ = 2: what becomes of the decibels?
 #    <details><summary>Solution</summary>`repair(points, y, few.shape, problem, "guide", dice, n=240,
 #    zeta=2)`, with the hole as `problem` and its `y`: those of *exact* (RESULTS.md).</details>

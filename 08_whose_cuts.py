@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 08 · Whose cuts are these?
 #
-# Algorithm 1 asks the *optimal* denoiser of the data set where the timeline is to be cut. The
-# stages are then served by a network. **You will** ask a network the same question, and two closed
-# forms that predict networks better: one sees only a patch, one knows only the mean and the
-# covariance.
+# Algorithm 1 asks the *optimal* denoiser of the data set where the timeline is to be cut. But a
+# network then serves the stages. **You will** ask a network the same question, and also two closed
+# forms that predict better what networks say: one sees only a patch, one knows only the mean and
+# the covariance.
 #
 # **Predict first:** which of the two cuts does a network have as well, $t_1$ or $t_2$?
 # <details><summary>Answer</summary>$t_2$, as soon as it may err by a little more. It has no stage
@@ -56,22 +56,22 @@ if __name__ == "__main__":
 
 # %% [markdown]
 # The optimal denoiser knows the 1,707 digits `used`, and these two are not among them. So even
-# where hardly any noise is to be removed it replaces them by a digit that it knows. Nobody wants a
-# network to do that. Yet $t_1$ comes from such times: it says how long $\epsilon^*_t$ names the
+# where there is hardly any noise to remove, it replaces them by digits that it knows. Nobody wants
+# a network to do that. Yet $t_1$ comes from such times: it says up to when $\epsilon^*_t$ names the
 # very noise that was put in, $\epsilon^*_0=\epsilon$.
 #
 # Only a *finite* set has that end of the timeline. Step 01 found that
 # $\epsilon^*_t(x)=-s_t\sigma_t\nabla\log p_t(x)$. Where pictures have a smooth density the gradient
-# stays finite as $t\to0$, so $\epsilon^*_t$ goes to **zero**: nobody can tell which way so little
-# noise went. With a set of points one can: away from the nearest.
+# stays finite as $t\to0$, so $\epsilon^*_t$ goes to **zero**: nobody can tell in which direction so
+# little noise has moved a picture. With a set of points one can: away from the nearest point.
 #
 # ## What a network says
 #
 # Two networks come with the project: `digits-unified`, one decoder and 40,000 steps on all 1,797
 # digits, and `digits-labels`, three decoders and 2,700 steps on `used` (here without a label). They
-# work in [−1, 1], where pictures are twice as large. From there the same noise on the same picture
-# has $2\sigma_t$, which is a later time $u$. (Above $t$ = 0.93 no time has so much. There they get
-# their last one, and a fainter picture.)
+# work in [−1, 1], where pictures have twice the spread. There the same noise on the same picture
+# has the level $2\sigma_t$, which belongs to a later time $u$. (Above $t$ = 0.93 no time has such a
+# level. There the networks get their last time, and a fainter picture.)
 
 
 # %%
@@ -111,14 +111,14 @@ if __name__ == "__main__":
 #   w_i=\exp\Big(-\frac{\|x_{\Omega_p}/s_t-y_{i,\Omega_p}\|^2}{2\sigma_t^2}\Big).$$
 #
 # It is Prop. 1 with the patch's distance in place of the picture's: the *local score machine* of
-# Kamb and Ganguli (ICML 2025, arXiv 2412.20292). In another of theirs patches may lie anywhere in
-# the picture; digits are centred, and here they stay in place. (Niedoba et al., ICML 2025,
-# 2411.19339, average whole patches, which overlap.) The code asks step 01 about every patch:
+# Kamb and Ganguli (ICML 2025, arXiv 2412.20292). In another form of theirs patches may come from
+# anywhere in the picture; digits are centred, so here patches stay in place. (Niedoba et al., ICML
+# 2025, 2411.19339, average whole patches, which overlap.) The code asks step 01 about every patch:
 
 
 # %%
 def local_denoiser(x, t, kernel, images, size):
-    """Predict the noise in x (B, C, H, W), in each pixel from size × size, cut at the rim."""
+    """Predict the noise in x (B, C, H, W), each pixel's from size × size pixels, cut at the rim."""
     mean, r = torch.empty_like(x), size // 2
     for i, j in product(range(x.shape[2]), range(x.shape[3])):
         top, left = max(i - r, 0), max(j - r, 0)
@@ -140,15 +140,15 @@ if __name__ == "__main__":
 #
 # ## A denoiser that knows mean and covariance
 #
-# Another account is that networks are nearly *linear*. If pictures were Gaussian, $y\sim\mathcal
-# N(\mu,\Sigma)$, then $y$ and $z=x/s_t=y+\sigma_t\epsilon$ would be so together, and the best guess
-# of $y$ from $z$ would be their regression line. With the principal components $U\Lambda
-# U^\top=\Sigma$ it is
+# Another account is that networks are nearly *linear*. If pictures were Gaussian,
+# $y\sim\mathcal N(\mu,\Sigma)$, then $y$ and $z=x/s_t=y+\sigma_t\epsilon$ would be jointly
+# Gaussian, and the best guess of $y$ from $z$ would be a linear regression. With the principal
+# components $U\Lambda U^\top=\Sigma$ it is
 #
 # $$\hat y=\mu+\Sigma\,(\Sigma+\sigma_t^2I)^{-1}(z-\mu)
 #   =\mu+U\,\frac{\Lambda}{\Lambda+\sigma_t^2}\,U^\top(z-\mu).$$
 #
-# Of what it sees along a component it keeps the share that is picture and not noise. (Li, Dai and
+# Along each component it keeps the share of what it sees that is picture, not noise. (Li, Dai and
 # Qu, NeurIPS 2024, 2410.24060. Qu is an author of this project's paper, too.)
 
 
@@ -174,21 +174,21 @@ if __name__ == "__main__":
     workshop.show_images(rows, list(asked), figures / "08_forms.png", **shown)
 
 # %% [markdown]
-# The network has not seen the two digits either, and keeps them as long as they can be seen. The
+# The network has not seen the two digits either, yet it keeps them as long as they are visible. The
 # large patches replace them, piece by piece, as the optimal denoiser does. The small ones keep
 # them, and so does the Gaussian. From $t$ = 0.15 on all rows begin to agree.
 #
 # ## How much of the network is explained?
 #
-# In numbers: the squared difference between the noise that a form names and the noise that the
-# network names, divided by the network's own squared error, which is its difference to the noise
-# that was put in. At 0 the form is the network. At 1 it is as far from the network as the true
+# In numbers: take the squared difference between the noise that a form names and the noise that the
+# network names, and divide it by the network's own squared error (from the noise that was put in).
+# At 0 the form says what the network says. At 1 the form is as far from the network as the true
 # noise is.
 
 
 # %%
 def unexplained(model, pictures, images, times, dice, forms=FORMS):
-    """Measure how far forms are from a network, over its own error: {name: (times,)}.
+    """Measure how far forms are from a network, relative to its own error: {name: (times,)}.
 
     pictures: (B, C, H, W), to which noise is added. images: the ones that the forms know.
     """
@@ -223,17 +223,17 @@ if __name__ == "__main__":
     workshop.show_figure(figures / "08_explained.png")
 
 # %% [markdown]
-# **Next to the image** the optimal denoiser explains nothing. Of digits that it knows it names the
-# true noise (1.00), and others it replaces. Nearest to both networks is the Gaussian at $t$ = 0.01.
-# **Among the patches** 3×3 is nearest, then 5×5 at 0.1, then larger ones, as if a network saw more of
-# a picture with more noise. **From $t$ = 0.2 on** all forms are near. (Kamb and Ganguli fit the patch's
-# size to each time, too. ± is the largest standard deviation over draws of noise; 90 digits in each.)
+# **Next to the image** the optimal denoiser explains nothing: it names the true noise in digits
+# that it knows (1.00) and replaces others. At $t$ = 0.01 the Gaussian is nearest to both networks.
+# **Among the patches** 3×3 is nearest, then 5×5 at 0.1, then larger, as if a network saw more of a
+# picture with more noise. **From $t$ = 0.2 on** all forms are near. (Kamb and Ganguli also fit the
+# patch size to each time. ± is the largest standard deviation over noise draws, for 90 digits.)
 #
-# Middle and right differ in the forms that recognise training pictures, not in the Gaussian: the
-# network treats digits that it has seen as it treats others. The network on the left, which was
-# trained 15 times as long, is farther from the Gaussian up to $t$ = 0.2, and from there on nearest to
-# the optimal denoiser: on noisy *training* pictures better networks come nearer to it (Song et al.
-# 2025, 2510.01378). But each is measured by its own error, and they differ in more than the training.
+# The middle and right panels differ in the forms that recognise training pictures, not in the
+# Gaussian: the network treats digits that it has seen like others. The left network, trained 15
+# times as long, is farther from the Gaussian up to $t$ = 0.2, and from there on nearest to the
+# optimal denoiser: on noisy *training* pictures better networks come nearer to it (Song et al.
+# 2025, 2510.01378). But each is measured by its own error, and they differ in other ways, too.
 #
 # ## Algorithm 1, asked anew
 #
@@ -268,24 +268,24 @@ if __name__ == "__main__":
     workshop.show_figure(figures / "08_cuts.png")
 
 # %% [markdown]
-# (Mean and standard deviation over seeds, a line each; *none*: no $\tau$ keeps an average of 0.9. The
-# last column is the similarity to the image end, averaged over $t$ < 0.1.)
+# (Mean and standard deviation over seeds, each with its own lines; *none*: no $\tau$ keeps an
+# average of 0.9. The last column is the similarity to the image end, averaged over $t$ < 0.1.)
 #
-# **$t_2$ is nearly everyone's.** All forms cut within 0.03 of each other (0.09 on CIFAR-10,
+# **Nearly all share $t_2$.** All forms cut within 0.03 of each other (0.09 on CIFAR-10,
 # RESULTS.md): with so much noise what remains is the mean, and all of them know the mean. (In the
 # last row it is that of 90 digits.) The network misses it by a little more than $\eta$ = 2/256, so
-# it has none; with 8/256 it has the $t_2$ that the optimal denoiser has then (exercise 1).
+# it has no $t_2$; with 8/256 it has the same one as the optimal denoiser (exercise 1).
 #
-# **$t_1$ is a property of memorising.** The less a form sees, the shorter it is. The Gaussian has
-# none, a network has none, and the optimal denoiser itself has none about digits that it does not
-# know: it ends where a denoiser no longer recognises a training picture.
+# **$t_1$ is a property of memorising.** The less a form sees, the smaller its $t_1$. The Gaussian
+# has none, a network has none, and the optimal denoiser itself has none for digits that it does not
+# know: $t_1$ is where a denoiser no longer recognises a training picture.
 #
 # Are the paper's cuts bad, then? That does not follow: they may be good for another reason than the
-# one that led to them. **Do cuts taken from the local denoiser train better than the paper's, or than
-# equal thirds?** How that is decided was written down before anything ran. The answer (RESULTS.md,
+# one that led to them. **Do cuts taken from the local denoiser train better than the paper's, or
+# than equal thirds?** How to decide was written down before anything ran. The answer (RESULTS.md,
 # *Whose cuts?*): on `digits` the likelihood says yes, the pictures say no; on CIFAR-10 it is open.
 #
-# (Two networks, 8×8 digits. Of the papers the abstracts were read, of Niedoba et al. the code, too.
+# (Two networks, 8×8 digits. We read only the abstracts of these papers, and Niedoba's code.
 # Lukoianov et al., 2509.09672, find that locality comes from the data and not from convolutions.)
 #
 # ### Exercises
@@ -293,8 +293,8 @@ if __name__ == "__main__":
 # 1. Does the network have cuts where $\eta$ is larger?
 #    <details><summary>Solution</summary>`clustering.plain_algorithm_1(images, 2000, eta=8 / 256,
 #    denoiser=asked["digits-unified"][1])[0]`: a $t_2$ near 0.29, where the optimal denoiser has it
-#    with this $\eta$. It has no $t_1$ with any $\eta$ up to 64/256.</details>
-# 2. What does a denoiser know that sees one pixel, and what does it make of the one at the top
-#    left? <details><summary>Solution</summary>`clean(xt, local_denoiser(xt, t, VP, used, 1), t,
+#    with this $\eta$. The network has no $t_1$ with any $\eta$ up to 64/256.</details>
+# 2. What does a denoiser know if it sees one pixel only, and what does it make of the pixel at the
+#    top left? <details><summary>Solution</summary>`clean(xt, local_denoiser(xt, t, VP, used, 1), t,
 #    VP)`: how often each grey value occurs at that place. The top left is black in all digits, so
-#    it makes it black, whatever it sees.</details>
+#    the denoiser makes it black, whatever it sees.</details>
