@@ -305,7 +305,7 @@ SMALL = dict(kind="kl", channels=1, code=2, width=16, mults=(1, 2), blocks=1, en
 WIDTHS = dict(encoder=32, decoders=(48, 32, 16))  # a quarter of the paper's, but for the last
 # not the paper's: what helped in runs of minutes (RESULTS.md), with one decoder and with three
 FOUND = dict(stages="mixed", times="stages", weight="min-snr", decay="linear")
-# pictures in colour, in 20 minutes on two cores (docs/samples.md says what was tried)
+# pictures in colour, in 20 to 40 minutes on two cores (docs/samples.md says what was tried)
 NARROW = dict(encoder=24, decoders=(36, 24, 12), mults=(1, 2, 2), attention=(8,))
 BRIEF = dict(steps=4000, batch=64, lr=2e-3, warmup=100, **FOUND)
 LAPTOP = dict(small="laptop", network=NARROW, recipe=dict(BRIEF, flip=True))

@@ -981,7 +981,7 @@ if __name__ == "__main__":
 # %%
 if __name__ == "__main__":
     if "small" in known:
-        workshop.print_once("no GPU: a small network, 20 minutes; the paper's: --network table5_1")
+        workshop.print_once("no GPU: a small network, 30 minutes; the paper's: --network table5_1")
     elif asked["network"] == "table5_1" and not steps:
         workshop.print_once("the paper's recipe: on an H100 at 32×32 some 26 hours")
     workshop.print_once(f"on {workshop.device()}, processes: {world}; the run lies in {run}")
