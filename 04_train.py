@@ -14,9 +14,9 @@ import importlib
 import os
 import sys
 
-if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
-    os.chdir("..")  # a notebook that was opened where it lies
-assert "__file__" in globals() or os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
+if "__file__" not in globals():  # a notebook, which may have been opened where it lies
+    os.chdir(".." if os.path.exists("../00_workshop.py") else ".")
+    assert os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
 workshop = importlib.import_module("00_workshop")  # before torch
 
 import matplotlib.pyplot as plt
@@ -575,6 +575,8 @@ def train(
         return torch.stack([error[i :: len(turns)].clone().mean() for i in range(len(turns))])
 
     run = workshop.Replayed(take_step, replay and world == 1, first=10 * (len(edges) - 1))
+    if replay and not run.on:
+        workshop.print_once("steps are taken as they are: replaying takes a GPU and one process")
     optimizer.param_groups[0]["capturable"] = run.on
     model.train()
     for step in range(state["step"] + 1, steps + 1):
@@ -985,8 +987,6 @@ if __name__ == "__main__":
     elif asked["network"] == "table5_1" and not steps:
         workshop.print_once("the paper's recipe: on an H100 at 32×32 some 26 hours")
     workshop.print_once(f"on {workshop.device()}, processes: {world}; the run lies in {run}")
-    if replay and (world > 1 or workshop.device().type == "cpu"):
-        workshop.print_once("steps are taken as they are: replaying takes a GPU and one process")
     how = dict(labels=labels, pieces=pieces, replay=replay)
     fit(state, used, asked, run, held_out, save_every=save_every, **how)
     if rank > 0:

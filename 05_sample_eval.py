@@ -13,9 +13,9 @@ import math
 import os
 from itertools import pairwise
 
-if "__file__" not in globals() and os.path.exists("../00_workshop.py"):
-    os.chdir("..")  # a notebook that was opened where it lies
-assert "__file__" in globals() or os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
+if "__file__" not in globals():  # a notebook, which may have been opened where it lies
+    os.chdir(".." if os.path.exists("../00_workshop.py") else ".")
+    assert os.path.exists("00_workshop.py"), "papermill needs --cwd PROJECT"
 workshop = importlib.import_module("00_workshop")  # before torch
 
 import torch
